@@ -1,0 +1,147 @@
+"""Numba kernels, compiled when first used, run over rows on the package's threads."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from fastll.backends.numba import columns, elementwise, rows
+from fastll.backends.numba.blocks import NOTHING, Operand
+from fastll.backends.numba.convert import reader, writer
+from fastll.contract import CHUNK
+from fastll.dtypes import kind_of
+
+#: Below this many classes, neighbouring rows fill vectors better than a row does.
+SHORT = 32
+
+
+class Backend:
+    """See `fastll.contract.Backend`."""
+
+    name = "numba"
+
+    def logsumexp(self, x, b, state, out, sign):
+        view = _Rows(x)
+        return partial(
+            view.kernels.logsumexp,
+            view.full(x),
+            view.full(b),
+            view.row(state),
+            view.row(out),
+            view.row(sign),
+            *view.shape,
+        )
+
+    def softmax(self, x, state, out, log):
+        view = _Rows(x)
+        return partial(
+            view.kernels.softmax,
+            view.full(x),
+            view.row(state),
+            view.full(out),
+            log,
+            *view.shape,
+        )
+
+    def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
+        view = _Rows(x)
+        return partial(
+            view.kernels.cross_entropy,
+            view.full(x),
+            view.full(target),
+            view.row(labels),
+            0 if weight is None else weight.ctypes.data,
+            options,
+            view.row(loss),
+            view.row(lse),
+            view.full(grad),
+            *view.shape,
+        )
+
+    def check_labels(self, labels, classes, ignore_index, weight):
+        ones = np.empty(0) if weight is None else weight
+        return rows.check_labels(labels, classes, ignore_index, ones)
+
+    def sigmoid(self, x, out, log):
+        like = _like(x)
+        return partial(
+            elementwise.sigmoid,
+            _operand(x, like, 1),
+            _operand(out, like, 1),
+            log,
+            *_units(x),
+            like,
+        )
+
+    def binary_cross_entropy(
+        self, x, target, weight, pos_weight, scale, loss, partial_sums, grad
+    ):
+        like = _like(x)
+        inputs = (_operand(a, like, 1) for a in (x, target, weight, pos_weight))
+        outputs = (_operand(loss, like, 1), _operand(partial_sums, None, 1), _operand(grad, like, 1))
+        return partial(
+            elementwise.binary_cross_entropy, *inputs, float(scale), *outputs, *_units(x), like
+        )
+
+
+class _Rows:
+    """The kernels that suit an array's strides, and the operands in the order they take them."""
+
+    def __init__(self, x):
+        outer, classes, inner = x.shape
+        steps = [abs(s) for s in x.strides]
+        self.like = _like(x)
+        self.swap = inner == 1 or (outer > 1 and steps[0] < steps[2])
+        if self.swap:
+            outer, inner = inner, outer
+            steps.reverse()
+        across = steps[1] > steps[2] or classes < SHORT
+        self.kernels = columns if across and inner > 1 else rows
+        self.axis = 2 if self.kernels is columns else 1
+        self.shape = (classes, inner, self.like)
+
+    def full(self, a):
+        if a is None:
+            return NOTHING
+        return _operand(a.transpose(2, 1, 0) if self.swap else a, self.like, self.axis)
+
+    def row(self, a):
+        if a is None:
+            return NOTHING
+        outer, inner = a.strides[:2]
+        if self.swap:
+            outer, inner = inner, outer
+        step = a.strides[2] if a.ndim == 3 else 0
+        return Operand(a.ctypes.data, outer, step, inner, 0, 0)
+
+
+def _like(x):
+    """A scalar of the dtype to compute in: kernels are compiled for its type."""
+    return kind_of(x.dtype).compute.type(0)
+
+
+def _operand(a, like, axis):
+    """An array as an `Operand`; `axis` is the one that is contiguous where no conversion is needed."""
+    if a is None:
+        return NOTHING
+    outer, step, *inner = a.strides
+    strides = (outer, step, *(inner or (0,)))
+    if like is None or (a.dtype == like.dtype and strides[axis] == a.itemsize and a.flags.aligned):
+        return Operand(a.ctypes.data, *strides, 0, 0)
+    kind = kind_of(a.dtype)
+    read = reader(kind.code, kind.swapped, like.dtype.name).address
+    write = 0
+    if a.flags.writeable and kind.element == a.dtype:
+        write = writer(kind.code).address
+    return Operand(a.ctypes.data, *strides, read, write)
+
+
+def _units(x):
+    """(length of an outer row, number of units in it)."""
+    return x.shape[1], -(-x.shape[1] // CHUNK)
+
+
+backend = Backend()

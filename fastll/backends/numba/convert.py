@@ -1,0 +1,149 @@
+"""Strided numbers of any dtype to contiguous ones of the compute dtype, and back.
+
+Kernels are compiled for the two compute dtypes only. Whatever else an array holds passes, a block at a
+time, through a function of this module, which a kernel calls by its address. Formats are those of
+`fastll.dtypes.FORMATS`; each becomes a function when it is first met.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+from fastll.backends.numba.vector import INLINE, read, write
+from fastll.dtypes import FORMATS
+
+_BITS = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
+
+
+@intrinsic
+def _reinterpret(typing_context, value, like):
+    """The bits of a number as one of another type of that size."""
+
+    def codegen(context, builder, signature, values):
+        return builder.bitcast(values[0], context.get_value_type(like))
+
+    return like(value, like), codegen
+
+
+@intrinsic
+def _swap_bytes(typing_context, value):
+    def codegen(context, builder, signature, values):
+        return builder.bswap(values[0]) if value.bitwidth > 8 else values[0]
+
+    return value(value), codegen
+
+
+@njit(**INLINE)
+def _from_half(bits):
+    """float16 to float32. Subnormal: its 10 bits under the exponent of 2**-14, less 2**-14."""
+    sign = (np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
+    magnitude = (np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13)
+    exponent = magnitude & np.uint32(0x0F800000)
+    like = np.float32(0)
+    if exponent == np.uint32(0):
+        small = _reinterpret(np.uint32(magnitude | np.uint32(0x38800000)), like)
+        magnitude = _reinterpret(small - np.float32(2.0**-14), np.uint32(0))
+    elif exponent == np.uint32(0x0F800000):
+        magnitude = np.uint32(magnitude | np.uint32(0x7F800000))
+    else:
+        magnitude = np.uint32(magnitude + np.uint32(112 << 23))
+    return _reinterpret(np.uint32(sign | magnitude), like)
+
+
+@njit(**INLINE)
+def _to_half(value):
+    """float32 to float16, to nearest even. Subnormal: the sum with 0.5 rounds at bit 2**-24."""
+    bits = _reinterpret(value, np.uint32(0))
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    if magnitude >= np.uint32(0x47800000):  # 2**16 and beyond
+        rest = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    elif magnitude < np.uint32(0x38800000):  # below 2**-14
+        small = _reinterpret(magnitude, np.float32(0)) + np.float32(0.5)
+        rest = np.uint32(_reinterpret(small, np.uint32(0)) - np.uint32(0x3F000000))
+    else:
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        shifted = magnitude - np.uint32(112 << 23) + np.uint32(0x0FFF) + odd
+        rest = np.uint32(np.uint32(shifted) >> np.uint32(13))
+    return np.uint16(sign | rest)
+
+
+@njit(**INLINE)
+def _from_bfloat(bits):
+    return _reinterpret(np.uint32(np.uint32(bits) << np.uint32(16)), np.float32(0))
+
+
+@njit(**INLINE)
+def _to_bfloat(value):
+    """float32 to bfloat16, to nearest even."""
+    bits = _reinterpret(value, np.uint32(0))
+    if value != value:
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+def _decoder(name):
+    """A function from the stored bits to a number."""
+    if name == "float16":
+        return _from_half
+    if name == "bfloat16":
+        return _from_bfloat
+    if name in _BITS:
+        like = np.dtype(name).type(0)
+        return njit(**INLINE)(lambda bits: _reinterpret(bits, like))
+    return njit(**INLINE)(lambda bits: bits)
+
+
+def _encoder(name):
+    """A function from a number in the compute dtype to the stored bits."""
+    if name == "float16":
+        return _to_half
+    if name == "bfloat16":
+        return _to_bfloat
+    like = _BITS[name](0)
+    return njit(**INLINE)(lambda value: _reinterpret(value, like))
+
+
+_SIGNATURE = types.void(*(types.int64,) * 5)
+
+
+@functools.cache
+def reader(code, swapped, compute):
+    """Function (source, source stride, destination, destination stride, count) into `compute`."""
+    name = FORMATS[code]
+    stored = np.dtype(_BITS.get(name, name)).type(0)
+    decode = _decoder(name)
+    number = np.dtype(compute).type
+
+    @cfunc(_SIGNATURE, error_model="numpy")
+    def convert(source, source_stride, destination, destination_stride, count):
+        for i in range(count):
+            bits = read(source + i * source_stride, stored)
+            if swapped:
+                bits = _swap_bytes(bits)
+            write(destination + i * destination_stride, number(decode(bits)))
+
+    return convert
+
+
+@functools.cache
+def writer(code):
+    """Function (source, source stride, destination, destination stride, count) out of `compute`."""
+    name = FORMATS[code]
+    encode = _encoder(name)
+    like = np.float64(0) if name == "float64" else np.float32(0)
+
+    @cfunc(_SIGNATURE, error_model="numpy")
+    def convert(source, source_stride, destination, destination_stride, count):
+        for i in range(count):
+            write(destination + i * destination_stride, encode(read(source + i * source_stride, like)))
+
+    return convert

@@ -1,0 +1,111 @@
+"""Kernels over elements: one unit is `CHUNK` elements of one outer row."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from fastll.backends.numba.blocks import (
+    BLOCK,
+    deliver,
+    fetch,
+    release,
+    size_of,
+    start_of,
+    target_of,
+)
+from fastll.backends.numba.maths import bce, cast, constants, log_sigmoid
+from fastll.backends.numba.maths import sigmoid as logistic
+from fastll.backends.numba.rows import KERNEL
+from fastll.backends.numba.vector import INLINE, lanes_of, load, splat, store, total, write
+from fastll.contract import CHUNK
+
+
+@njit(**INLINE)
+def sigmoid_block(v, n, log, out, like):
+    size = size_of(like)
+    zero = splat(constants(like).zero)
+    for j in range(0, n, lanes_of(like)):
+        x = load(v + j * size, n - j, zero)
+        store(out + j * size, n - j, log_sigmoid(x) if log else logistic(x))
+
+
+@njit(**KERNEL)
+def sigmoid(x, out, log, length, units, like, start, stop):
+    memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
+    buffer = memory.ctypes.data
+    out_buffer = buffer + BLOCK * size_of(like)
+    for unit in range(start, stop):
+        outer, first = unit // units, unit % units * CHUNK
+        x_start, out_start = start_of(x, outer, 0), start_of(out, outer, 0)
+        end = min(length, first + CHUNK)
+        for j in range(first, end, BLOCK):
+            n = min(BLOCK, end - j)
+            v = fetch(x, x_start, j, n, buffer, like)
+            y = target_of(out, out_start, j, out_buffer)
+            sigmoid_block(v, n, log, y, like)
+            deliver(out, out_start, j, n, out_buffer, like)
+    release(memory)
+
+
+@njit(**INLINE)
+def bce_block(v, t, w, p, n, scale, loss, grad, like):
+    """Losses and gradients where their address is not 0; the sum of the losses."""
+    size = size_of(like)
+    c = constants(like)
+    lowest, zero, one = splat(-c.infinity), splat(c.zero), splat(c.one)
+    scales = splat(cast(scale, like))
+    sums = zero
+    for j in range(0, n, lanes_of(like)):
+        x = load(v + j * size, n - j, lowest)  # with a target of 0, lanes beyond the end are 0
+        target = load(t + j * size, n - j, zero)
+        positive = target
+        if p != 0:
+            positive = target * load(p + j * size, n - j, one)
+        value, slope = bce(x, positive, one - target)
+        if w != 0:
+            weight = load(w + j * size, n - j, zero)
+            value, slope = value * weight, slope * weight
+        if loss != 0:
+            store(loss + j * size, n - j, value)
+        if grad != 0:
+            store(grad + j * size, n - j, slope * scales)
+        sums = sums + value
+    return total(sums)
+
+
+@njit(**KERNEL)
+def binary_cross_entropy(x, t, w, p, scale, loss, partial, grad, length, units, like, start, stop):
+    size = size_of(like)
+    memory = np.empty(6 * BLOCK * size, np.uint8)
+    buffer = memory.ctypes.data
+    t_buffer, w_buffer = buffer + BLOCK * size, buffer + 2 * BLOCK * size
+    p_buffer, loss_buffer = buffer + 3 * BLOCK * size, buffer + 4 * BLOCK * size
+    grad_buffer = buffer + 5 * BLOCK * size
+    for unit in range(start, stop):
+        outer, first = unit // units, unit % units * CHUNK
+        end = min(length, first + CHUNK)
+        result = 0.0
+        for j in range(first, end, BLOCK):
+            n = min(BLOCK, end - j)
+            v = fetch(x, start_of(x, outer, 0), j, n, buffer, like)
+            target = fetch(t, start_of(t, outer, 0), j, n, t_buffer, like)
+            weight, pos_weight, values, slopes = 0, 0, 0, 0
+            if w.address != 0:
+                weight = fetch(w, start_of(w, outer, 0), j, n, w_buffer, like)
+            if p.address != 0:
+                pos_weight = fetch(p, start_of(p, outer, 0), j, n, p_buffer, like)
+            if loss.address != 0:
+                values = target_of(loss, start_of(loss, outer, 0), j, loss_buffer)
+            if grad.address != 0:
+                slopes = target_of(grad, start_of(grad, outer, 0), j, grad_buffer)
+            result += bce_block(v, target, weight, pos_weight, n, scale, values, slopes, like)
+            if values != 0:
+                deliver(loss, start_of(loss, outer, 0), j, n, loss_buffer, like)
+            if slopes != 0:
+                deliver(grad, start_of(grad, outer, 0), j, n, grad_buffer, like)
+        if partial.address != 0:
+            write(start_of(partial, outer, 0) + unit % units * partial.classes, result)
+    release(memory)

@@ -1,0 +1,343 @@
+"""Vectors of a fixed number of lanes as values in Numba code.
+
+A `Vector` is an LLVM vector of 128 bytes: 32 float32 or 16 float64, whatever the CPU has; LLVM makes
+of it what the registers hold. So the code is vector code by construction, not by an optimiser's leave,
+and the order of every sum is the same on every machine.
+
+Memory is named by address (an int64), since the arrays behind it may be of any dtype and strides.
+All arithmetic is IEEE: no flag lets LLVM reorder or contract it.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+#: For functions that must vanish into their caller.
+INLINE = {"forceinline": True, "error_model": "numpy"}
+
+LANES = {types.float32: 32, types.float64: 16}
+
+_I32 = ir.IntType(32)
+
+
+class Vector(types.Type):
+    """A vector of `lanes` numbers of one type."""
+
+    def __init__(self, element, lanes):
+        self.element = element
+        self.lanes = lanes
+        super().__init__(name=f"Vector({element}, {lanes})")
+
+    @property
+    def ir(self):
+        return ir.VectorType(_ir_float(self.element), self.lanes)
+
+    @property
+    def ir_bits(self):
+        return ir.VectorType(ir.IntType(self.element.bitwidth), self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, fe_type.ir)
+
+
+def _ir_float(element):
+    return ir.FloatType() if element == types.float32 else ir.DoubleType()
+
+
+def _natural(element):
+    return Vector(element, LANES[element])
+
+
+def _splat(builder, value, lanes):
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, _lanes([0] * lanes))
+
+
+def _lanes(numbers):
+    return ir.Constant(ir.VectorType(_I32, len(numbers)), list(numbers))
+
+
+def _intrinsic_call(builder, name, result, arguments):
+    """Call LLVM's intrinsic `name` at vector type `result`."""
+    bits = 32 if isinstance(result.element, ir.FloatType) else 64
+    signature = ir.FunctionType(result, [a.type for a in arguments])
+    full_name = f"llvm.{name}.v{result.count}f{bits}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
+
+
+def _operation(arity, emit):
+    """A function of `arity` vectors of one type, to one of that type: emit(builder, *values)."""
+
+    def typed(typing_context, *vectors):
+        (first, *_) = vectors
+        if any(v != first for v in vectors) or not isinstance(first, Vector):
+            return None
+
+        def codegen(context, builder, signature, values):
+            return emit(builder, *values)
+
+        return first(*vectors), codegen
+
+    # Numba reads the number of arguments off the signature
+    return intrinsic(
+        {
+            1: lambda typing_context, a: typed(typing_context, a),
+            2: lambda typing_context, a, b: typed(typing_context, a, b),
+            3: lambda typing_context, a, b, c: typed(typing_context, a, b, c),
+            4: lambda typing_context, a, b, c, d: typed(typing_context, a, b, c, d),
+        }[arity]
+    )
+
+
+def _arithmetic(symbol, instruction):
+    emit = _operation(2, lambda builder, a, b: getattr(builder, instruction)(a, b))
+
+    @overload(symbol)
+    def implementation(a, b):
+        if isinstance(a, Vector) and isinstance(b, Vector):
+            return lambda a, b: emit(a, b)
+        if isinstance(a, Vector) and isinstance(b, types.Float):
+            return lambda a, b: emit(a, splat(b))
+        if isinstance(a, types.Float) and isinstance(b, Vector):
+            return lambda a, b: emit(splat(a), b)
+        return None
+
+
+for _symbol, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _arithmetic(_symbol, _instruction)
+
+
+def _select(comparison):
+    """where(a <comparison> b, then, otherwise), false for NaN."""
+    return _operation(
+        4, lambda builder, a, b, x, y: builder.select(builder.fcmp_ordered(comparison, a, b), x, y)
+    )
+
+
+where_eq = _select("==")
+where_gt = _select(">")
+where_ge = _select(">=")
+
+fma = _operation(3, lambda builder, a, b, c: _intrinsic_call(builder, "fma", a.type, (a, b, c)))
+
+#: The larger one; `b` where either is NaN.
+maximum = _operation(
+    2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+)
+
+absolute = _operation(1, lambda builder, a: _intrinsic_call(builder, "fabs", a.type, (a,)))
+
+
+@intrinsic
+def splat(typing_context, value):
+    """The vector with `value` in every lane."""
+    vector = _natural(value)
+
+    def codegen(context, builder, signature, values):
+        return _splat(builder, values[0], vector.lanes)
+
+    return vector(value), codegen
+
+
+@intrinsic
+def exponent_bits(typing_context, v):
+    """The low bits of a number's representation as its sign and exponent, the rest zero."""
+    mantissa = 23 if v.element == types.float32 else 52
+
+    def codegen(context, builder, signature, values):
+        bits = builder.bitcast(values[0], v.ir_bits)
+        shift = ir.Constant(v.ir_bits, [mantissa] * v.lanes)
+        return builder.bitcast(builder.shl(bits, shift), v.ir)
+
+    return v(v), codegen
+
+
+@intrinsic
+def widen(typing_context, v):
+    """The same lanes in float64."""
+    wide = Vector(types.float64, v.lanes)
+
+    def codegen(context, builder, signature, values):
+        return values[0] if v == wide else builder.fpext(values[0], wide.ir)
+
+    return wide(v), codegen
+
+
+def _halves(builder, v, combine):
+    """Fold the upper half of the lanes onto the lower until one is left."""
+    count = v.type.count
+    while count > 1:
+        count //= 2
+        low = builder.shuffle_vector(v, v, _lanes(range(count)))
+        high = builder.shuffle_vector(v, v, _lanes(range(count, 2 * count)))
+        v = combine(low, high)
+    return builder.extract_element(v, _I32(0))
+
+
+@intrinsic
+def total(typing_context, v):
+    """The sum of the lanes, in float64, by halves."""
+
+    def codegen(context, builder, signature, values):
+        (value,) = values
+        if v.element == types.float32:
+            value = builder.fpext(value, Vector(types.float64, v.lanes).ir)
+        return _halves(builder, value, builder.fadd)
+
+    return types.float64(v), codegen
+
+
+@intrinsic
+def largest(typing_context, v):
+    """The largest of the lanes, none of which is NaN."""
+
+    def codegen(context, builder, signature, values):
+        def combine(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        return _halves(builder, values[0], combine)
+
+    return v.element(v), codegen
+
+
+def _mask(builder, count, lanes):
+    """The first `count` (int64) lanes."""
+    limit = _splat(builder, builder.trunc(count, _I32), lanes)
+    return builder.icmp_signed("<", _lanes(range(lanes)), limit)
+
+
+def _masked(builder, name, vector, arguments, result):
+    """Call LLVM's masked load or store at a vector type."""
+    bits = 32 if isinstance(vector.element, ir.FloatType) else 64
+    signature = ir.FunctionType(result, [a.type for a in arguments])
+    full_name = f"llvm.masked.{name}.v{vector.count}f{bits}.p0v{vector.count}f{bits}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
+
+
+@intrinsic
+def _load_all(typing_context, address, pad):
+    def codegen(context, builder, signature, values):
+        return builder.load(builder.inttoptr(values[0], pad.ir.as_pointer()), align=1)
+
+    return pad(types.int64, pad), codegen
+
+
+@intrinsic
+def _load_some(typing_context, address, count, pad):
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], pad.ir.as_pointer())
+        mask = _mask(builder, values[1], pad.lanes)
+        return _masked(builder, "load", pad.ir, (pointer, _I32(1), mask, values[2]), pad.ir)
+
+    return pad(types.int64, types.int64, pad), codegen
+
+
+@intrinsic
+def _store_all(typing_context, address, v):
+    def codegen(context, builder, signature, values):
+        builder.store(values[1], builder.inttoptr(values[0], v.ir.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, v), codegen
+
+
+@intrinsic
+def _store_some(typing_context, address, count, v):
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], v.ir.as_pointer())
+        mask = _mask(builder, values[1], v.lanes)
+        _masked(builder, "store", v.ir, (values[2], pointer, _I32(1), mask), ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, v), codegen
+
+
+@intrinsic
+def lanes_of(typing_context, v):
+    """The number of lanes of a vector, or of the vectors of a scalar's type."""
+    lanes = v.lanes if isinstance(v, Vector) else LANES[v]
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(ir.IntType(64), lanes)
+
+    return types.int64(v), codegen
+
+
+@intrinsic
+def bytes_of(typing_context, v):
+    """The size of a vector in memory."""
+
+    def codegen(context, builder, signature, values):
+        return ir.Constant(ir.IntType(64), v.lanes * v.element.bitwidth // 8)
+
+    return types.int64(v), codegen
+
+
+@njit(**INLINE)
+def load(address, count, pad):
+    """The numbers at `address`; beyond the first `count`, those of `pad`."""
+    if count >= lanes_of(pad):
+        return _load_all(address, pad)
+    return _load_some(address, count, pad)
+
+
+@njit(**INLINE)
+def store(address, count, v):
+    """Write the first `count` lanes."""
+    if count >= lanes_of(v):
+        _store_all(address, v)
+    else:
+        _store_some(address, count, v)
+
+
+@intrinsic
+def read(typing_context, address, like):
+    """The scalar of the type of `like` at `address`."""
+
+    def codegen(context, builder, signature, values):
+        kind = context.get_value_type(like)
+        return builder.load(builder.inttoptr(values[0], kind.as_pointer()), align=1)
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def write(typing_context, address, value):
+    """Write a scalar at `address`."""
+
+    def codegen(context, builder, signature, values):
+        kind = context.get_value_type(value)
+        builder.store(values[1], builder.inttoptr(values[0], kind.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, value), codegen
+
+
+@intrinsic
+def call(typing_context, function, source, source_stride, destination, destination_stride, count):
+    """Call the C function at an address with five int64."""
+    arguments = (types.int64,) * 6
+
+    def codegen(context, builder, signature, values):
+        i64 = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [i64] * 5)
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
+        return context.get_dummy_value()
+
+    return types.none(*arguments), codegen
