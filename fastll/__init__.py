@@ -1,0 +1,41 @@
+"""fastll, fast log-likelihood: the likelihood side of machine learning at the speed of memory."""
+
+from fastll.api.losses import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dense_cross_entropy,
+    sparse_cross_entropy,
+)
+from fastll.api.reductions import log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
+from fastll.api.streaming import LogSumExp
+from fastll.dispatch import backends, use_backend
+from fastll.operations import warmup
+from fastll.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LogSumExp",
+    "backends",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "dense_cross_entropy",
+    "get_num_threads",
+    "log_sigmoid",
+    "log_softmax",
+    "logsumexp",
+    "set_num_threads",
+    "sigmoid",
+    "softmax",
+    "sparse_cross_entropy",
+    "use_backend",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "testing":
+        from importlib import import_module
+
+        return import_module("fastll.testing")
+    raise AttributeError(f"module 'fastll' has no attribute {name!r}")

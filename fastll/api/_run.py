@@ -1,0 +1,81 @@
+"""Pieces of a call to the backend that does it, and rows to threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastll import dispatch, layout, threads
+from fastll.contract import CHUNK, Backend, Floats, Kernel
+from fastll.dtypes import kind_of
+
+Array = NDArray[Any]
+
+
+def backend_for(operation: str, x: Array) -> Backend:
+    """The backend for an operation on an array."""
+    return dispatch.choose(operation, kind_of(x.dtype).compute.char, x.size)
+
+
+def rows(kernel: Kernel, x: Array) -> None:
+    """Run a kernel over the rows of a (outer, classes, inner) piece."""
+    threads.run(kernel, x.shape[0] * x.shape[2], x.size)
+
+
+def units(x: Array) -> int:
+    """Number of units in an outer row of a (outer, n) piece of an element-wise operation."""
+    return -(-x.shape[1] // CHUNK)
+
+
+def elements(kernel: Kernel, x: Array) -> None:
+    """Run a kernel over the units of a (outer, n) piece."""
+    threads.run(kernel, x.shape[0] * units(x), x.size)
+
+
+def new_state(shape: tuple[int, ...]) -> Floats:
+    """The identity (m, e, k) = (-inf, 0, 0) in every row."""
+    state = np.zeros((*shape, 3))
+    state[..., 0] = -np.inf
+    return state
+
+
+def fold(backend: Backend, x: Array, b: Array | None, axes: Sequence[int], state: Floats) -> None:
+    """Add the rows of an array to their running state."""
+    full = (x,) if b is None else (x, b)
+    for x_piece, *b_piece, state_piece in layout.rows(axes, full, (state,)).pieces:
+        weights = b_piece[0] if b_piece else None
+        rows(backend.logsumexp(x_piece, weights, state_piece, None, None), x_piece)
+
+
+def finish(backend: Backend, state: Floats, weighted: bool, out: Array, sign: Array | None) -> None:
+    """The log-sum-exp of running states: that of no further elements."""
+    count = out.size
+    nothing = np.empty((count, 0, 1), out.dtype)
+    kernel = backend.logsumexp(
+        nothing,
+        nothing if weighted else None,
+        state.reshape(count, 1, 3),
+        out.reshape(count, 1),
+        None if sign is None else sign.reshape(count, 1),
+    )
+    if count:
+        kernel(0, count)
+
+
+def each_row(
+    axes: Sequence[int],
+    full: Sequence[Array | None],
+    row: Sequence[Array | None],
+    bind: Callable[..., Kernel],
+) -> None:
+    """Run the kernel that `bind` makes of each piece; operands that are None are passed as None."""
+    operands = (*full, *row)
+    pieces = layout.rows(
+        axes, [a for a in full if a is not None], [a for a in row if a is not None]
+    ).pieces
+    for piece in pieces:
+        views = iter(piece)
+        rows(bind(*(None if a is None else next(views) for a in operands)), piece[0])

@@ -1,0 +1,466 @@
+"""Cross-entropies and their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastll import layout
+from fastll.api import _run
+from fastll.arrays import as_array, axis_of, broadcast, check_output
+from fastll.contract import CrossEntropyOptions
+from fastll.dtypes import is_floating, kind_of
+
+Array = NDArray[Any]
+Reduction = Literal["mean", "sum", "none"]
+
+_INT64 = np.iinfo(np.int64)
+
+
+class DenseOptions(TypedDict, total=False):
+    """The options of `dense_cross_entropy`; see `cross_entropy`."""
+
+    axis: int
+    weight: ArrayLike | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    reduction: Reduction
+    return_lse: bool
+    return_grad: bool
+    grad_out: Array | None
+
+
+class SparseOptions(DenseOptions, total=False):
+    """The options of `sparse_cross_entropy`; see `cross_entropy`."""
+
+    ignore_index: int
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    return_lse: bool = False,
+    return_grad: bool = False,
+    grad_out: Array | None = None,
+) -> Any:
+    r"""Cross-entropy of logits against class labels or a distribution, with its gradient.
+
+    Of one row of C logits x, with ``lse = log sum_j exp(x_j)`` and label smoothing :math:`\epsilon`:
+
+    .. math::
+
+        L = \sum_j w_j u_j (\mathrm{lse} - x_j) + z\,\mathrm{lse}^2, \quad
+        u_j = (1 - \epsilon) t_j + \epsilon / C
+
+    where t is the dense target, or 1 at the label and 0 elsewhere. (For labels, as in PyTorch, the mean
+    divides by the summed weights of the labels.) ``lse - x_j`` is computed as ``log1p(r) + (m - x_j)``,
+    where m is the maximum and r the sum of the others' ``exp(x_i - m)``: a loss near zero keeps its
+    digits, and a common offset of the logits costs none.
+
+    Parameters
+    ----------
+    logits : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    target : array_like
+        Integers: labels in [0, C), in the shape of `logits` without `axis`. Floating: a distribution
+        a row, in the shape of `logits`; it need not sum to one. A target of 0 contributes 0, even
+        at a logit of -inf.
+    axis : int
+        The axis of the classes.
+    weight : array_like, optional
+        A factor for each class, shape (C,).
+    ignore_index : int
+        Rows with this label have loss 0, gradient 0, and do not count in the mean, whatever their
+        logits are. For labels only.
+    label_smoothing : float
+        In [0, 1]: the share of the target that is spread over all classes.
+    z_loss : float
+        Factor of ``lse**2``, added to each row's loss; at least 0.
+    softcap : float, optional
+        Replaces x by ``softcap * tanh(x / softcap)`` first; positive.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides by the summed weight of the kept labels, or by the number of rows for a dense
+        target; over nothing it is NaN. "none" gives each row's loss.
+    return_lse : bool
+        Also return the log-sum-exp of each row (of ignored rows too).
+    return_grad : bool
+        Also return the gradient of the reduced loss (with "none": of each row's own loss) with respect
+        to `logits`.
+    grad_out : ndarray, optional
+        Where to leave the gradient, which is then computed in any case: of the shape and dtype of
+        `logits`. May be `logits` itself.
+
+    Returns
+    -------
+    loss : ndarray or scalar
+        float64 for float64 and integer logits, float32 for every other.
+    lse : ndarray or scalar
+        In the same dtype; only if `return_lse`.
+    grad : ndarray
+        In the shape and dtype of `logits`; only if `return_grad`.
+
+    Raises
+    ------
+    IndexError
+        If a label is outside [0, C) and is not `ignore_index`; nothing has been written then.
+    TypeError
+        If a dtype is complex, longdouble, object, string, or (of `target`) bool.
+    ValueError
+        If shapes do not match, an option is out of its range, or `grad_out` cannot be written.
+
+    Notes
+    -----
+    The gradient of a row is ``(W + 2 z lse) p_j - w_j u_j`` with ``W = sum_j w_j u_j`` and
+    ``p_j = exp(x_j - m) / s``; at the label it is computed from ``1 - p`` without cancellation.
+
+    References
+    ----------
+    `torch.nn.functional.cross_entropy`. z-loss: Chowdhery et al., "PaLM", arXiv 2204.02311; soft
+    capping: Gemma Team, "Gemma 2", arXiv 2408.00118.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastll import cross_entropy
+    >>> logits = np.array([[2.0, 0.0, 0.0], [0.0, 50.0, 0.0]])
+    >>> cross_entropy(logits, [0, 1], reduction="none")
+    array([2.39544863e-01, 3.85749970e-22])
+    >>> loss, grad = cross_entropy(logits, [0, -100], return_grad=True)
+    >>> grad.round(3)
+    array([[-0.213,  0.107,  0.107],
+           [ 0.   ,  0.   ,  0.   ]])
+    """
+    x = as_array(logits, "logits")
+    t = _target(target)
+    options: SparseOptions = {
+        "axis": axis,
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "reduction": reduction,
+        "return_lse": return_lse,
+        "return_grad": return_grad,
+        "grad_out": grad_out,
+    }
+    if not is_floating(t.dtype):
+        return _cross_entropy(x, None, t, **options)
+    if _integer(ignore_index, "ignore_index") >= 0:
+        raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
+    return _cross_entropy(x, t, None, **options)
+
+
+def sparse_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[SparseOptions]) -> Any:
+    """`cross_entropy` for a target of integer labels, with the same options.
+
+    Parameters
+    ----------
+    logits : array_like
+        Any shape and strides.
+    target : array_like
+        Integer labels in [0, C), in the shape of `logits` without `axis`.
+    **options
+        Those of `cross_entropy`.
+
+    Returns
+    -------
+    loss, lse, grad
+        As of `cross_entropy`.
+
+    Raises
+    ------
+    TypeError
+        If `target` is not an array of integers; else as `cross_entropy`.
+
+    Examples
+    --------
+    >>> from fastll import sparse_cross_entropy
+    >>> float(sparse_cross_entropy([[0.0, 0.0]], [1]))
+    0.6931471805599453
+    """
+    return _cross_entropy(as_array(logits, "logits"), None, _target(target), **options)
+
+
+def dense_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[DenseOptions]) -> Any:
+    """`cross_entropy` for a target that is a distribution a row, with the same options.
+
+    Parameters
+    ----------
+    logits : array_like
+        Any shape and strides.
+    target : array_like
+        In the shape of `logits`, of any real dtype.
+    **options
+        Those of `cross_entropy`, except `ignore_index`.
+
+    Returns
+    -------
+    loss, lse, grad
+        As of `cross_entropy`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cross_entropy`.
+
+    Examples
+    --------
+    >>> from fastll import dense_cross_entropy
+    >>> float(dense_cross_entropy([[0.0, 0.0]], [[0.5, 0.5]]))
+    0.6931471805599453
+    """
+    if "ignore_index" in options:
+        raise TypeError("dense_cross_entropy() has no ignore_index: a dense target has no labels")
+    return _cross_entropy(as_array(logits, "logits"), as_array(target, "target"), None, **options)
+
+
+def _cross_entropy(
+    x: Array,
+    dense: Array | None,
+    labels: Array | None,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    return_lse: bool = False,
+    return_grad: bool = False,
+    grad_out: Array | None = None,
+) -> Any:
+    if x.ndim == 0:
+        raise ValueError("logits has no axis of classes; expected at least one dimension")
+    axis = axis_of(axis, x.ndim)
+    classes, kept = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
+    value = kind_of(x.dtype).compute
+    weights = None if weight is None else _class_weight(weight, classes, value)
+    _check_reduction(reduction)
+    options = CrossEntropyOptions(
+        ignore_index=_integer(ignore_index, "ignore_index"),
+        label_smoothing=_number(label_smoothing, "label_smoothing", 0.0, 1.0),
+        z_loss=_number(z_loss, "z_loss", 0.0, math.inf),
+        softcap=0.0 if softcap is None else _number(softcap, "softcap", 0.0, math.inf, open_below=True),
+        scale=1.0,
+    )
+    if dense is not None and dense.shape != x.shape:
+        raise ValueError(f"target has shape {dense.shape}; expected that of logits, {x.shape}")
+    if labels is not None:
+        labels = _labels(labels, kept)
+    grad = _gradient(x, return_grad, grad_out, (dense, labels, weights))
+
+    backend = _run.backend_for("cross_entropy", x)
+    denominator = float(math.prod(kept))
+    if labels is not None:
+        bad, denominator = backend.check_labels(
+            labels.reshape(-1), classes, options.ignore_index, weights
+        )
+        if bad >= 0:
+            place = tuple(int(i) for i in np.unravel_index(bad, kept))
+            raise IndexError(
+                f"target has label {labels[place]} at {place}; "
+                f"expected 0 <= label < {classes} or ignore_index = {options.ignore_index}"
+            )
+    if reduction == "mean":
+        options = options._replace(scale=1 / denominator if denominator else math.nan)
+
+    loss = np.empty(kept, value)
+    lse = np.empty(kept, value) if return_lse else None
+    _run.each_row(
+        (axis,),
+        (x, dense, grad),
+        (labels, loss, lse),
+        lambda x, dense, grad, labels, loss, lse: backend.cross_entropy(
+            x, dense, labels, weights, options, loss, lse, grad
+        ),
+    )
+    result: Any = loss[()]
+    if reduction != "none":
+        summed = np.sum(loss, dtype=np.float64)
+        result = value.type(summed if reduction == "sum" else _mean(summed, denominator))
+    return _outputs(
+        result, lse[()] if lse is not None else None, grad if return_grad else None
+    )
+
+
+def binary_cross_entropy_with_logits(
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_grad: bool = False,
+    grad_out: Array | None = None,
+) -> Any:
+    r"""Binary cross-entropy of logits, with its gradient.
+
+    Of one logit x with target t, weight w and weight p of the positive class:
+
+    .. math::
+
+        L = w \left( p\,t\,\operatorname{softplus}(-x) + (1 - t) \operatorname{softplus}(x) \right),
+        \quad \operatorname{softplus}(x) = \max(x, 0) + \operatorname{log1p}(\exp(-|x|))
+
+    All summands are non-negative: a loss near zero keeps its digits.
+
+    Parameters
+    ----------
+    logits : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    target : array_like
+        Probabilities of the positive class, or bools or integers 0 and 1, in the shape of `logits`.
+        The values are not checked.
+    weight : array_like, optional
+        A factor of each element's loss; broadcasts to `logits`.
+    pos_weight : array_like, optional
+        A factor of the positive part of the loss; broadcasts to `logits`.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides by the number of elements; over nothing it is NaN. "none" gives each element's
+        loss.
+    return_grad : bool
+        Also return the gradient of the reduced loss (with "none": of each element's own loss) with
+        respect to `logits`.
+    grad_out : ndarray, optional
+        Where to leave the gradient, which is then computed in any case: of the shape and dtype of
+        `logits`. May be `logits` itself.
+
+    Returns
+    -------
+    loss : ndarray or scalar
+        float64 for float64 and integer logits, float32 for every other.
+    grad : ndarray
+        In the shape and dtype of `logits`; only if `return_grad`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string.
+    ValueError
+        If shapes do not match, `reduction` is none of the three, or `grad_out` cannot be written.
+
+    References
+    ----------
+    `torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Examples
+    --------
+    >>> from fastll import binary_cross_entropy_with_logits
+    >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
+    array([6.93147181e-01, 4.24835426e-18])
+    """
+    x, t = as_array(logits, "logits"), as_array(target, "target")
+    value = kind_of(x.dtype).compute
+    if t.shape != x.shape:
+        raise ValueError(f"target has shape {t.shape}; expected that of logits, {x.shape}")
+    w = None if weight is None else broadcast(as_array(weight, "weight"), x.shape, "weight")
+    p = None if pos_weight is None else as_array(pos_weight, "pos_weight")
+    if p is not None:
+        p = broadcast(p, x.shape, "pos_weight")
+    _check_reduction(reduction)
+    grad = _gradient(x, return_grad, grad_out, (t, w, p))
+
+    scale = 1 / x.size if reduction == "mean" and x.size else 1.0
+    loss = np.empty_like(x, dtype=value, subok=False) if reduction == "none" else None
+    backend = _run.backend_for("binary_cross_entropy", x)
+    operands = (x, t, w, p, loss, grad)
+    summed = 0.0
+    for piece in layout.elementwise([a for a in operands if a is not None]):
+        views = iter(piece)
+        x_, t_, w_, p_, loss_, grad_ = (None if a is None else next(views) for a in operands)
+        sums = np.empty((x_.shape[0], _run.units(x_))) if loss is None else None
+        kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
+        _run.elements(kernel, x_)
+        summed += 0.0 if sums is None else float(sums.sum())
+    result: Any = loss[()] if loss is not None else None
+    if loss is None:
+        result = value.type(summed if reduction == "sum" else _mean(summed, float(x.size)))
+    return _outputs(result, None, grad if return_grad else None)
+
+
+def _target(target: ArrayLike) -> Array:
+    """A target as an array: labels or, for a floating dtype, a dense one."""
+    t = np.asarray(target) if isinstance(target, list | tuple | int) else as_array(target, "target")
+    if t.size == 0 and isinstance(target, list | tuple):
+        return t.astype(np.int64)  # nothing in it says otherwise
+    kind_of(t.dtype, "target")
+    if t.dtype.kind == "b":
+        raise TypeError("target has dtype bool; expected integers (labels) or floats (a dense target)")
+    return t
+
+
+def _labels(labels: Array, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Labels as contiguous int64 in the shape of the rows."""
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"target has dtype {labels.dtype}; expected integers (labels)")
+    if labels.shape != shape:
+        raise ValueError(f"target has shape {labels.shape}; expected that of logits without axis, {shape}")
+    if labels.dtype == np.uint64:
+        # beyond int64 a label is out of range for certain, and stays so at its limit
+        labels = np.minimum(labels, np.uint64(_INT64.max))
+    return np.asarray(labels, dtype=np.int64, order="C")
+
+
+def _class_weight(weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Array:
+    w = as_array(weight, "weight")
+    if w.shape != (classes,):
+        raise ValueError(f"weight has shape {w.shape}; expected one weight a class, ({classes},)")
+    return np.ascontiguousarray(w, dtype=dtype)
+
+
+def _gradient(x: Array, wanted: bool, out: Array | None, inputs: tuple[Array | None, ...]) -> Array | None:
+    """`out` once it is checked, or a new array, or nothing if no gradient is wanted."""
+    element = kind_of(x.dtype).element
+    if out is not None:
+        check_output(out, "grad_out", x.shape, element, x, (a for a in inputs if a is not None))
+        return out
+    return np.empty_like(x, dtype=element, subok=False) if wanted else None
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+
+
+def _integer(value: Any, name: str) -> int:
+    if not hasattr(value, "__index__") or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if not _INT64.min <= value <= _INT64.max:
+        raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
+    return int(value)
+
+
+def _number(value: Any, name: str, least: float, most: float, open_below: bool = False) -> float:
+    """A finite number within bounds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; expected a number") from None
+    if not (least <= number <= most) or math.isinf(number) or (open_below and number == least):
+        bounds = f"in [{least:g}, {most:g}]" if most < math.inf else "of at least 0"
+        raise ValueError(f"{name} is {value!r}; expected a number {'above 0' if open_below else bounds}")
+    return number
+
+
+def _mean(summed: float, count: float) -> float:
+    return summed / count if count else math.nan
+
+
+def _outputs(loss: Any, lse: Any, grad: Array | None) -> Any:
+    """The loss alone, or a tuple of what there is."""
+    extras = tuple(extra for extra in (lse, grad) if extra is not None)
+    return (loss, *extras) if extras else loss

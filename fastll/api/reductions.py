@@ -1,0 +1,333 @@
+"""Log-sum-exp, softmax and sigmoid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastll import layout
+from fastll.api import _run
+from fastll.arrays import as_array, axes_of, broadcast, check_output
+from fastll.dtypes import kind_of
+
+Array = NDArray[Any]
+Axis = int | Sequence[int] | None
+
+
+def logsumexp(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    *,
+    out: Array | None = None,
+) -> Any:
+    r"""Logarithm of the sum of exponentials, in one read of the array.
+
+    .. math:: \log \sum_j b_j \exp(a_j) = m + \log \sum_j b_j \exp(a_j - m), \quad m = \max_j a_j
+
+    computed as ``m + log1p(sum over the others)``, so that it keeps its digits where one element
+    dominates. The signature and the special values are SciPy's.
+
+    Parameters
+    ----------
+    a : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    axis : int, tuple of int or None
+        Axes to reduce over; None: all.
+    b : array_like, optional
+        Weights; `a` and `b` broadcast to one shape. Where a weight is 0 its element counts for
+        nothing, even inf or NaN.
+    keepdims : bool
+        Leave the reduced axes in the result, with size 1.
+    return_sign : bool
+        Also return the sign of the sum, and let the result be the logarithm of its magnitude.
+        Without it a negative sum gives NaN.
+    out : ndarray, optional
+        Where to leave the result: of its shape, and of a dtype that it can be cast to.
+
+    Returns
+    -------
+    res : ndarray or scalar
+        float64 for float64 and integer `a`, float32 for every other. Over no element: -inf. With
+        +inf among the elements: +inf; with NaN: NaN.
+    sgn : ndarray or scalar
+        -1, 0 or 1 (NaN if `res` is); only if `return_sign`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string; if `axis` is not an integer.
+    ValueError
+        If an axis is out of bounds or repeated; if shapes do not match; if `out` cannot be written.
+
+    See Also
+    --------
+    LogSumExp : the same in parts, over chunks, processes and machines.
+
+    References
+    ----------
+    P. Blanchard, D. J. Higham and N. J. Higham, "Accurately computing the log-sum-exp and softmax
+    functions", IMA Journal of Numerical Analysis 41 (2021). `scipy.special.logsumexp`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastll import logsumexp
+    >>> float(logsumexp([1000.0, 1000.0]))
+    1000.6931471805599
+    >>> float(logsumexp([0.0, -40.0]))
+    4.248354255291589e-18
+    >>> logsumexp(np.zeros((2, 4), np.float32), axis=1)
+    array([1.3862944, 1.3862944], dtype=float32)
+    >>> log_difference, sign = logsumexp([1.0, 2.0], b=[1.0, -1.0], return_sign=True)
+    >>> float(log_difference), float(sign)
+    (1.541324854612918, -1.0)
+    """
+    x = as_array(a, "a")
+    weights = None
+    if b is not None:
+        weights = as_array(b, "b")
+        try:
+            shape = np.broadcast_shapes(x.shape, weights.shape)
+        except ValueError:
+            raise ValueError(f"b has shape {weights.shape}; expected one that broadcasts with {x.shape}") from None
+        x, weights = broadcast(x, shape, "a"), broadcast(weights, shape, "b")
+    if x.ndim == 0:
+        x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
+    axes = axes_of(axis, x.ndim)
+    kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
+    value = kind_of(x.dtype).compute
+    if out is not None:
+        _check_cast(out, value)
+        check_output(out, "out", shape, out.dtype, None, (x,) if weights is None else (x, weights))
+
+    result = np.empty(kept, value)
+    sign = np.empty(kept, value) if return_sign else None
+    backend = _run.backend_for("logsumexp", x)
+    if len(axes) == 1 and x.size:
+        _run.each_row(
+            axes,
+            (x, weights),
+            (result, sign),
+            lambda x, b, out, sign: backend.logsumexp(x, b, None, out, sign),
+        )
+    else:
+        state = _run.new_state(kept)
+        if x.size:
+            _run.fold(backend, x, weights, axes, state)
+        _run.finish(backend, state, weights is not None, result, sign)
+
+    result = result.reshape(shape)
+    if out is not None:
+        np.copyto(out, result, casting="same_kind")
+    returned = out if out is not None else result[()]
+    return (returned, sign.reshape(shape)[()]) if sign is not None else returned
+
+
+def _check_cast(out: Any, dtype: np.dtype[Any]) -> None:
+    if isinstance(out, np.ndarray) and not np.can_cast(dtype, out.dtype, "same_kind"):
+        raise TypeError(f"out has dtype {out.dtype}; expected one that {dtype} can be cast to")
+
+
+def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
+    r"""Softmax, in one read and one write.
+
+    .. math:: p_j = \exp(x_j - m) / \sum_i \exp(x_i - m), \quad m = \max_i x_i
+
+    Parameters
+    ----------
+    x : array_like
+        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
+        as float64.
+    axis : int, tuple of int or None
+        Axes that the probabilities sum to one over; None: all.
+    out : ndarray, optional
+        Where to leave the result: of its shape and dtype. May be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        In the shape of `x`, in its dtype (float64 for integers). The probability of -inf is 0. A row
+        whose maximum is infinite or that has a NaN is NaN.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
+    ValueError
+        If an axis is out of bounds or repeated; if `out` cannot be written.
+
+    References
+    ----------
+    `scipy.special.softmax`; Blanchard, Higham and Higham (2021), see `logsumexp`.
+
+    Examples
+    --------
+    >>> from fastll import softmax
+    >>> softmax([0.0, 0.0, float("-inf")])
+    array([0.5, 0.5, 0. ])
+    """
+    return _softmax(x, axis, out, log=False)
+
+
+def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
+    r"""Logarithm of the softmax, in one read and one write.
+
+    .. math:: \log p_j = (x_j - m) - \log \sum_i \exp(x_i - m), \quad m = \max_i x_i
+
+    Both parts are at most 0, and the second has the log1p form: nothing cancels.
+
+    Parameters
+    ----------
+    x : array_like
+        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
+        as float64.
+    axis : int, tuple of int or None
+        Axes that the probabilities sum to one over; None: all.
+    out : ndarray, optional
+        Where to leave the result: of its shape and dtype. May be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        In the shape of `x`, in its dtype (float64 for integers). That of -inf is -inf; a row of
+        nothing else, or with a NaN, is NaN.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
+    ValueError
+        If an axis is out of bounds or repeated; if `out` cannot be written.
+
+    References
+    ----------
+    `scipy.special.log_softmax`; Blanchard, Higham and Higham (2021), see `logsumexp`.
+
+    Examples
+    --------
+    >>> from fastll import log_softmax
+    >>> log_softmax([1000.0, 0.0])
+    array([    0., -1000.])
+    """
+    return _softmax(x, axis, out, log=True)
+
+
+def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
+    x = as_array(x, "x")
+    result = _output(x, out)
+    full = x.reshape(1) if x.ndim == 0 else x
+    axes = axes_of(axis, full.ndim)
+    backend = _run.backend_for("softmax", x)
+    target = result.reshape(full.shape)
+    if x.size:
+        parts = layout.rows(axes, (full, target))
+        if parts.folds == 1:
+            for x_piece, out_piece in parts.pieces:
+                _run.rows(backend.softmax(x_piece, None, out_piece, log), x_piece)
+        else:
+            kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+            state = _run.new_state(kept)
+            _run.fold(backend, x, None, axes, state)
+            _run.each_row(
+                axes, (x, target), (state,), lambda x, out, state: backend.softmax(x, state, out, log)
+            )
+    return result if out is not None else result[()]
+
+
+def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
+    r"""Logistic sigmoid, at full precision in both tails.
+
+    .. math:: \sigma(x) = 1 / (1 + \exp(-x))
+
+    Parameters
+    ----------
+    x : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    out : ndarray, optional
+        Where to leave the result: of its shape and dtype. May be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        In the shape of `x`, in its dtype (float64 for integers).
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
+    ValueError
+        If `out` cannot be written.
+
+    References
+    ----------
+    `scipy.special.expit`.
+
+    Examples
+    --------
+    >>> from fastll import sigmoid
+    >>> sigmoid([-1000.0, -40.0, 0.0])
+    array([0.00000000e+00, 4.24835426e-18, 5.00000000e-01])
+    """
+    return _sigmoid(x, out, log=False)
+
+
+def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
+    r"""Logarithm of the logistic sigmoid, at full precision in both tails.
+
+    .. math:: \log \sigma(x) = \min(x, 0) - \operatorname{log1p}(\exp(-|x|))
+
+    Parameters
+    ----------
+    x : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    out : ndarray, optional
+        Where to leave the result: of its shape and dtype. May be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        In the shape of `x`, in its dtype (float64 for integers).
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
+    ValueError
+        If `out` cannot be written.
+
+    References
+    ----------
+    `scipy.special.log_expit`.
+
+    Examples
+    --------
+    >>> from fastll import log_sigmoid
+    >>> log_sigmoid([-1000.0, 40.0])
+    array([-1.00000000e+03, -4.24835426e-18])
+    """
+    return _sigmoid(x, out, log=True)
+
+
+def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
+    x = as_array(x, "x")
+    result = _output(x, out)
+    backend = _run.backend_for("sigmoid", x)
+    for x_piece, out_piece in layout.elementwise((x, result)):
+        _run.elements(backend.sigmoid(x_piece, out_piece, log), x_piece)
+    return result if out is not None else result[()]
+
+
+def _output(x: Array, out: Array | None) -> Array:
+    """`out` once it is checked, or a new array, for an element-wise result."""
+    element = kind_of(x.dtype).element
+    if out is None:
+        return np.empty_like(x, dtype=element, subok=False)
+    check_output(out, "out", x.shape, element, x, ())
+    return out

@@ -1,0 +1,194 @@
+"""Likelihoods in parts: states that are updated, merged and sent elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastll.api import _run
+from fastll.api.reductions import Axis
+from fastll.arrays import as_array, axes_of
+from fastll.dtypes import kind_of
+
+Array = NDArray[Any]
+
+
+class LogSumExp:
+    r"""Log-sum-exp in parts.
+
+    The state of each row is the pair (m, s), the maximum so far and the sum of ``exp(x - m)``, whose
+    log-sum-exp is ``m + log(s)``. ``(-inf, 0)`` is the identity; `merge` is associative and
+    commutative within rounding, so that chunks, threads, processes and machines combine in any order:
+
+    .. math:: (m_1, s_1) \oplus (m_2, s_2) = (m, s_1 e^{m_1 - m} + s_2 e^{m_2 - m}),
+              \quad m = \max(m_1, m_2)
+
+    Parameters
+    ----------
+    shape : int or tuple of int
+        Shape of the rows, which is that of the value.
+    dtype : dtype_like
+        A floating dtype; the value is float64 for float64 and float32 for every other. The state is
+        float64 in any case.
+
+    Raises
+    ------
+    TypeError
+        If `dtype` is not a floating one that fastll computes with.
+    ValueError
+        If `shape` is negative.
+
+    References
+    ----------
+    M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastll import LogSumExp
+    >>> first, second = LogSumExp(), LogSumExp()
+    >>> float(first.update([0.0, 1.0]).merge(second.update([2.0])).value)
+    2.407605964444380
+    """
+
+    __slots__ = ("_dtype", "_state")
+
+    def __init__(self, shape: int | tuple[int, ...] = (), dtype: DTypeLike = np.float64) -> None:
+        kind = kind_of(np.dtype(dtype), "dtype")
+        if kind.element != np.dtype(dtype).newbyteorder("="):
+            raise TypeError(f"dtype is {np.dtype(dtype)}; expected a floating one")
+        self._dtype = kind.compute
+        # (m, e, k) of the contract, where s = e + k: the split keeps the digits of log1p
+        self._state = _run.new_state((shape,) if isinstance(shape, int) else tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return self._state.shape[:-1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the value."""
+        return self._dtype
+
+    def update(self, x: ArrayLike, axis: Axis = -1) -> Self:
+        """Add elements to the rows.
+
+        Parameters
+        ----------
+        x : array_like
+            Any shape and strides; without `axis`, in the shape of the rows.
+        axis : int, tuple of int or None
+            Axes to reduce over; None: all.
+
+        Returns
+        -------
+        LogSumExp
+            This one.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is complex, longdouble, object or string.
+        ValueError
+            If `x` without `axis` is not in the shape of the rows; nothing has been added then.
+        """
+        x = as_array(x, "x")
+        if x.ndim == 0:
+            x = x.reshape(1)
+        axes = axes_of(axis, x.ndim)
+        kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+        if kept != self.shape:
+            raise ValueError(f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}")
+        if x.size:
+            _run.fold(_run.backend_for("logsumexp", x), x, None, axes, self._state)
+        return self
+
+    def merge(self, other: LogSumExp) -> Self:
+        """Add the elements of another accumulator, which stays as it is.
+
+        Parameters
+        ----------
+        other : LogSumExp
+            Of the same shape.
+
+        Returns
+        -------
+        LogSumExp
+            This one.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a `LogSumExp`.
+        ValueError
+            If the shapes differ.
+        """
+        if not isinstance(other, LogSumExp):
+            raise TypeError(f"other is a {type(other).__name__}; expected a LogSumExp")
+        if other.shape != self.shape:
+            raise ValueError(f"other has shape {other.shape}; expected {self.shape}")
+        parts = np.stack((self._state, other._state))
+        m = parts[..., 0].max(axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            top = parts[..., 0] == m
+            s = parts[..., 1] + parts[..., 2]
+            below = s * np.exp(parts[..., 0] - m)
+        self._state[..., 0] = m
+        self._state[..., 1] = np.where(top, parts[..., 1], below).sum(axis=0)
+        self._state[..., 2] = np.where(top, parts[..., 2], 0).sum(axis=0)
+        return self
+
+    @property
+    def value(self) -> Any:
+        """The log-sum-exp of all elements so far, -inf before the first."""
+        out = np.empty(self.shape, self._dtype)
+        _run.finish(_run.backend_for("logsumexp", out), self._state, False, out, None)
+        return out[()]
+
+    @property
+    def state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The pair (m, s), float64 arrays in the shape of the value."""
+        return self._state[..., 0].copy(), self._state[..., 1] + self._state[..., 2]
+
+    @classmethod
+    def from_state(cls, state: tuple[ArrayLike, ArrayLike], dtype: DTypeLike = np.float64) -> Self:
+        """An accumulator with a given state.
+
+        Parameters
+        ----------
+        state : tuple of array_like
+            The pair (m, s), of one shape, as `state` gives it.
+        dtype : dtype_like
+            As of the class.
+
+        Returns
+        -------
+        LogSumExp
+            A new one.
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ, or an s is negative.
+        """
+        m, s = (np.asarray(part, dtype=np.float64) for part in state)
+        if m.shape != s.shape:
+            raise ValueError(f"state has shapes {m.shape} and {s.shape}; expected one shape")
+        if np.any(s < 0):
+            raise ValueError(f"state has a sum of {s.min()}; expected none below 0")
+        result = cls(m.shape, dtype)
+        k = np.minimum(s, 1.0)  # the maximum itself, in the split that keeps most digits
+        result._state[...] = np.stack((m, s - k, k), axis=-1)
+        return result
+
+    def __getstate__(self) -> tuple[np.dtype[Any], NDArray[np.float64]]:
+        return self._dtype, self._state
+
+    def __setstate__(self, state: tuple[np.dtype[Any], NDArray[np.float64]]) -> None:
+        self._dtype, self._state = state
+
+    def __repr__(self) -> str:
+        return f"LogSumExp(shape={self.shape}, dtype={self._dtype}, value={self.value})"

@@ -1,0 +1,80 @@
+"""What the test-suite checks gradients with, for users' own losses too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def gradcheck(
+    f: Callable[[Any], tuple[Any, Any]],
+    x: ArrayLike,
+    *,
+    step: float = 1e-4,
+    rtol: float = 1e-6,
+    atol: float = 1e-8,
+) -> bool:
+    r"""Check an analytic gradient by central differences.
+
+    .. math:: \partial_i L(x) \approx
+        \frac{8 (L(x + h e_i) - L(x - h e_i)) - (L(x + 2 h e_i) - L(x - 2 h e_i))}{12 h}
+
+    whose error is of order :math:`h^4` in the step and :math:`\epsilon |L| / h` in the rounding of L:
+    with a step of 1e-4 both lie below the default tolerances where L and its derivatives are near 1.
+
+    Parameters
+    ----------
+    f : callable
+        ``f(x)`` returns the loss and its gradient with respect to x. A loss that is an array stands for
+        its sum.
+    x : array_like
+        Where to check, converted to float64; finite.
+    step : float
+        The step h.
+    rtol, atol : float
+        Tolerances, as of `numpy.testing.assert_allclose`.
+
+    Returns
+    -------
+    bool
+        True.
+
+    Raises
+    ------
+    AssertionError
+        If an entry differs by more than ``atol + rtol * abs(difference quotient)``, or the gradient is
+        not in the shape of x.
+    ValueError
+        If `x` is not finite.
+
+    Examples
+    --------
+    >>> from fastll import cross_entropy
+    >>> from fastll.testing import gradcheck
+    >>> gradcheck(lambda x: cross_entropy(x, [2, 0], return_grad=True), [[1.0, 2.0, 3.0], [0.0, 1.0, 5.0]])
+    True
+    """
+    x = np.array(x, dtype=np.float64)
+    if not np.all(np.isfinite(x)):
+        raise ValueError("x is not finite; expected an array of finite numbers")
+    gradient = np.array(f(x.copy())[1], dtype=np.float64)
+    if gradient.shape != x.shape:
+        raise AssertionError(f"the gradient has shape {gradient.shape}; expected that of x, {x.shape}")
+
+    def loss_at(index: tuple[int, ...], offset: float) -> float:
+        shifted = x.copy()
+        shifted[index] += offset
+        return float(np.sum(f(shifted)[0]))
+
+    numeric = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        near = loss_at(index, step) - loss_at(index, -step)
+        far = loss_at(index, 2 * step) - loss_at(index, -2 * step)
+        numeric[index] = (8 * near - far) / (12 * step)
+    np.testing.assert_allclose(
+        gradient, numeric, rtol=rtol, atol=atol, err_msg="analytic gradient against central differences"
+    )
+    return True
