@@ -80,10 +80,11 @@ def _load_forced(name: str) -> Backend:
 @cache
 def _load(name: str) -> Backend | str:
     """The backend, or why it is not available."""
+    module = f"fastll.backends.{name}"
     try:
-        return cast(Backend, import_module(f"fastll.backends.{name}").backend)
+        return cast(Backend, import_module(module).backend)
     except ImportError as error:
-        return str(error)
+        return "this version of fastll has none" if error.name == module else str(error)
 
 
 def _check_name(name: str) -> None:

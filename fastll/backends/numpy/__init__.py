@@ -94,6 +94,7 @@ class Backend:
         def kernel(start: int, stop: int) -> None:
             r = _Rows(x, start, stop)
             xs = r.full(x)
+            slope = 1 / np.cosh(xs / cap) ** 2 if cap else 1.0
             if cap:
                 xs = cap * np.tanh(xs / cap)
             m, e, k = _fold(xs, None, None)
@@ -135,9 +136,7 @@ class Backend:
                 # at y: (total - c) p - c (1 - p) - u, with 1 - p free of cancellation
                 q = ((e + (k - 1)) - np.expm1(x_y - m)) / (e + k)
                 g[row, y] = (total - c) * p[row, y] - c * q - u[row, y]
-            if cap:
-                g = g * (1 - (xs / cap) ** 2)
-            r.put_full(grad, np.where(kept[:, None], scale * g, 0))
+            r.put_full(grad, np.where(kept[:, None], scale * slope * g, 0))
 
         return kernel
 

@@ -1,0 +1,60 @@
+"""What every test shares: the backends, and a seeded generator."""
+
+import os
+
+import numpy as np
+import oracle
+import pytest
+
+import fastll
+from fastll.dispatch import TABLE
+
+BACKENDS = TABLE["cpu"]
+
+
+def require(name):
+    """Skip without the backend, or fail where everything is meant to be there."""
+    status = fastll.backends()[name]
+    if not status.available:
+        if os.environ.get("FASTLL_REQUIRE_EXT") == "1":
+            pytest.fail(f"backend {name} is not available: {status.reason}")
+        pytest.skip(f"backend {name}: {status.reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each backend in turn, in force during the test."""
+    require(request.param)
+    oracle.SUBTRACTED = int(request.param == "numpy")
+    with fastll.use_backend(request.param):
+        yield request.param
+    oracle.SUBTRACTED = 0
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "numpy"])
+def compiled(request):
+    """Each compiled backend in turn, in force during the test."""
+    require(request.param)
+    with fastll.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261120)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads and the size of a call worth sharing; put back after the test."""
+    from fastll import threads
+
+    before = threads.SHARE_FROM
+
+    def set_threads(n, share_from=before):
+        fastll.set_num_threads(n)
+        threads.SHARE_FROM = share_from
+
+    yield set_threads
+    fastll.set_num_threads(None)
+    threads.SHARE_FROM = before

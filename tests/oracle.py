@@ -1,0 +1,125 @@
+"""The formulas once more, plainly and in extended precision, each with the size of what it sums.
+
+A result is a pair (value, scale). With an arithmetic of unit roundoff eps, a method that adds terms of
+one sign is off by a few eps times the sum of the terms' magnitudes, which is `scale`: the tests allow
+that much and no more. Written from the formulas of PyTorch and SciPy, without looking at the package.
+"""
+
+import numpy as np
+
+Real = np.longdouble
+#: 1 for a method that rounds x - m before the exponential, which costs |x - m| roundoffs; else 0.
+SUBTRACTED = 0
+
+
+def _moved(a, axis):
+    return np.moveaxis(np.asarray(a, Real), axis, -1)
+
+
+def _log_sum(x):
+    """(maximum, log sum exp(x - maximum)) over the last axis, kept; the maximum itself apart."""
+    top = np.argmax(x, axis=-1)[..., None]
+    m = np.take_along_axis(x, top, axis=-1)
+    e = np.exp(x - m)
+    np.put_along_axis(e, top, 0, axis=-1)
+    return m, np.log1p(e.sum(axis=-1, keepdims=True))
+
+
+def logsumexp(x, axis, b=None):
+    """(log|s|, |m| + |log|s/exp(m)||), sign of s."""
+    x = _moved(x, axis)
+    b = np.ones_like(x) if b is None else _moved(b, axis)
+    x = np.where(b == 0, -np.inf, x)
+    m = np.max(x, axis=-1, initial=-np.inf, keepdims=True)
+    m = np.where(np.isfinite(m), m, 0)
+    terms = b * np.exp(x - m)
+    s = terms.sum(axis=-1)
+    # 2 ulp of the maximum and of the logarithm; where weights cancel, what is left of their digits
+    with np.errstate(divide="ignore", invalid="ignore"):
+        condition = np.abs(terms).sum(axis=-1) / np.abs(s)
+        log_s = np.log(np.abs(s))
+    return (log_s + m[..., 0], np.abs(m[..., 0]) + np.abs(log_s) + condition), np.sign(s)
+
+
+def softmax(x, axis):
+    x = _moved(x, axis)
+    m, log_s = _log_sum(x)
+    p = np.exp(x - m) / np.exp(log_s)
+    return np.moveaxis(p, -1, axis), np.moveaxis(p * (1 + SUBTRACTED * np.abs(x - m)), -1, axis)
+
+
+def log_softmax(x, axis):
+    x = _moved(x, axis)
+    m, log_s = _log_sum(x)
+    value = (x - m) - log_s
+    scale = np.abs(value) + SUBTRACTED * log_s * np.abs(x - m).max(axis=-1, keepdims=True)
+    return np.moveaxis(value, -1, axis), np.moveaxis(scale, -1, axis)
+
+
+def sigmoid(x):
+    x = np.asarray(x, Real)
+    value = np.where(x < 0, np.exp(x), 1) / (1 + np.exp(-np.abs(x)))
+    return value, value
+
+
+def log_sigmoid(x):
+    x = np.asarray(x, Real)
+    value = np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
+    return value, np.abs(value)
+
+
+def cross_entropy(
+    x, target, axis, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None
+):
+    """Per row: loss, lse; per element: gradient; and the mean's denominator."""
+    x = _moved(x, axis)
+    classes = x.shape[-1]
+    slope = np.ones_like(x)
+    if softcap is not None:
+        slope = 1 / np.cosh(x / softcap) ** 2
+        x = softcap * np.tanh(x / softcap)
+    w = np.ones(classes, Real) if weight is None else np.asarray(weight, Real)
+    target = np.asarray(target)
+    kept = np.ones(x.shape[:-1], bool)
+    if target.dtype.kind in "iu":
+        kept = target != ignore_index
+        t = (np.where(kept, target, 0)[..., None] == np.arange(classes)).astype(Real)
+        denominator = (kept * (t * w).sum(axis=-1)).sum()
+    else:
+        t = _moved(target, axis)
+        denominator = Real(kept.size)
+    u = w * ((1 - label_smoothing) * t + label_smoothing / Real(classes))
+    m, log_s = _log_sum(x)
+    terms = u * (log_s + (m - x))
+    lse = (m + log_s)[..., 0]
+    loss = np.where(kept, np.where(u == 0, 0, terms).sum(axis=-1) + z_loss * lse**2, 0)
+    # the square doubles the relative error of lse, whose own scale is |m| + log s
+    spread = np.abs(m[..., 0]) + log_s[..., 0]
+    loss_scale = np.abs(np.where(u == 0, 0, terms)).sum(axis=-1) + 2 * z_loss * np.abs(lse) * spread
+    p = np.exp(x - m) / np.exp(log_s)
+    total = u.sum(axis=-1, keepdims=True)
+    pull = 2 * z_loss * lse[..., None]
+    grad = np.where(kept[..., None], slope * ((total + pull) * p - u), 0)
+    grad_scale = np.abs(slope) * ((total + 2 * z_loss * spread[..., None]) * p + np.abs(u))
+    # a roundoff of x (of its cap, or of x - m) is one of exp(x) times |x|
+    shift = SUBTRACTED * np.abs(x - m) + (0 if softcap is None else 2 * np.abs(x).max(axis=-1, keepdims=True))
+    loss_scale = loss_scale * (1 + shift.max(axis=-1))
+    grad_scale = grad_scale * (1 + shift)
+    back = lambda a: np.moveaxis(a, -1, axis)  # noqa: E731
+    return (
+        (loss, loss_scale),
+        (lse, spread + 1),
+        (back(grad), back(grad_scale)),
+        denominator,
+    )
+
+
+def binary_cross_entropy(x, target, *, weight=1.0, pos_weight=1.0):
+    """Per element: loss and gradient."""
+    x, t = np.asarray(x, Real), np.asarray(target).astype(Real)
+    w, p = np.asarray(weight, Real), np.asarray(pos_weight, Real)
+    soft = np.log1p(np.exp(-np.abs(x)))
+    loss = w * (p * t * (np.maximum(-x, 0) + soft) + (1 - t) * (np.maximum(x, 0) + soft))
+    grad = w * ((1 - t) * sigmoid(x)[0] - p * t * sigmoid(-x)[0])
+    scale = w * ((1 - t) * sigmoid(x)[0] + p * t * sigmoid(-x)[0])
+    return (loss, np.abs(loss)), (grad, np.abs(scale))
