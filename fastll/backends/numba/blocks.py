@@ -168,15 +168,22 @@ def sum_block(v, n, m, ref, like):
 
 @njit
 def sum_exact(v, step, n, m, like):
-    """`sum_block` by the library's exp, for a maximum that is infinite or enormous."""
+    """`sum_block` by the library's exp, for a maximum that is infinite or enormous.
+
+    One term after the other, but with Kahan's compensation.
+    """
     e = 0.0
     k = 0.0
+    lost = 0.0
     for j in range(n):
         x = np.float64(read(v + j * step, like))
         if x == m:
             k += 1.0
         else:
-            e += math.exp(x - m)
+            term = math.exp(x - m) - lost
+            added = e + term
+            lost = (added - e) - term
+            e = added
     return e, k
 
 
@@ -234,13 +241,14 @@ def weighted_sum_block(v, b, n, m, ref, like):
 
 @njit
 def weighted_sum_exact(v, b, step, n, m, like):
+    """`weighted_sum_block` likewise; weights of both signs at an infinite maximum make it NaN."""
     e = 0.0
     k = 0.0
     for j in range(n):
         x = np.float64(read(v + j * step, like))
         weight = np.float64(read(b + j * step, like))
         if x == m:
-            k += weight
+            k += weight * m if m == np.inf and weight != 0.0 else weight
         elif weight != 0.0:
             e += weight * math.exp(x - m)
     return e, k

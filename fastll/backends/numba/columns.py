@@ -350,8 +350,11 @@ def target_tile(t, w, j, n, dense, keep, spread, like):
 
 
 @njit(**INLINE)
-def linear_tile(s, tile, u, n, count, distance, mass, like):
-    """`blocks.linear_block` for the rows of a tile, added to distance and mass."""
+def linear_tile(s, tile, u, n, count, before, distance, mass, like):
+    """`blocks.linear_block` for the rows of a tile, added to distance and mass.
+
+    `before` is the maximum that the distance so far refers to.
+    """
     size = size_of(like)
     zero = splat(constants(like).zero)
     for w in range(0, count, lanes_of(like)):
@@ -368,7 +371,8 @@ def linear_tile(s, tile, u, n, count, distance, mass, like):
             accumulate(s.more_sums, j, weight)
         fold_sums(s.sums, n, zero, s.wide)
         for i in range(w, min(count, w + lanes_of(like))):
-            distance[i] += read(s.wide + (i - w) * 8, 0.0)
+            added = read(s.wide + (i - w) * 8, 0.0)
+            distance[i] += times(mass[i], s.m[i] - before[i]) + added
         fold_sums(s.more_sums, n, zero, s.wide)
         for i in range(w, min(count, w + lanes_of(like))):
             mass[i] += read(s.wide + (i - w) * 8, 0.0)
@@ -508,9 +512,7 @@ def cross_entropy(
                 if dense:
                     gather(t, outer, inner, j, n, count, u, like)
                 target_tile(u, w, j, n, dense, keep, share, like)
-                for i in range(count):
-                    distance[i] += times(mass[i], s.m[i] - before[i])
-                linear_tile(s, tile, u, n, count, distance, mass, like)
+                linear_tile(s, tile, u, n, count, before, distance, mass, like)
             for i in range(count):
                 if sparse and kept[i] and j <= y[i] < j + n:
                     at = ((y[i] - j) * WIDTH + i) * size

@@ -42,10 +42,17 @@ def reference(m):
 
 @njit(**INLINE)
 def raise_maximum(m, e, k, top):
-    """(m, e, k) relative to the larger of m and `top`."""
-    if top > m:
-        return top, (e + k) * math.exp(m - top), 0.0
-    return m, e, k
+    """(m, e, k) relative to a larger maximum `top`.
+
+    The rounding error of m - top, found as in Knuth's two-sum, corrects the exponential: otherwise a
+    difference of d would cost d roundoffs.
+    """
+    if m == -np.inf:
+        return top, e * 0.0, 0.0
+    d = m - top
+    rounded = d - m
+    error = (m - (d - rounded)) - (top + rounded) if d > -np.inf else 0.0
+    return top, (e + k) * (math.exp(d) * (1.0 + error)), 0.0
 
 
 @njit(**INLINE)

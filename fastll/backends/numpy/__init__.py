@@ -240,7 +240,9 @@ def _fold(xs: Array, b: Array, before: Array) -> tuple[Array, Array, Array]:
         m = np.fmax(m, before[:, 0])
     top = xs == m[:, None]
     e = np.sum(np.where(top | (weights == 0), 0, weights * np.exp(xs - m[:, None])), axis=1)
-    k = np.sum(np.where(top, weights, 0), axis=1)
+    # weights of both signs at an infinite maximum make it NaN
+    unit = np.where(np.isposinf(m) & (b is not None), np.inf, 1)[:, None]
+    k = np.sum(np.where(top & (weights != 0), weights * unit, 0), axis=1)
     if before is not None:
         m_0, e_0, k_0 = np.moveaxis(before, -1, 0)
         e = e + np.where(m_0 == m, e_0, (e_0 + k_0) * np.exp(m_0 - m))

@@ -1,0 +1,60 @@
+"""Shapes, strides and axes at random: Hypothesis against the plain reference."""
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from table import assert_close
+
+import fastll
+
+shapes = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+
+
+@st.composite
+def arrays(draw):
+    """A view of some memory: transposed, stepped, reversed, broadcast; and some of its axes."""
+    shape = draw(shapes)
+    steps = [draw(st.sampled_from([1, 1, 2, -1, -2])) for _ in shape]
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    memory = (3 * rng.standard_normal([abs(s) * n for s, n in zip(steps, shape, strict=True)])).astype(dtype)
+    x = memory[tuple(slice(None, None, s) for s in steps)].transpose(draw(st.permutations(range(len(shape)))))
+    repeated = draw(st.sets(st.integers(0, x.ndim - 1)))
+    x = np.broadcast_to(x[tuple(slice(0, 1) if i in repeated else slice(None) for i in range(x.ndim))], [
+        draw(st.integers(1, 4)) if i in repeated and n else n for i, n in enumerate(x.shape)
+    ])
+    axes = draw(st.sets(st.integers(0, x.ndim - 1), min_size=1))
+    return x, tuple(axes)
+
+
+@pytest.mark.parametrize("name", ["numba", "cython", "numpy"])
+@given(case=arrays())
+@settings(max_examples=150, deadline=None)
+def test_reductions(name, case):
+    from conftest import require
+
+    require(name)
+    x, axes = case
+    moved = np.moveaxis(x, axes, range(-len(axes), 0))
+    kept = moved.shape[: x.ndim - len(axes)]
+    flat = moved.reshape(*kept, int(np.prod(moved.shape[len(kept) :])))
+    oracle.SUBTRACTED = int(name == "numpy")
+    with fastll.use_backend(name), np.errstate(divide="ignore"):
+        assert_close(fastll.logsumexp(x, axis=axes), oracle.logsumexp(flat, -1)[0], x.dtype)
+        if x.size:
+            value, scale = oracle.softmax(flat, -1)
+            result = np.moveaxis(fastll.softmax(x, axis=axes), axes, range(-len(axes), 0))
+            assert_close(result.reshape(value.shape), (value, scale), x.dtype)
+        assert_close(fastll.sigmoid(x), oracle.sigmoid(x), x.dtype)
+        if len(axes) == 1 and flat.shape[-1]:
+            rng = np.random.default_rng(0)
+            y = rng.integers(0, flat.shape[-1], kept)
+            loss, lse, grad, _ = oracle.cross_entropy(x, y, axes[0], label_smoothing=0.1)
+            results = fastll.cross_entropy(
+                x, y, axis=axes[0], label_smoothing=0.1, reduction="none", return_lse=True, return_grad=True
+            )
+            for result, expected in zip(results, (loss, lse, grad), strict=True):
+                assert_close(result, expected, x.dtype)
+    oracle.SUBTRACTED = 0

@@ -1,0 +1,268 @@
+"""Infinities, NaN, empty axes, huge numbers: SciPy and PyTorch's answers, or better ones on purpose."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.special
+from table import DTYPES
+
+import fastll
+
+INF, NAN = np.inf, np.nan
+
+ROWS = [
+    [0.0, -40.0],
+    [1.0, INF],
+    [1.0, -INF],
+    [INF, INF],
+    [INF, -INF],
+    [-INF, -INF],
+    [1.0, NAN],
+    [NAN, INF],
+    [NAN, -INF],
+    [NAN, NAN],
+    [1e30, 1e30],
+    [-1e30, 1e30],
+    [3e6, 3e6 - 1],
+    [700.0, -800.0],
+    [5.0],
+    [-INF],
+    [INF],
+    [],
+]
+
+
+@pytest.fixture(params=[1, 40, 3000], ids="x{}".format)
+def repeats(request):
+    """Every value of a row this many times: short rows, one block, several blocks."""
+    return request.param
+
+
+@pytest.fixture(params=["row", "column"])
+def orient(request):
+    """A row as a one-dimensional array, or as the middle column of three."""
+    if request.param == "row":
+        return lambda row: (row, 0, lambda result: result)
+    return lambda row: (
+        np.stack([np.zeros_like(row), row, np.ones_like(row)], axis=1),
+        0,
+        lambda result: np.asarray(result)[..., 1],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_against_scipy(backend, dtype, row, repeats, orient):
+    row = np.repeat(np.array(row, dtype), repeats)
+    x, axis, pick = orient(row)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        wide = row.astype(np.float64)
+        lse = scipy.special.logsumexp(wide)
+        softmax = scipy.special.softmax(wide) if row.size else wide
+        log_softmax = scipy.special.log_softmax(wide) if row.size else wide
+    close = {"rtol": 4 * np.finfo(dtype).eps, "atol": np.finfo(dtype).smallest_subnormal}
+    np.testing.assert_allclose(pick(fastll.logsumexp(x, axis=axis)), lse, **close)
+    np.testing.assert_allclose(pick(fastll.softmax(x, axis=axis)), softmax, **close)
+    if INF not in row:  # SciPy: -inf beside +inf; here as for softmax: NaN or that, but no number
+        close["atol"] = 1e-16  # SciPy's has no log1p form
+        np.testing.assert_allclose(pick(fastll.log_softmax(x, axis=axis)), log_softmax, **close)
+    else:
+        assert not np.isfinite(pick(fastll.log_softmax(x, axis=axis))).any()
+
+
+@pytest.mark.parametrize("sign", [[1, 1], [1, -1], [-1, -1], [0, 1], [1, 0], [0, 0], [-2, 0.5]], ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if len(row) == 2], ids=str)
+def test_weights(backend, row, sign, orient):
+    a, b = np.array(row), np.array(sign, np.float64)
+    x, axis, pick = orient(a)
+    weights = b if x.ndim == 1 else b[:, None]
+    value, result_sign = fastll.logsumexp(x, axis=axis, b=weights, return_sign=True)
+    plain = fastll.logsumexp(x, axis=axis, b=weights)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        # the elements that count, by IEEE rules
+        a, b = a[b != 0], b[b != 0]
+        m = a.max(initial=-INF)
+        s = np.sum(b * (np.where(a == INF, INF, 0) if m == INF else np.exp(a - m))) if m > -INF else 0.0
+        s = np.nan if np.isnan(a).any() else s
+        expected = m + np.log(np.abs(s)) if s != 0 else -INF
+        scipy_value = scipy.special.logsumexp(row, b=sign)
+    # 1e-16: the plain logarithm here has no log1p form
+    np.testing.assert_allclose(pick(value), expected, rtol=1e-14, atol=1e-16)
+    np.testing.assert_array_equal(pick(result_sign), np.sign(s))
+    np.testing.assert_allclose(pick(plain), NAN if s < 0 else expected, rtol=1e-14, atol=1e-16)
+    if not np.isnan(scipy_value):  # NaN is also what SciPy makes of some masked or huge elements
+        np.testing.assert_allclose(pick(plain), scipy_value, rtol=1e-14)
+
+
+def test_weight_of_zero_masks(backend):
+    assert fastll.logsumexp([1.0, INF, NAN], b=[1.0, 0.0, 0.0]) == 1
+
+
+def test_documented_digits(backend):
+    np.testing.assert_allclose(fastll.logsumexp([0, -40]), 4.248354255291589e-18, rtol=1e-15)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if len(row) > 1], ids=str)
+@pytest.mark.parametrize("label", [0, 1])
+def test_loss_is_lse_less_logit(backend, row, label, repeats, orient):
+    """What the formula gives by IEEE rules; NaN wherever it does."""
+    row = np.repeat(np.array(row), repeats)
+    x, axis, pick = orient(row)
+    y = label * repeats
+    target = y if x.ndim == 1 else np.full(3, y)
+    loss, grad = fastll.cross_entropy(x, target, axis=axis, reduction="none", return_grad=True)
+    with np.errstate(all="ignore"):
+        expected = scipy.special.logsumexp(row) - row[y]
+    if np.isfinite(expected):
+        d = row - row.max()
+        expected = np.log1p(np.exp(np.delete(d, np.argmax(d))).sum()) - d[y]
+    np.testing.assert_allclose(pick(loss), expected, rtol=1e-14)
+    slope = pick(np.moveaxis(grad, axis, 0))
+    if np.isfinite(row.max()):
+        p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        np.testing.assert_allclose(slope, p - (np.arange(row.size) == y), rtol=1e-13, atol=1e-16)
+    else:
+        assert np.isnan(slope).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_ignored_rows_never_leak(backend, rng, dtype, poison, orient):
+    x = rng.standard_normal((6, 33)).astype(DTYPES[dtype])
+    y = rng.integers(0, 33, 6)
+    y[[1, 4]] = -7
+    clean = x[[0, 2, 3, 5]]
+    x[[1, 4]] = poison
+    loss, grad = fastll.cross_entropy(x, y, ignore_index=-7, return_grad=True, label_smoothing=0.1)
+    expected, slope = fastll.cross_entropy(
+        clean, y[[0, 2, 3, 5]], ignore_index=-7, return_grad=True, label_smoothing=0.1
+    )
+    assert loss == expected
+    np.testing.assert_array_equal(grad[[0, 2, 3, 5]], slope)
+    np.testing.assert_array_equal(grad[[1, 4]].astype(np.float32), 0)
+    columns = fastll.cross_entropy(
+        x.T.copy(), y, axis=0, ignore_index=-7, return_grad=True, label_smoothing=0.1
+    )
+    assert columns[0] == loss
+    np.testing.assert_array_equal(columns[1].T, grad)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_everything_ignored(backend, axis):
+    x = np.full((4, 4), NAN)
+    y = np.full(4, -100)
+    loss, grad = fastll.cross_entropy(x, y, axis=axis, return_grad=True)
+    assert np.isnan(loss)
+    assert fastll.cross_entropy(x, y, axis=axis, reduction="sum") == 0
+    np.testing.assert_array_equal(grad, np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dense_target_of_zero_at_minus_infinity(backend, axis):
+    x = np.array([[0.0, -INF, 0.0]] * 2)
+    t = np.array([[0.5, 0.0, 0.5]] * 2)
+    if axis == 0:
+        x, t = x.T.copy(), t.T.copy()
+    loss, grad = fastll.cross_entropy(x, t, axis=axis, reduction="none", return_grad=True)
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-15)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_minus_infinity_after_a_block_of_them(backend):
+    """A maximum that rises from -inf in a later block leaves no NaN behind."""
+    x = np.full((2, 5000), -INF, np.float32)
+    x[:, 4500] = 3
+    np.testing.assert_array_equal(fastll.logsumexp(x, axis=1), 3)
+    loss, grad = fastll.cross_entropy(x, [4500, 4500], return_grad=True)
+    assert loss == 0
+    np.testing.assert_array_equal(grad, 0)
+    t = np.zeros_like(x)
+    t[:, 4500] = 1
+    loss, grad = fastll.cross_entropy(x, t, return_grad=True)
+    assert loss == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_soft_cap_of_infinities(backend, dtype):
+    x = np.array([[INF, 0.0, -INF]], dtype)
+    lse = fastll.cross_entropy(x, [0], softcap=2.0, return_lse=True)[1]
+    np.testing.assert_allclose(lse, np.log(np.exp(2) + 1 + np.exp(-2)), rtol=4 * np.finfo(dtype).eps)
+
+
+def test_binary_infinities(backend):
+    x = np.array([INF, -INF, INF, -INF, NAN])
+    t = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    loss, grad = fastll.binary_cross_entropy_with_logits(x, t, reduction="none", return_grad=True)
+    np.testing.assert_array_equal(loss, [0, 0, INF, INF, NAN])
+    np.testing.assert_array_equal(grad, [0, 0, 1, -1, NAN])
+    np.testing.assert_array_equal(fastll.sigmoid(x), [1, 0, 1, 0, NAN])
+    np.testing.assert_array_equal(fastll.log_sigmoid(x), [0, -INF, 0, -INF, NAN])
+
+
+class TestEmpty:
+    def test_no_classes(self, backend):
+        x = np.zeros((3, 0), np.float32)
+        np.testing.assert_array_equal(fastll.logsumexp(x, axis=1), [-INF] * 3)
+        assert fastll.softmax(x).shape == (3, 0)
+        assert fastll.cross_entropy(x, np.full(3, -100), reduction="sum") == 0
+        assert fastll.cross_entropy(x, np.zeros((3, 0))) == 0
+        with pytest.raises(IndexError, match="label 0 at"):
+            fastll.cross_entropy(x, [0, 0, 0])
+
+    def test_no_rows(self, backend):
+        x = np.zeros((0, 3), np.float32)
+        assert fastll.logsumexp(x, axis=1).shape == (0,)
+        assert fastll.logsumexp(x) == -INF
+        assert np.isnan(fastll.cross_entropy(x, []))
+        assert fastll.cross_entropy(x, [], reduction="sum") == 0
+        assert fastll.cross_entropy(x, [], reduction="none").shape == (0,)
+        loss, grad = fastll.cross_entropy(x, np.zeros((0, 3)), return_grad=True)
+        assert np.isnan(loss)
+        assert grad.shape == (0, 3)
+
+    def test_nothing(self, backend):
+        assert fastll.logsumexp([]) == -INF
+        assert fastll.softmax([]).shape == (0,)
+        assert fastll.sigmoid(np.zeros((2, 0))).shape == (2, 0)
+        assert np.isnan(fastll.binary_cross_entropy_with_logits([], []))
+        assert fastll.binary_cross_entropy_with_logits([], [], reduction="sum") == 0
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_scalars(backend, axis):
+    assert fastll.logsumexp(3.0, axis=axis) == 3
+    assert fastll.softmax(3.0, axis=axis) == 1
+    assert fastll.log_softmax(np.float32(3), axis=axis) == 0
+    assert isinstance(fastll.softmax(np.float32(3)), np.float32)
+    assert isinstance(fastll.sigmoid(0), np.float64)
+
+
+def test_one_row_without_axes(backend):
+    loss, lse, grad = fastll.cross_entropy([0.0, 0.0], 1, return_lse=True, return_grad=True)
+    np.testing.assert_allclose([loss, lse], np.log(2), rtol=1e-15)
+    np.testing.assert_array_equal(grad, [0.5, -0.5])
+
+
+@pytest.mark.parametrize("kind", "bBhHiIlLqQ?")
+def test_integers_and_bools_as_float64(backend, kind):
+    x = np.array([[0, 1, 1], [1, 0, 1]]).astype(kind)
+    np.testing.assert_array_equal(fastll.logsumexp(x, axis=1), fastll.logsumexp(x.astype(np.float64), axis=1))
+    loss, grad = fastll.cross_entropy(x, np.array([0, 1], np.uint8), return_grad=True)
+    assert loss.dtype == grad.dtype == fastll.sigmoid(x).dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", "bBhHiIlLqQ")
+def test_labels_of_any_integer_dtype(backend, kind):
+    x = np.array([[0.0, 1, 2], [4, 1, 0]])
+    assert fastll.cross_entropy(x, np.array([2, 0], kind)) == fastll.cross_entropy(x, [2, 0])
+
+
+@pytest.mark.parametrize("kind", "?bIefd")
+def test_binary_targets_of_any_dtype(backend, kind):
+    x = np.array([0.5, -1.5, 3], np.float32)
+    expected = fastll.binary_cross_entropy_with_logits(x, np.array([1, 0, 1], np.float32))
+    assert fastll.binary_cross_entropy_with_logits(x, np.array([1, 0, 1]).astype(kind)) == expected
