@@ -25,7 +25,8 @@ def as_array(x: Any, name: str) -> Array:
         _check_device(x, name)
         x = np.asarray(x)
     kind_of(x.dtype, name)
-    return x
+    array: Array = x
+    return array
 
 
 def _check_device(x: Any, name: str) -> None:
@@ -67,7 +68,9 @@ def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
     try:
         return np.broadcast_to(x, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {x.shape}; expected one that broadcasts to {shape}") from None
+        raise ValueError(
+            f"{name} has shape {x.shape}; expected one that broadcasts to {shape}"
+        ) from None
 
 
 def check_output(
@@ -104,7 +107,7 @@ def _same_memory(a: Array, b: Array) -> bool:
 
 def _share_memory(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=1 << 16)
+        return np.shares_memory(a, b, max_work=1 << 16)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -97,7 +97,7 @@ class Backend(Protocol):
     def check_labels(
         self, labels: NDArray[np.int64], classes: int, ignore_index: int, weight: Array | None
     ) -> tuple[int, float]:
-        """Flat position of the first label outside [0, classes), or -1, and the weight of all kept ones.
+        """Flat position of the first label outside [0, classes), or -1; the weight of all kept ones.
 
         `labels` is one-dimensional and contiguous. Done at once: it precedes every kernel.
         """

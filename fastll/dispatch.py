@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, cast
 
-import fastll.backends  # before its name in the package becomes that of the function below
+import fastll.backends  # noqa: F401  before the name becomes that of the function below
 from fastll.contract import Backend
 
 #: Candidates for arrays on a device: the first available one that is worth it does the call.
@@ -148,6 +147,8 @@ def backends() -> dict[str, Status]:
 
 
 def _status(name: str) -> Status:
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that calls never need
+
     backend = _load(name)
     try:
         package_version = version(_PACKAGES[name])

@@ -57,21 +57,14 @@ def rows(axes: Sequence[int], full: Sequence[Array], row: Sequence[Array] = ()) 
         of_rows = (a.strides[position[axis]] if axis in position else 0 for a in row)
         return (*(a.strides[axis] for a in full), *of_rows)
 
-    reduced, reduced_rest = _largest(_merge(axes, shape, strides), 1)
-    kept, kept_rest = _largest(_merge(kept_axes, shape, strides), 2)
+    (class_group,), reduced_rest = _largest(_merge(axes, shape, strides), 1)
+    (outer_group, inner_group), kept_rest = _largest(_merge(kept_axes, shape, strides), 2)
     rest = [*kept_rest, *reduced_rest]
-    outer, inner = kept
-    (classes,) = reduced
 
     def view(i: int, a: Array) -> Array:
-        groups = [*rest, outer, classes, inner] if i < len(full) else [*rest, outer, inner]
-        extra = a.shape[len(kept_axes) :] if i >= len(full) else ()
-        return as_strided(
-            a,
-            (*(g.size for g in groups), *extra),
-            (*(g.strides[i] for g in groups), *a.strides[a.ndim - len(extra) :][: len(extra)]),
-            writeable=a.flags.writeable,
-        )
+        if i < len(full):
+            return _view(a, i, [*rest, outer_group, class_group, inner_group], a.ndim)
+        return _view(a, i, [*rest, outer_group, inner_group], len(kept_axes))
 
     views = [view(i, a) for i, a in enumerate((*full, *row))]
     pieces = (tuple(v[at] for v in views) for at in np.ndindex(*(g.size for g in rest)))
@@ -88,16 +81,18 @@ def elementwise(operands: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
     groups = _merge(range(len(shape)), shape, lambda axis: tuple(a.strides[axis] for a in operands))
     kept, rest = _largest(groups, 2)
     order = [*rest, *kept]
-    views = [
-        as_strided(
-            a,
-            tuple(g.size for g in order),
-            tuple(g.strides[i] for g in order),
-            writeable=a.flags.writeable,
-        )
-        for i, a in enumerate(operands)
-    ]
+    views = [_view(a, i, order, a.ndim) for i, a in enumerate(operands)]
     return (tuple(v[at] for v in views) for at in np.ndindex(*(g.size for g in rest)))
+
+
+def _view(a: Array, i: int, groups: list[_Group], extra: int) -> Array:
+    """Operand i over the groups; its axes from `extra` on stay as they are."""
+    return as_strided(
+        a,
+        (*(g.size for g in groups), *a.shape[extra:]),
+        (*(g.strides[i] for g in groups), *a.strides[extra:]),
+        writeable=a.flags.writeable,
+    )
 
 
 def _merge(axes: Sequence[int], shape: tuple[int, ...], strides: Any) -> list[_Group]:

@@ -1,4 +1,4 @@
-"""The operations, each with arguments to try it on: what the tests, the benchmark and `warmup` go by."""
+"""The operations, each with arguments to try it on: what tests, benchmark and `warmup` go by."""
 
 from __future__ import annotations
 

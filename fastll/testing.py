@@ -54,7 +54,8 @@ def gradcheck(
     --------
     >>> from fastll import cross_entropy
     >>> from fastll.testing import gradcheck
-    >>> gradcheck(lambda x: cross_entropy(x, [2, 0], return_grad=True), [[1.0, 2.0, 3.0], [0.0, 1.0, 5.0]])
+    >>> x = [[1.0, 2.0, 3.0], [0.0, 1.0, 5.0]]
+    >>> gradcheck(lambda x: cross_entropy(x, [2, 0], return_grad=True), x)
     True
     """
     x = np.array(x, dtype=np.float64)

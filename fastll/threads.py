@@ -7,14 +7,17 @@ forked child, which starts its own.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from fastll.contract import Kernel
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 #: Elements below which a call stays on its thread: a hand-over costs about as much as this many.
 SHARE_FROM = 1 << 17
@@ -34,7 +37,7 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
         return
     parts = min(units, _PARTS * get_num_threads(), max(2, 2 * elements // SHARE_FROM))
     bounds = [units * i // parts for i in range(parts + 1)]
-    todo = deque(zip(bounds, bounds[1:], strict=False))
+    todo = deque(pairwise(bounds))
 
     def work() -> None:
         while True:
@@ -56,6 +59,8 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
 
 def _start(work: Any, count: int) -> list[Future[None]]:
     global _pool
+    from concurrent.futures import ThreadPoolExecutor  # 5 ms that small calls never need
+
     try:
         with _lock:
             if _pool is None:
@@ -69,7 +74,17 @@ def get_num_threads() -> int:
     """Number of threads a call may use.
 
     Unless set by `set_num_threads` or the environment variable ``FASTLL_NUM_THREADS``: the CPUs this
-    process may use, by its affinity mask and its cgroup's quota.
+    process may use, by its affinity mask and its control group's quota.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    ValueError
+        If ``FASTLL_NUM_THREADS`` is not a positive integer.
 
     Examples
     --------
@@ -77,21 +92,19 @@ def get_num_threads() -> int:
     >>> fastll.get_num_threads() >= 1
     True
     """
-    return _threads if _threads is not None else set_num_threads(None)
+    global _threads
+    if _threads is None:
+        _threads = _default_threads()
+    return _threads
 
 
-def set_num_threads(n: int | None) -> int:
+def set_num_threads(n: int | None) -> None:
     """Set the number of threads a call may use, for the whole process.
 
     Parameters
     ----------
     n : int or None
-        At least 1; None returns to the default.
-
-    Returns
-    -------
-    int
-        The number now in force.
+        At least 1; None returns to the default of `get_num_threads`.
 
     Raises
     ------
@@ -104,21 +117,21 @@ def set_num_threads(n: int | None) -> int:
     --------
     >>> import fastll
     >>> fastll.set_num_threads(1)
+    >>> fastll.get_num_threads()
     1
-    >>> default = fastll.set_num_threads(None)
+    >>> fastll.set_num_threads(None)
     """
     global _pool, _threads
-    if n is None:
-        n = _default_threads()
-    elif not hasattr(n, "__index__") or isinstance(n, bool):
-        raise TypeError(f"n is {n!r}; expected an integer or None")
-    elif n < 1:
-        raise ValueError(f"n is {n}; expected at least 1")
+    if n is not None:
+        if not hasattr(n, "__index__") or isinstance(n, bool):
+            raise TypeError(f"n is {n!r}; expected an integer or None")
+        if n < 1:
+            raise ValueError(f"n is {n}; expected at least 1")
+        n = int(n)
     with _lock:
-        pool, _pool, _threads = _pool, None, int(n)
+        pool, _pool, _threads = _pool, None, n
     if pool is not None:
-        pool.shutdown(wait=False)
-    return _threads
+        pool.shutdown(wait=False)  # calls in progress finish on it
 
 
 def _default_threads() -> int:
@@ -129,11 +142,13 @@ def _default_threads() -> int:
         return int(setting)
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cpus, round(_cgroup_quota())))
+    return max(1, min(cpus, math.ceil(_cgroup_quota())))
 
 
 def _cgroup_quota() -> float:
-    """CPUs granted by the control group (version 2, then 1), infinity where there is no limit."""
+    """CPUs that the control group grants, by version 2 (its own and those above it) or version 1."""
+    from pathlib import Path
+
     root = Path("/sys/fs/cgroup")
     own = ""
     try:
@@ -142,7 +157,7 @@ def _cgroup_quota() -> float:
                 own = line[3:].strip("/")
     except OSError:
         pass
-    quotas = [1024.0]
+    quotas = [1024.0]  # more CPUs than there are
     folders = [root / own, *(root / own).parents] if own else [root]
     for folder in folders:
         try:

@@ -102,7 +102,9 @@ def cross_entropy(
     grad = np.where(kept[..., None], slope * ((total + pull) * p - u), 0)
     grad_scale = np.abs(slope) * ((total + 2 * z_loss * spread[..., None]) * p + np.abs(u))
     # a roundoff of x (of its cap, or of x - m) is one of exp(x) times |x|
-    shift = SUBTRACTED * np.abs(x - m) + (0 if softcap is None else 2 * np.abs(x).max(axis=-1, keepdims=True))
+    shift = SUBTRACTED * np.abs(x - m) + (
+        0 if softcap is None else 2 * np.abs(x).max(axis=-1, keepdims=True)
+    )
     loss_scale = loss_scale * (1 + shift.max(axis=-1))
     grad_scale = grad_scale * (1 + shift)
     back = lambda a: np.moveaxis(a, -1, axis)  # noqa: E731

@@ -45,7 +45,9 @@ def _swapped(x):
 LAYOUTS = {
     "contiguous": np.ascontiguousarray,
     "fortran": np.asfortranarray,
-    "reversed": lambda x: x[(slice(None, None, -1),) * x.ndim].copy()[(slice(None, None, -1),) * x.ndim],
+    "reversed": lambda x: x[(slice(None, None, -1),) * x.ndim].copy()[
+        (slice(None, None, -1),) * x.ndim
+    ],
     "strided": _strided,
     "unaligned": _unaligned,
     "read-only": _read_only,
@@ -88,7 +90,9 @@ def assert_close(actual, expected, dtype, *, factor=ROUNDOFFS):
     value, scale = (np.asarray(part) for part in expected)
     actual = np.asarray(actual)
     own = ml_dtypes.finfo(actual.dtype)
-    allowed = factor * eps(dtype) * scale + float(own.eps) / 2 * np.abs(value) + float(own.smallest_subnormal)
+    allowed = (
+        factor * eps(dtype) * scale + float(own.eps) / 2 * np.abs(value) + float(own.smallest_subnormal)
+    )
     got = actual.astype(np.longdouble)
     assert got.shape == value.shape
     finite = np.isfinite(value)

@@ -35,7 +35,9 @@ def test_logsumexp_within_two_ulp(backend, rng, dtype, classes, spread):
         expected = exact_logsumexp(row)
         # of the larger of the two terms m and log s: where they cancel, digits are lost in any format
         largest = max(abs(expected), abs(exact(row.max())[0]))
-        scale = np.spacing(x.dtype.type(float(largest))) / np.spacing(x.dtype.type(abs(float(expected))))
+        scale = np.spacing(x.dtype.type(float(largest))) / np.spacing(
+            x.dtype.type(abs(float(expected)))
+        )
         assert ulps(value, expected) <= 2 * scale
 
 

@@ -27,7 +27,9 @@ BAD_DTYPES = [
 def test_dtype_of_first_argument(backend, name, x):
     argument = "a" if name == "logsumexp" else "logits" if OPERATIONS[name].gradient else "x"
     arguments = (Y,) if OPERATIONS[name].gradient else ()
-    with pytest.raises(TypeError, match=rf"^{argument} has dtype .*float16, bfloat16, float32, float64"):
+    with pytest.raises(
+        TypeError, match=rf"^{argument} has dtype .*float16, bfloat16, float32, float64"
+    ):
         OPERATIONS[name].function(x, *arguments)
 
 
@@ -67,7 +69,11 @@ BAD_OUTPUTS = [
     (np.zeros((3, 4), np.float32), TypeError, "has dtype float32; expected float64"),
     (read_only(np.zeros((3, 4))), ValueError, "is read-only"),
     (np.broadcast_to(np.zeros(4), (3, 4)), ValueError, "is read-only"),
-    (np.lib.stride_tricks.as_strided(np.zeros(12), (3, 4), (8, 8)), ValueError, "has several elements in one"),
+    (
+        np.lib.stride_tricks.as_strided(np.zeros(12), (3, 4), (8, 8)),
+        ValueError,
+        "has several elements in one",
+    ),
 ]
 
 
@@ -92,7 +98,11 @@ def test_grad_out(backend, out, target, error, match):
 def test_outputs_that_overlap_inputs(backend):
     memory = np.arange(40.0)
     x = memory[:12].reshape(3, 4)
-    for other in (memory[1:13].reshape(3, 4), memory[:12].reshape(3, 4)[::-1], memory[:12].reshape(4, 3).T):
+    for other in (
+        memory[1:13].reshape(3, 4),
+        memory[:12].reshape(3, 4)[::-1],
+        memory[:12].reshape(4, 3).T,
+    ):
         kept = memory.copy()
         with pytest.raises(ValueError, match="out shares memory with an input"):
             fastll.softmax(x, out=other)
@@ -116,7 +126,11 @@ CROSS_ENTROPY_ERRORS = [
     ({"axis": 2}, ValueError, "axis"),
     ({"axis": (1,)}, TypeError, r"axis is \(1,\)"),
     ({"axis": None}, TypeError, "axis is None"),
-    ({"target": [0, 1]}, ValueError, r"target has shape \(2,\); expected that of logits without axis, \(3,\)"),
+    (
+        {"target": [0, 1]},
+        ValueError,
+        r"target has shape \(2,\); expected that of logits without axis, \(3,\)",
+    ),
     ({"target": Y[:, None]}, ValueError, r"target has shape \(3, 1\)"),
     ({"target": T[:2]}, ValueError, r"target has shape \(2, 4\); expected that of logits, \(3, 4\)"),
     ({"target": [True, False, True]}, TypeError, "target has dtype bool"),
@@ -127,7 +141,11 @@ CROSS_ENTROPY_ERRORS = [
     ({"target": [0, -100, 1], "ignore_index": -1}, IndexError, r"label -100 at \(1,\)"),
     ({"target": np.array([0, 2**63, 1], np.uint64)}, IndexError, r"at \(1,\)"),
     ({"target": np.array([0, 2**64 - 100, 1], np.uint64)}, IndexError, r"at \(1,\)"),
-    ({"weight": np.ones(3)}, ValueError, r"weight has shape \(3,\); expected one weight a class, \(4,\)"),
+    (
+        {"weight": np.ones(3)},
+        ValueError,
+        r"weight has shape \(3,\); expected one weight a class, \(4,\)",
+    ),
     ({"weight": np.ones((1, 4))}, ValueError, r"weight has shape \(1, 4\)"),
     ({"weight": np.ones(4, complex)}, TypeError, "weight has dtype complex128"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index is 1.5"),
@@ -181,7 +199,11 @@ def test_label_position_in_many_axes(backend):
 BINARY_ERRORS = [
     ({"target": T[0]}, ValueError, r"target has shape \(4,\); expected that of logits, \(3, 4\)"),
     ({"target": T.astype(complex)}, TypeError, "target has dtype complex128"),
-    ({"weight": np.ones(3)}, ValueError, r"weight has shape \(3,\); expected one that broadcasts to \(3, 4\)"),
+    (
+        {"weight": np.ones(3)},
+        ValueError,
+        r"weight has shape \(3,\); expected one that broadcasts to \(3, 4\)",
+    ),
     ({"pos_weight": np.ones((2, 4))}, ValueError, "pos_weight has shape"),
     ({"pos_weight": np.ones(4, object)}, TypeError, "pos_weight has dtype object"),
     ({"reduction": 3}, ValueError, "reduction is 3"),
@@ -192,7 +214,9 @@ BINARY_ERRORS = [
 def test_binary(backend, options, error, match):
     out = np.full((3, 4), 7.0)
     with pytest.raises(error, match=match):
-        fastll.binary_cross_entropy_with_logits(**({"logits": X, "target": T, "grad_out": out} | options))
+        fastll.binary_cross_entropy_with_logits(
+            **({"logits": X, "target": T, "grad_out": out} | options)
+        )
     np.testing.assert_array_equal(out, 7)
 
 
@@ -209,7 +233,9 @@ def test_type_of_number_of_threads(n):
 
 
 def test_backend_names():
-    with pytest.raises(ValueError, match="backend is 'fast'; expected one of numba, cython, numpy, cuda"):
+    with pytest.raises(
+        ValueError, match="backend is 'fast'; expected one of numba, cython, numpy, cuda"
+    ):
         fastll.use_backend("fast").__enter__()
     with pytest.raises(ValueError, match="backend is 'fast'"):
         fastll.warmup(backend="fast")
@@ -229,7 +255,7 @@ def test_foreign_arrays_are_not_copied():
         fastll.softmax(OnDevice())
 
     class OnGPU:
-        __cuda_array_interface__: dict = {}
+        __cuda_array_interface__ = None
 
     with pytest.raises(NotImplementedError, match="on a cuda device"):
         fastll.softmax(OnGPU())

@@ -19,12 +19,17 @@ def arrays(draw):
     steps = [draw(st.sampled_from([1, 1, 2, -1, -2])) for _ in shape]
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    memory = (3 * rng.standard_normal([abs(s) * n for s, n in zip(steps, shape, strict=True)])).astype(dtype)
-    x = memory[tuple(slice(None, None, s) for s in steps)].transpose(draw(st.permutations(range(len(shape)))))
+    memory = (3 * rng.standard_normal([abs(s) * n for s, n in zip(steps, shape, strict=True)])).astype(
+        dtype
+    )
+    x = memory[tuple(slice(None, None, s) for s in steps)].transpose(
+        draw(st.permutations(range(len(shape))))
+    )
     repeated = draw(st.sets(st.integers(0, x.ndim - 1)))
-    x = np.broadcast_to(x[tuple(slice(0, 1) if i in repeated else slice(None) for i in range(x.ndim))], [
-        draw(st.integers(1, 4)) if i in repeated and n else n for i, n in enumerate(x.shape)
-    ])
+    x = np.broadcast_to(
+        x[tuple(slice(0, 1) if i in repeated else slice(None) for i in range(x.ndim))],
+        [draw(st.integers(1, 4)) if i in repeated and n else n for i, n in enumerate(x.shape)],
+    )
     axes = draw(st.sets(st.integers(0, x.ndim - 1), min_size=1))
     return x, tuple(axes)
 
@@ -53,7 +58,13 @@ def test_reductions(name, case):
             y = rng.integers(0, flat.shape[-1], kept)
             loss, lse, grad, _ = oracle.cross_entropy(x, y, axes[0], label_smoothing=0.1)
             results = fastll.cross_entropy(
-                x, y, axis=axes[0], label_smoothing=0.1, reduction="none", return_lse=True, return_grad=True
+                x,
+                y,
+                axis=axes[0],
+                label_smoothing=0.1,
+                reduction="none",
+                return_lse=True,
+                return_grad=True,
             )
             for result, expected in zip(results, (loss, lse, grad), strict=True):
                 assert_close(result, expected, x.dtype)

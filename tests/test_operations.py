@@ -31,7 +31,9 @@ def dtype(request):
     return DTYPES[request.param]
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: f"{'x'.join(map(str, place[0]))}-{place[1]}-{place[2]}")
+@pytest.fixture(
+    params=PLACES, ids=lambda place: f"{'x'.join(map(str, place[0]))}-{place[1]}-{place[2]}"
+)
 def place(request, rng, dtype):
     """(x, axis, lay out another array the same way)."""
     shape, axis, layout = request.param
@@ -113,7 +115,9 @@ def test_cross_entropy(backend, dtype, place, rng, kind, options):
     if denominator:
         # the weights add up one after the other, in float64: about sqrt(n) roundoffs
         factor = ROUNDOFFS + np.sqrt(target.size)
-        check("mean", (loss[0].sum() / denominator, loss[1].sum() / denominator), 1 / denominator, factor)
+        check(
+            "mean", (loss[0].sum() / denominator, loss[1].sum() / denominator), 1 / denominator, factor
+        )
     if x.flags.writeable and x.dtype == dtype:
         result, returned = fastll.cross_entropy(
             x, target, axis=axis, reduction="sum", return_grad=True, grad_out=x, **options
@@ -125,7 +129,7 @@ def test_cross_entropy(backend, dtype, place, rng, kind, options):
 
 @pytest.mark.parametrize("options", BINARY_OPTIONS, ids=lambda o: "+".join(o) or "plain")
 def test_binary_cross_entropy(backend, dtype, place, rng, options):
-    x, axis, lay_out = place
+    x, _, lay_out = place
     target = lay_out(rng.random(x.shape).astype(dtype))
     # one that broadcasts, and one of the full shape
     shapes = {"weight": (1,) * x.ndim, "pos_weight": x.shape}

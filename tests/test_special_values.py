@@ -72,7 +72,9 @@ def test_against_scipy(backend, dtype, row, repeats, orient):
         assert not np.isfinite(pick(fastll.log_softmax(x, axis=axis))).any()
 
 
-@pytest.mark.parametrize("sign", [[1, 1], [1, -1], [-1, -1], [0, 1], [1, 0], [0, 0], [-2, 0.5]], ids=str)
+@pytest.mark.parametrize(
+    "sign", [[1, 1], [1, -1], [-1, -1], [0, 1], [1, 0], [0, 0], [-2, 0.5]], ids=str
+)
 @pytest.mark.parametrize("row", [row for row in ROWS if len(row) == 2], ids=str)
 def test_weights(backend, row, sign, orient):
     a, b = np.array(row), np.array(sign, np.float64)
@@ -250,7 +252,9 @@ def test_one_row_without_axes(backend):
 @pytest.mark.parametrize("kind", "bBhHiIlLqQ?")
 def test_integers_and_bools_as_float64(backend, kind):
     x = np.array([[0, 1, 1], [1, 0, 1]]).astype(kind)
-    np.testing.assert_array_equal(fastll.logsumexp(x, axis=1), fastll.logsumexp(x.astype(np.float64), axis=1))
+    np.testing.assert_array_equal(
+        fastll.logsumexp(x, axis=1), fastll.logsumexp(x.astype(np.float64), axis=1)
+    )
     loss, grad = fastll.cross_entropy(x, np.array([0, 1], np.uint8), return_grad=True)
     assert loss.dtype == grad.dtype == fastll.sigmoid(x).dtype == np.float64
 

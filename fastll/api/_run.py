@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def rows(kernel: Kernel, x: Array) -> None:
 
 def units(x: Array) -> int:
     """Number of units in an outer row of a (outer, n) piece of an element-wise operation."""
-    return -(-x.shape[1] // CHUNK)
+    return int(-(-x.shape[1] // CHUNK))
 
 
 def elements(kernel: Kernel, x: Array) -> None:
@@ -71,11 +71,25 @@ def each_row(
     row: Sequence[Array | None],
     bind: Callable[..., Kernel],
 ) -> None:
-    """Run the kernel that `bind` makes of each piece; operands that are None are passed as None."""
-    operands = (*full, *row)
-    pieces = layout.rows(
-        axes, [a for a in full if a is not None], [a for a in row if a is not None]
-    ).pieces
+    """Run the kernel that `bind` makes of the operands of each piece."""
+    pieces = layout.rows(axes, _present(full), _present(row)).pieces
+    for views in with_absent(pieces, (*full, *row)):
+        rows(bind(*views), views[0])
+
+
+def each_element(operands: Sequence[Array | None]) -> Iterator[tuple[Any, ...]]:
+    """The operands of each piece of an element-wise operation."""
+    return with_absent(layout.elementwise(_present(operands)), operands)
+
+
+def with_absent(
+    pieces: Iterable[tuple[Array, ...]], operands: Sequence[Array | None]
+) -> Iterator[tuple[Any, ...]]:
+    """Pieces with None put back where an operand is None."""
     for piece in pieces:
         views = iter(piece)
-        rows(bind(*(None if a is None else next(views) for a in operands)), piece[0])
+        yield tuple(None if a is None else next(views) for a in operands)
+
+
+def _present(operands: Sequence[Array | None]) -> list[Array]:
+    return [a for a in operands if a is not None]

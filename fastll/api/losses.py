@@ -8,7 +8,6 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastll import layout
 from fastll.api import _run
 from fastll.arrays import as_array, axis_of, broadcast, check_output
 from fastll.contract import CrossEntropyOptions
@@ -292,9 +291,7 @@ def _cross_entropy(
     if reduction != "none":
         summed = np.sum(loss, dtype=np.float64)
         result = value.type(summed if reduction == "sum" else _mean(summed, denominator))
-    return _outputs(
-        result, lse[()] if lse is not None else None, grad if return_grad else None
-    )
+    return _outputs(result, lse[()] if lse is not None else None, grad if return_grad else None)
 
 
 def binary_cross_entropy_with_logits(
@@ -377,11 +374,8 @@ def binary_cross_entropy_with_logits(
     scale = 1 / x.size if reduction == "mean" and x.size else 1.0
     loss = np.empty_like(x, dtype=value, subok=False) if reduction == "none" else None
     backend = _run.backend_for("binary_cross_entropy", x)
-    operands = (x, t, w, p, loss, grad)
     summed = 0.0
-    for piece in layout.elementwise([a for a in operands if a is not None]):
-        views = iter(piece)
-        x_, t_, w_, p_, loss_, grad_ = (None if a is None else next(views) for a in operands)
+    for x_, t_, w_, p_, loss_, grad_ in _run.each_element((x, t, w, p, loss, grad)):
         sums = np.empty((x_.shape[0], _run.units(x_))) if loss is None else None
         kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
         _run.elements(kernel, x_)
@@ -408,7 +402,9 @@ def _labels(labels: Array, shape: tuple[int, ...]) -> NDArray[np.int64]:
     if labels.dtype.kind not in "iu":
         raise TypeError(f"target has dtype {labels.dtype}; expected integers (labels)")
     if labels.shape != shape:
-        raise ValueError(f"target has shape {labels.shape}; expected that of logits without axis, {shape}")
+        raise ValueError(
+            f"target has shape {labels.shape}; expected that of logits without axis, {shape}"
+        )
     if labels.dtype == np.uint64:
         # beyond int64 a label is out of range for certain, and stays so at its limit
         labels = np.minimum(labels, np.uint64(_INT64.max))
@@ -422,7 +418,9 @@ def _class_weight(weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Arra
     return np.ascontiguousarray(w, dtype=dtype)
 
 
-def _gradient(x: Array, wanted: bool, out: Array | None, inputs: tuple[Array | None, ...]) -> Array | None:
+def _gradient(
+    x: Array, wanted: bool, out: Array | None, inputs: tuple[Array | None, ...]
+) -> Array | None:
     """`out` once it is checked, or a new array, or nothing if no gradient is wanted."""
     element = kind_of(x.dtype).element
     if out is not None:
@@ -452,7 +450,9 @@ def _number(value: Any, name: str, least: float, most: float, open_below: bool =
         raise TypeError(f"{name} is {value!r}; expected a number") from None
     if not (least <= number <= most) or math.isinf(number) or (open_below and number == least):
         bounds = f"in [{least:g}, {most:g}]" if most < math.inf else "of at least 0"
-        raise ValueError(f"{name} is {value!r}; expected a number {'above 0' if open_below else bounds}")
+        raise ValueError(
+            f"{name} is {value!r}; expected a number {'above 0' if open_below else bounds}"
+        )
     return number
 
 

@@ -95,7 +95,9 @@ def logsumexp(
         try:
             shape = np.broadcast_shapes(x.shape, weights.shape)
         except ValueError:
-            raise ValueError(f"b has shape {weights.shape}; expected one that broadcasts with {x.shape}") from None
+            raise ValueError(
+                f"b has shape {weights.shape}; expected one that broadcasts with {x.shape}"
+            ) from None
         x, weights = broadcast(x, shape, "a"), broadcast(weights, shape, "b")
     if x.ndim == 0:
         x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
@@ -319,8 +321,8 @@ def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
     x = as_array(x, "x")
     result = _output(x, out)
     backend = _run.backend_for("sigmoid", x)
-    for x_piece, out_piece in layout.elementwise((x, result)):
-        _run.elements(backend.sigmoid(x_piece, out_piece, log), x_piece)
+    for x_, out_ in _run.each_element((x, result)):
+        _run.elements(backend.sigmoid(x_, out_, log), x_)
     return result if out is not None else result[()]
 
 

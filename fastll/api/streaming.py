@@ -101,7 +101,9 @@ class LogSumExp:
         axes = axes_of(axis, x.ndim)
         kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
         if kept != self.shape:
-            raise ValueError(f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}")
+            raise ValueError(
+                f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"
+            )
         if x.size:
             _run.fold(_run.backend_for("logsumexp", x), x, None, axes, self._state)
         return self

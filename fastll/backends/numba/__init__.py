@@ -76,9 +76,7 @@ class Backend:
             like,
         )
 
-    def binary_cross_entropy(
-        self, x, target, weight, pos_weight, scale, loss, partial_sums, grad
-    ):
+    def binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial_sums, grad):
         like = _like(x)
         inputs = (_operand(a, like, 1) for a in (x, target, weight, pos_weight))
         outputs = (_operand(loss, like, 1), _operand(partial_sums, None, 1), _operand(grad, like, 1))

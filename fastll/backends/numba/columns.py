@@ -476,15 +476,13 @@ def softmax(x, state, out, log, classes, inner_size, like, start, stop):
 
 
 @njit(**KERNEL)
-def cross_entropy(
-    x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop
-):
+def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)
     memory, tile_size = tiles(4, classes, like)
     tile = memory.ctypes.data
     u, slope, results = tile + tile_size, tile + 2 * tile_size, tile + 3 * tile_size
     s, vectors = lanes(like)
-    cap, eps, z, scale = options.softcap, options.label_smoothing, options.z_loss, options.scale
+    cap, eps, scale = options.softcap, options.label_smoothing, options.scale
     keep, share = 1.0 - eps, eps / classes
     sparse, dense = labels.address != 0, t.address != 0
     spread = dense or eps != 0.0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 

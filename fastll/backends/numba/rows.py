@@ -157,9 +157,7 @@ def fetch_target(t, start, w, j, n, options, classes, buffer, like):
 
 
 @njit(**KERNEL)
-def cross_entropy(
-    x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop
-):
+def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)
     memory = np.empty(4 * BLOCK * size, np.uint8)
     buffer = memory.ctypes.data

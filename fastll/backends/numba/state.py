@@ -73,11 +73,8 @@ def log_sum(e, k):
 def weighted_log_sum(e, k):
     """(log|s|, sign of s) for s = e + k of any sign."""
     s = e + k
-    if abs(e) < abs(k):
-        log = math.log(abs(k)) + math.log1p(e / k)
-    else:
-        log = math.log(abs(s))
-    return log, np.sign(s)
+    apart = abs(e) < abs(k)
+    return math.log(abs(k)) + math.log1p(e / k) if apart else math.log(abs(s)), np.sign(s)
 
 
 @njit(**INLINE)

@@ -137,9 +137,7 @@ where_ge = _select(">=")
 fma = _operation(3, lambda builder, a, b, c: _intrinsic_call(builder, "fma", a.type, (a, b, c)))
 
 #: The larger one; `b` where either is NaN.
-maximum = _operation(
-    2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
-)
+maximum = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 absolute = _operation(1, lambda builder, a: _intrinsic_call(builder, "fabs", a.type, (a,)))
 

@@ -1,0 +1,45 @@
+"""The machine code: vectors, no gather, and no double arithmetic in the float32 loops."""
+
+import platform
+import re
+from importlib import import_module
+
+import numpy as np
+import pytest
+from conftest import require
+
+import fastll
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 mnemonics")
+
+
+PACKED = r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub|max)ps\b"
+SCALAR = r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub|max)ss\b"
+DOUBLE = r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub|max)[ps]d\b"
+
+
+def exponentials(assembly):
+    """The basic blocks that hold the exponential: they move bits to the exponent of a float32."""
+    blocks = re.split(r"^\.?L[\w.$]+:", assembly, flags=re.M)
+    return [block for block in blocks if re.search(r"\bv?pslld\s+\$23,", block)]
+
+
+@x86
+@pytest.mark.parametrize("operation", ["logsumexp", "softmax", "cross_entropy"])
+@pytest.mark.parametrize("family", ["rows", "columns"])
+def test_numba_float32_loops(family, operation):
+    require("numba")
+    fastll.warmup(["logsumexp", "softmax", "sparse_cross_entropy"], [np.float32])
+    kernel = getattr(import_module(f"fastll.backends.numba.{family}"), operation)
+    (signature,) = [s for s in kernel.signatures if any(str(t) == "float32" for t in s)]
+    assembly = kernel.inspect_asm(signature)
+    assert not re.search(r"\bv?p?gather\w+\s", assembly)
+    blocks = exponentials(assembly)
+    scalar = [block for block in blocks if re.search(SCALAR, block)]
+    assert len(scalar) <= (operation == "cross_entropy")  # the soft cap of the target's logit alone
+    blocks = [block for block in blocks if block not in scalar]
+    assert blocks
+    assert all(len(re.findall(PACKED, block)) >= 10 for block in blocks)
+    # sums with weights are float64 by design
+    weighted = [block for block in blocks if re.search(DOUBLE, block)]
+    assert len(weighted) <= (operation == "logsumexp")
