@@ -1,0 +1,22 @@
+"""``python -m fastll``: the command line, which needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say how to install what it needs."""
+    try:
+        from fastll.cli import main as command
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"click", "rich"}:
+            raise
+        sys.exit('python -m fastll needs click and rich: pip install "fastll[cli]"')
+    except KeyboardInterrupt:
+        sys.exit(130)
+    command(prog_name="python -m fastll")
+
+
+if __name__ == "__main__":
+    main()

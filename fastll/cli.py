@@ -1,0 +1,334 @@
+"""The commands of ``python -m fastll``, with click and rich: the extra ``cli``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+import fastll
+from fastll import demo as model
+
+DEFAULT_STEPS, QUICK_STEPS = 300, 50
+#: Where the steps are too many for the machine: with the rest of the demo, less than a minute.
+DEFAULT_SECONDS = 30.0
+#: Steps that the numpy backend repeats for comparison, at most.
+COMPARED_STEPS, QUICK_COMPARED_STEPS = 20, 5
+
+
+class _Failure(click.ClickException):
+    """An error of the user's or of the machine's, told in one sentence."""
+
+    exit_code = 2
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)  # as a shell reports it; click's own answer would be 1
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fastll.__version__, prog_name="fastll")
+def main() -> None:
+    """fastll: the likelihood side of machine learning at the speed of memory."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # a name that the terminal cannot show is no reason to fail
+            reconfigure(errors="replace")
+
+
+@main.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(min=1), help=f"Training steps; default {DEFAULT_STEPS}.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Train no longer than this; without --steps, just so long (and then not reproducibly); "
+    f"default {DEFAULT_SECONDS:g}.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--quick", is_flag=True, help=f"A few seconds only: {QUICK_STEPS} steps.")
+def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int, quick: bool) -> None:
+    """Fit a next-token model to a text by maximum likelihood.
+
+    FILE is any text of 20 kB or more; by default the documentation inside CPython is used.
+    """
+    if steps is None and (quick or seconds is None):
+        steps = QUICK_STEPS if quick else DEFAULT_STEPS
+    if seconds is None:
+        seconds = DEFAULT_SECONDS
+    console = Console(highlight=False)
+    clock = _Clock()
+    with _failures():
+        corpus = model.make_corpus(model.default_text() if file is None else model.read_text(file))
+        clock.lap("reading")
+        _check_environment()
+        trained = model.Model(len(corpus.vocabulary), seed)
+        run = model.train(trained, corpus, steps=steps, seconds=seconds, seed=seed)
+    console.print(_describe(file, corpus))
+    scores = {"uniform": model.uniform(corpus), "unigram": model.unigram(corpus)}
+    scores["before training"] = model.evaluate(trained, corpus)
+    clock.lap("scores before training (and compilation)")
+    taken = list(_show(run))
+    clock.lap("training")
+    scores["after training"] = model.evaluate(trained, corpus)
+    clock.lap("score after training")
+    fresh = model.Model(len(corpus.vocabulary), seed)
+    run = model.train(fresh, corpus, steps=steps, seconds=seconds, seed=seed)
+    with fastll.use_backend("numpy"):
+        compared = list(islice(run, QUICK_COMPARED_STEPS if quick else COMPARED_STEPS))
+    clock.lap("numpy backend")
+
+    console.print(_score_table(scores), "")
+    if taken[-1].progress < 1:
+        console.print(
+            f"Training stopped after {seconds:g} s, at step {len(taken)} of {steps}: more steps would "
+            "improve the scores, which depend on this machine's speed now.\n"
+        )
+    console.print(_time_table(taken, compared), "")
+    console.print(_verdict(taken, compared, reproducible=steps is not None))
+    console.print(f"\nSeconds: {clock}.")
+
+
+class _Clock:
+    """The seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps.append(f"{name} {now - self._last:.1f}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return ", ".join(self._laps)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Errors of the arguments and the environment as one sentence."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise _Failure(str(error)) from error
+
+
+def _check_environment() -> None:
+    """Fail now where FASTLL_BACKEND or FASTLL_NUM_THREADS would make any call fail."""
+    fastll.get_num_threads()
+    fastll.cross_entropy(np.zeros((1, 2), np.float32), [0])
+
+
+def _describe(file: Path | None, corpus: model.Corpus) -> str:
+    name = "the documentation inside CPython" if file is None else click.format_filename(file)
+    if file is not None and file.stat().st_size > model.MAX_BYTES:
+        name = f"the first {model.MAX_BYTES >> 20} MiB of {name}"
+    tokens = len(corpus.train) + len(corpus.heldout)
+    return (
+        f"Text: {escape(name)}, {tokens:,} tokens, {len(corpus.heldout):,} of them held out "
+        f"({corpus.heldout_bytes:,} bytes).\n"
+        f"Model: {model.CONTEXT} tokens in, a softmax over {len(corpus.vocabulary):,} tokens out.\n"
+    )
+
+
+def _show(steps: Iterator[model.Step]) -> Iterator[model.Step]:
+    """Pass the steps on, under a progress bar where stderr is a terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        smooth = 0.0
+        task = bar.add_task("", total=1.0, loss="")
+        for step in steps:
+            smooth = step.loss if step.number == 1 else 0.95 * smooth + 0.05 * step.loss
+            bar.update(task, completed=step.progress, loss=f"NLL {smooth:.2f}")
+            yield step
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table, numbers but for its first column, that wraps and cuts nothing off where it is narrow."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _score_table(scores: dict[str, model.Score]) -> Table:
+    table = _table(
+        "Held-out negative log-likelihood", "", "nats per token", "bits per byte", "perplexity"
+    )
+    for name, score in scores.items():
+        table.add_row(
+            name, f"{score.nll:.3f}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:,.1f}"
+        )
+    return table
+
+
+def _spent(steps: list[model.Step]) -> list[float]:
+    return [step.likelihood_seconds for step in steps]
+
+
+def _time_table(taken: list[model.Step], compared: list[model.Step]) -> Table:
+    title = "Time in the likelihood and its gradient"
+    table = _table(title, "backend", "steps", "median ms", "slowest ms", "total s")
+    chosen = os.environ.get("FASTLL_BACKEND") or "default"
+    for name, steps in ((chosen, taken), ("numpy", compared)):
+        seconds = _spent(steps)
+        milliseconds = [1e3 * statistics.median(seconds), 1e3 * max(seconds)]
+        table.add_row(
+            escape(name),
+            f"{len(steps):,}",
+            *(f"{value:.2f}" for value in milliseconds),
+            f"{sum(seconds):.2f}",
+        )
+    return table
+
+
+def _verdict(taken: list[model.Step], compared: list[model.Step], reproducible: bool) -> str:
+    ours = sum(_spent(taken))
+    theirs = statistics.median(_spent(compared)) * len(taken)
+    text = (
+        f"Likelihood of all {len(taken):,} steps: {ours:.2f} s; "
+        f"on the numpy backend (the float64 reference) {theirs:.2f} s, "
+        f"{theirs / ours:.1f} times as long"
+    )
+    if len(compared) < len(taken):
+        text += f" (extrapolated from the median of the first {len(compared)} steps)"
+    if reproducible:  # by the clock, the learning rates of the two runs differ
+        worst = max(abs(a.loss - b.loss) for a, b in zip(taken, compared, strict=False))
+        text += f". The losses of the two agree {f'to {worst:.0e} nats' if worst else 'exactly'}"
+    return text + "."
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def info(as_json: bool) -> None:
+    """Show backends, versions, threads and hardware."""
+    report = _report()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    console = Console(highlight=False)
+    backends = _table("Backends", "backend", "version", "available")
+    backends.columns[-1].justify = "left"
+    for name, status in report["backends"].items():
+        available = "yes" if status["available"] else f"no: {status['reason']}"
+        backends.add_row(name, escape(status["version"] or ""), escape(available))
+    console.print(backends, "")
+    facts = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for name, value in _facts(report):
+        facts.add_row(name, escape(value))
+    console.print(facts)
+
+
+def _facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, found in report["versions"].items():
+        yield name, found or "not installed"
+    yield "threads", str(report["threads"])
+    yield "CPU", report["cpu"]
+    yield "instruction set", report["instruction_set"] or "not known: no cython backend"
+    yield "GPU", ", ".join(report["gpu"]) or "none"
+    settings = [f"{name}={value}" for name, value in report["environment"].items()]
+    yield "environment", ", ".join(settings) or "no FASTLL_* variable is set"
+
+
+def _report() -> dict[str, Any]:
+    with _failures():
+        threads = fastll.get_num_threads()
+        backends = fastll.backends()
+    versions: dict[str, str | None] = {
+        "fastll": fastll.__version__,
+        "Python": platform.python_version(),
+    }
+    versions |= {name: _version(name) for name in ("numpy", "numba", "llvmlite")}
+    return {
+        "versions": versions,
+        "backends": {name: status._asdict() for name, status in backends.items()},
+        "threads": threads,
+        "cpu": _cpu(),
+        "instruction_set": _instruction_set() if backends["cython"].available else None,
+        "gpu": _gpus(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTLL_")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _instruction_set() -> str:
+    # not fastll.backends: in the public namespace that is the function
+    return str(importlib.import_module("fastll.backends.cython").backend.instruction_set)
+
+
+def _cpu() -> str:
+    """Model name, or the architecture where the system does not tell it."""
+    name = ""
+    if sys.platform == "darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        try:
+            for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+                if line.startswith("model name"):
+                    name = line.partition(":")[2]
+                    break
+        except OSError:
+            pass
+    return " ".join(name.split()) or platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Names of the NVIDIA GPUs, without loading CUDA."""
+    # "GPU 0: NVIDIA H100 (UUID: GPU-...)"
+    lines = _output("nvidia-smi", "-L").splitlines()
+    return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+
+
+def _output(*command: str) -> str:
+    """What a program prints, nothing where it is missing or fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [program, *command[1:]], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout

@@ -1,0 +1,397 @@
+"""A next-token model fitted by maximum likelihood: what ``python -m fastll demo`` shows.
+
+Every likelihood and every gradient of a likelihood comes from fastll, the matrix products from NumPy.
+
+The tokens are the words, spaces and signs that occur at least twice in the training text, and all 256
+bytes: whatever is no token of its own is spelled in bytes. A softmax over thousands of words is what
+language models have, and the spelling keeps bits per byte honest: every text is encoded without loss,
+so the cost of its tokens is a cost of all its bytes, unknown words included.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+import fastll
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+
+MIN_BYTES = 20_000
+MAX_BYTES = 2 << 20  # of a longer file, the beginning: more than a minute of training sees
+MAX_VOCABULARY = 4096
+BLOCK_BYTES = 2_000
+HELDOUT_EVERY = 10  # one block in ten is held out, so that both parts are of one kind
+
+CONTEXT = 6
+EMBEDDING = 64
+HIDDEN = 128
+BATCH = 1024
+LEARNING_RATE = 0.012
+WARMUP_STEPS = 30
+WEIGHT_DECAY = 0.5
+
+_PIECE = re.compile(rb" ?[A-Za-z\x80-\xff]+|[0-9]|\n *|  +|[^A-Za-z0-9\s\x80-\xff]+|.", re.DOTALL)
+# cut at the end of a line, else at white space, else anywhere
+_BLOCK = re.compile(
+    rb".{%d,%d}\n|.{1,%d}(?:\s|\Z)|.{1,%d}" % (BLOCK_BYTES // 2, *(BLOCK_BYTES - 1,) * 3),
+    re.DOTALL,
+)
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
+_PADDING = ord("\n")  # the context of the first token: an empty line
+
+
+class TextError(ValueError):
+    """A text that the demo cannot use, and why."""
+
+
+class Corpus(NamedTuple):
+    """A text in tokens, in two parts."""
+
+    vocabulary: tuple[bytes, ...]  # the 256 bytes first
+    train: Tokens
+    heldout: Tokens
+    heldout_bytes: int
+
+
+class Score(NamedTuple):
+    """How well a model predicts the held-out text."""
+
+    nll: float  # nats per token
+    bits_per_byte: float
+    perplexity: float  # per token
+
+
+class Step(NamedTuple):
+    """One step of training."""
+
+    number: int  # from 1
+    loss: float  # mean negative log-likelihood of the batch, nats per token
+    likelihood_seconds: float  # spent in fastll
+    progress: float  # share of the training that is done
+
+
+def default_text() -> bytes:
+    """The documentation that ships inside CPython.
+
+    Its topics repeat one another: each paragraph is kept once, so that no held-out one is trained on.
+
+    Returns
+    -------
+    bytes
+        About 370 kB of English and Python.
+
+    Raises
+    ------
+    TextError
+        If this Python was installed without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise TextError(
+            "this Python comes without pydoc_data.topics, the default text; expected a FILE"
+        ) from None
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.values()))
+    return "\n\n".join(dict.fromkeys(paragraphs)).encode()
+
+
+def read_text(path: str | Path) -> bytes:
+    """The text of a file, or its first `MAX_BYTES` bytes.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file, in UTF-8 or any other encoding that extends ASCII.
+
+    Returns
+    -------
+    bytes
+        At most `MAX_BYTES`.
+
+    Raises
+    ------
+    TextError
+        If the file cannot be read, is too small, or is not text.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise TextError(f"{path} cannot be read: {reason}; expected a text file") from None
+    if len(text) < MIN_BYTES:
+        raise TextError(f"{path} has {len(text):,} bytes; expected at least {MIN_BYTES:,}")
+    # checked in the bytes: UTF-8, Latin-1 and the like pass; UTF-16, images and archives do not
+    if len(text) - len(text.translate(None, _CONTROL)) > len(text) // 100 or b"\0" in text:
+        raise TextError(f"{path} is not text; expected UTF-8, without null characters")
+    return text
+
+
+def make_corpus(text: bytes) -> Corpus:
+    """Split a text into training and held-out part, and both into tokens.
+
+    Parameters
+    ----------
+    text : bytes
+        At least `MIN_BYTES` of it.
+
+    Returns
+    -------
+    Corpus
+        Its vocabulary is that of the training part.
+
+    Raises
+    ------
+    TextError
+        If the text is too small.
+    """
+    if len(text) < MIN_BYTES:
+        raise TextError(f"text has {len(text):,} bytes; expected at least {MIN_BYTES:,}")
+    blocks = _BLOCK.findall(text)
+    heldout = b"".join(blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
+    del blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    pieces = _PIECE.findall(b"".join(blocks))
+    single = [bytes([i]) for i in range(256)]
+    frequent = [
+        piece
+        for piece, n in Counter(piece for piece in pieces if len(piece) > 1).most_common(
+            MAX_VOCABULARY - len(single)
+        )
+        if n > 1
+    ]
+    vocabulary = (*single, *frequent)
+    index = {piece: i for i, piece in enumerate(vocabulary)}
+    return Corpus(
+        vocabulary, _encode(pieces, index), _encode(_PIECE.findall(heldout), index), len(heldout)
+    )
+
+
+def _encode(pieces: Iterable[bytes], index: dict[bytes, int]) -> Tokens:
+    tokens: list[int] = []
+    for piece in pieces:
+        token = index.get(piece)
+        if token is None:
+            tokens.extend(piece)  # spelled: the tokens below 256 are the bytes
+        else:
+            tokens.append(token)
+    return np.array(tokens, dtype=np.int64)
+
+
+def contexts(tokens: Tokens) -> Tokens:
+    """The `CONTEXT` tokens before each token, as a view of shape (tokens, CONTEXT)."""
+    padded = np.concatenate((np.full(CONTEXT, _PADDING), tokens))
+    return np.lib.stride_tricks.sliding_window_view(padded, CONTEXT)[: len(tokens)]
+
+
+class Model:
+    """Softmax of an affine function of a hidden layer over the embedded context.
+
+    That of Bengio et al., "A neural probabilistic language model" (2003). It starts as the uniform
+    distribution: the output matrix is zero.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Number of tokens.
+    seed : int
+        Of the embeddings and the hidden layer.
+    dtype : dtype_like
+        Of all parameters.
+    """
+
+    def __init__(self, vocabulary: int, seed: int, dtype: DTypeLike = np.float32) -> None:
+        rng = np.random.default_rng(seed)
+        inputs = CONTEXT * EMBEDDING
+        self.embedding: Floats = rng.standard_normal((vocabulary, EMBEDDING)).astype(dtype)
+        self.hidden: Floats = (rng.standard_normal((inputs, HIDDEN)) / inputs**0.5).astype(dtype)
+        self.output: Floats = np.zeros((HIDDEN + 1, vocabulary), dtype)  # the last row: the bias
+        self._logits: Floats = np.empty((BATCH, vocabulary), dtype)
+
+    @property
+    def parameters(self) -> list[Floats]:
+        """The arrays that are trained."""
+        return [self.embedding, self.hidden, self.output]
+
+    def nll(self, context: Tokens, target: Tokens) -> float:
+        """Mean negative log-likelihood of at most `BATCH` tokens."""
+        _, logits = self._forward(self._embed(context))
+        return float(fastll.cross_entropy(logits, target))
+
+    def nll_and_gradients(self, context: Tokens, target: Tokens) -> tuple[float, list[Floats], float]:
+        """The same, its gradients in the order of the parameters, and the seconds spent in fastll."""
+        embedded = self._embed(context)
+        hidden, logits = self._forward(embedded)
+        start = time.perf_counter()
+        # in place: nothing needs the logits any more
+        loss, grad = fastll.cross_entropy(logits, target, return_grad=True, grad_out=logits)
+        seconds = time.perf_counter() - start
+
+        activation = hidden[:, :HIDDEN]
+        grad_activation = (grad @ self.output[:HIDDEN].T) * (1 - activation * activation)
+        grad_embedding = np.zeros_like(self.embedding)
+        grad_embedded = (grad_activation @ self.hidden.T).reshape(-1, EMBEDDING)
+        np.add.at(grad_embedding, context.ravel(), grad_embedded)
+        gradients = [grad_embedding, embedded.T @ grad_activation, hidden.T @ grad]
+        return float(loss), gradients, seconds
+
+    def _embed(self, context: Tokens) -> Floats:
+        return self.embedding[context].reshape(len(context), -1)
+
+    def _forward(self, embedded: Floats) -> tuple[Floats, Floats]:
+        hidden = np.ones((len(embedded), HIDDEN + 1), embedded.dtype)  # the last column: the bias
+        np.tanh(embedded @ self.hidden, out=hidden[:, :HIDDEN])
+        return hidden, np.matmul(hidden, self.output, out=self._logits[: len(embedded)])
+
+
+class Adam:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), in place.
+
+    Parameters
+    ----------
+    parameters : list of ndarray
+        What `step` changes.
+    """
+
+    def __init__(self, parameters: list[Floats]) -> None:
+        self._parameters = parameters
+        self._first = [np.zeros_like(p) for p in parameters]
+        self._second = [np.zeros_like(p) for p in parameters]
+        self._steps = 0
+
+    def step(self, gradients: list[Floats], rate: float) -> None:
+        """Go one step against the gradients, which are overwritten."""
+        beta1, beta2 = 0.9, 0.99
+        self._steps += 1
+        unbiased = math.sqrt(1 - beta2**self._steps) / (1 - beta1**self._steps)
+        for p, g, m, v in zip(self._parameters, gradients, self._first, self._second, strict=True):
+            m *= beta1
+            m += (1 - beta1) * g
+            np.multiply(g, g, out=g)
+            g *= 1 - beta2
+            v *= beta2
+            v += g
+            np.sqrt(v, out=g)
+            g += 1e-8
+            np.divide(m, g, out=g)
+            g *= rate * unbiased
+            p *= 1 - rate * WEIGHT_DECAY
+            p -= g
+
+
+def train(
+    model: Model,
+    corpus: Corpus,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+) -> Iterator[Step]:
+    """Train a model, one step each time the iterator is advanced.
+
+    The learning rate rises over the first steps and then falls linearly to zero: over the number of
+    steps, or over the time where only that is given. Given `steps`, the result depends on nothing but
+    the seed and the backend.
+
+    Parameters
+    ----------
+    model : Model
+        Changed in place.
+    corpus : Corpus
+        Its training part is sampled.
+    steps : int, optional
+        How many to make.
+    seconds : float, optional
+        No step begins later than this. (The first step is always made.)
+    seed : int
+        Of the batches.
+
+    Yields
+    ------
+    Step
+        The step that was made.
+
+    Raises
+    ------
+    ValueError
+        If neither limit is given, or one is not positive.
+    """
+    if steps is None and seconds is None:
+        raise ValueError("steps and seconds are None; expected at least one limit")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}; expected at least 1")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}; expected a positive number")
+    return _train(model, corpus, steps, math.inf if seconds is None else seconds, seed)
+
+
+def _train(
+    model: Model, corpus: Corpus, steps: int | None, seconds: float, seed: int
+) -> Iterator[Step]:
+    rng = np.random.default_rng(seed)
+    context = contexts(corpus.train)
+    optimizer = Adam(model.parameters)
+    start = time.perf_counter()
+    progress = 0.0
+    for index in count(1):
+        batch = rng.integers(0, len(context), BATCH)
+        loss, gradients, spent = model.nll_and_gradients(context[batch], corpus.train[batch])
+        optimizer.step(gradients, LEARNING_RATE * min(1, index / WARMUP_STEPS) * (1 - progress))
+        elapsed = time.perf_counter() - start
+        progress = min(1.0, index / steps if steps else elapsed / seconds)
+        yield Step(index, loss, spent, progress)
+        if progress >= 1 or elapsed >= seconds:
+            return
+
+
+def evaluate(model: Model, corpus: Corpus) -> Score:
+    """Score of a model on the held-out text.
+
+    Parameters
+    ----------
+    model : Model
+        Left as it is.
+    corpus : Corpus
+        Its held-out part is predicted.
+
+    Returns
+    -------
+    Score
+        Over all held-out tokens.
+    """
+    tokens = corpus.heldout
+    context = contexts(tokens)
+    total = 0.0
+    for start in range(0, len(tokens), BATCH):
+        target = tokens[start : start + BATCH]
+        total += len(target) * model.nll(context[start : start + BATCH], target)
+    return _score(total / len(tokens), corpus)
+
+
+def uniform(corpus: Corpus) -> Score:
+    """Score of the uniform distribution over the vocabulary."""
+    return _score(math.log(len(corpus.vocabulary)), corpus)
+
+
+def unigram(corpus: Corpus) -> Score:
+    """Score of the token frequencies of the training text, plus 1/2 each (Krichevsky-Trofimov)."""
+    frequency = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) + 0.5
+    # the logits are the same in each row: a view, of which fastll makes no copy
+    row = np.log(frequency).astype(np.float32)
+    logits = np.broadcast_to(row, (len(corpus.heldout), len(row)))
+    return _score(float(fastll.cross_entropy(logits, corpus.heldout)), corpus)
+
+
+def _score(nll: float, corpus: Corpus) -> Score:
+    bits = nll * len(corpus.heldout) / math.log(2)
+    return Score(nll, bits / corpus.heldout_bytes, math.exp(nll))
