@@ -68,6 +68,12 @@ NOTHING = Operand(0, 0, 0, 0, 0, 0)
 
 
 @njit(**INLINE)
+def address_of(memory):
+    """Where an array is. Signed: an unsigned and a signed integer make a float64 in Numba."""
+    return np.int64(memory.ctypes.data)
+
+
+@njit(**INLINE)
 def release(memory):
     """Memory that is used by its address must be named after its last use, or it is freed before."""
     memory[0] = 0

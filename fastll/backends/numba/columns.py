@@ -18,6 +18,7 @@ from numba import njit
 from fastll.backends.numba.blocks import (
     BLOCK,
     NOTHING,
+    address_of,
     exp_exact,
     release,
     size_of,
@@ -116,7 +117,7 @@ def lanes(like):
     line = WIDTH * size_of(like)
     accumulators = lanes_of(like) * bytes_of(widen(splat(like)))
     memory = np.empty(4 * line + 3 * accumulators, np.uint8)
-    at = memory.ctypes.data
+    at = address_of(memory)
     sums = at + 4 * line
     result = Lanes(
         np.empty(WIDTH),
@@ -416,7 +417,7 @@ def rows_of_tile(row, stop, inner_size):
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     memory, tile_size = tiles(2, classes, like)
-    tile = memory.ctypes.data
+    tile = address_of(memory)
     weights = tile + tile_size
     s, vectors = lanes(like)
     row = start
@@ -446,7 +447,7 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
 @njit(**KERNEL)
 def softmax(x, state, out, log, classes, inner_size, like, start, stop):
     memory, tile_size = tiles(2, classes, like)
-    tile = memory.ctypes.data
+    tile = address_of(memory)
     results = tile + tile_size
     s, vectors = lanes(like)
     factors = np.zeros(WIDTH)
@@ -479,7 +480,7 @@ def softmax(x, state, out, log, classes, inner_size, like, start, stop):
 def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)
     memory, tile_size = tiles(4, classes, like)
-    tile = memory.ctypes.data
+    tile = address_of(memory)
     u, slope, results = tile + tile_size, tile + 2 * tile_size, tile + 3 * tile_size
     s, vectors = lanes(like)
     cap, eps, scale = options.softcap, options.label_smoothing, options.scale

@@ -9,6 +9,7 @@ from numba import njit
 
 from fastll.backends.numba.blocks import (
     BLOCK,
+    address_of,
     deliver,
     fetch,
     release,
@@ -35,7 +36,7 @@ def sigmoid_block(v, n, log, out, like):
 @njit(**KERNEL)
 def sigmoid(x, out, log, length, units, like, start, stop):
     memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
-    buffer = memory.ctypes.data
+    buffer = address_of(memory)
     out_buffer = buffer + BLOCK * size_of(like)
     for unit in range(start, stop):
         outer, first = unit // units, unit % units * CHUNK
@@ -80,7 +81,7 @@ def bce_block(v, t, w, p, n, scale, loss, grad, like):
 def binary_cross_entropy(x, t, w, p, scale, loss, partial, grad, length, units, like, start, stop):
     size = size_of(like)
     memory = np.empty(6 * BLOCK * size, np.uint8)
-    buffer = memory.ctypes.data
+    buffer = address_of(memory)
     t_buffer, w_buffer = buffer + BLOCK * size, buffer + 2 * BLOCK * size
     p_buffer, loss_buffer = buffer + 3 * BLOCK * size, buffer + 4 * BLOCK * size
     grad_buffer = buffer + 5 * BLOCK * size

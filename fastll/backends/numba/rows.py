@@ -12,6 +12,7 @@ from numba import njit
 
 from fastll.backends.numba.blocks import (
     BLOCK,
+    address_of,
     cap_block,
     deliver,
     exp_block,
@@ -81,7 +82,7 @@ def store_lse(out, sign, weighted, outer, inner, m, e, k, like):
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     size = size_of(like)
     memory = np.empty(3 * BLOCK * size, np.uint8)
-    buffer = memory.ctypes.data
+    buffer = address_of(memory)
     b_buffer, masked = buffer + BLOCK * size, buffer + 2 * BLOCK * size
     for row in range(start, stop):
         outer, inner = row // inner_size, row % inner_size
@@ -107,7 +108,7 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
 @njit(**KERNEL)
 def softmax(x, state, out, log, classes, inner_size, like, start, stop):
     memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
-    buffer = memory.ctypes.data
+    buffer = address_of(memory)
     out_buffer = buffer + BLOCK * size_of(like)
     for row in range(start, stop):
         outer, inner = row // inner_size, row % inner_size
@@ -160,7 +161,7 @@ def fetch_target(t, start, w, j, n, options, classes, buffer, like):
 def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)
     memory = np.empty(4 * BLOCK * size, np.uint8)
-    buffer = memory.ctypes.data
+    buffer = address_of(memory)
     t_buffer, slope = buffer + BLOCK * size, buffer + 2 * BLOCK * size
     out_buffer = buffer + 3 * BLOCK * size
     cap, scale = options.softcap, options.scale
