@@ -1,0 +1,51 @@
+"""The extension modules of the cython backend. Everything else stands in pyproject.toml."""
+
+import os
+from sysconfig import get_platform
+
+import numpy as np
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+FOLDER = "fastll/backends/cython"
+
+#: IEEE arithmetic: nothing is reordered or contracted.
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+FLAGS += ["-fno-strict-aliasing"]
+#: Loops over 16 lanes must reach GCC's vectoriser as loops. (Clang ignores this one.)
+FLAGS += ["--param=max-completely-peel-times=12"]
+V3 = [*FLAGS, "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+V4 = [*V3, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
+
+if get_platform().startswith("win"):
+    modules = {"_v1": ["/O2"]}
+elif get_platform().endswith("x86_64"):
+    modules = {"_v1": FLAGS, "_v3": V3, "_v4": V4}
+else:
+    modules = {"_v1": FLAGS}
+
+extensions = [
+    Extension(
+        f"fastll.backends.cython.{name}",
+        [f"{FOLDER}/{name}.pyx"],
+        include_dirs=[np.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        extra_compile_args=flags,
+    )
+    for name, flags in modules.items()
+]
+directives = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "freethreading_compatible": True,
+}
+extensions = cythonize(extensions, build_dir="build", compiler_directives=directives)
+for extension in extensions:  # fastll works without them
+    extension.optional = os.environ.get("FASTLL_REQUIRE_EXT") != "1"
+
+setup(
+    ext_modules=extensions,
+    options={"build_ext": {"parallel": os.cpu_count()}},
+)
