@@ -45,13 +45,13 @@ def _check_device(x: Any, name: str) -> None:
 
 
 def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """Axes as a tuple of numbers from 0; None is all of them."""
+    """Axes as numbers from 0, in ascending order; None is all of them."""
     if axis is None:
         return tuple(range(ndim))
     if type(axis) is int and -ndim <= axis < ndim:
         return (axis % ndim,)
     try:
-        return normalize_axis_tuple(axis, ndim, "axis")
+        return tuple(sorted(normalize_axis_tuple(axis, ndim, "axis")))
     except TypeError:
         raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None") from None
 

@@ -23,10 +23,11 @@ TABLE = {
 _PACKAGES = {"numba": "numba", "cython": "fastll", "numpy": "numpy", "cuda": "numba-cuda"}
 NAMES = tuple(_PACKAGES)
 
-#: Elements of one call from which Numba beats Cython, its launch being the dearer one.
-NUMBA_FROM = 1 << 16
-#: Elements that an operation must have handled before its Numba kernel is worth compiling.
-NUMBA_PAYS_AFTER = 1 << 26
+#: Elements of one call from which Numba's dearer launch (10 us) is lost in the work.
+NUMBA_FROM = 1 << 20
+#: Elements that an operation must have handled before its Numba kernel is worth compiling: 2 to 4 s,
+#: against a gain of at most 0.2 ns an element. Both are measured by `python -m bench.crossover`.
+NUMBA_PAYS_AFTER = 1 << 34
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
 _environment = os.environ.get("FASTLL_BACKEND") or None

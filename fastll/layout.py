@@ -32,16 +32,16 @@ class _Group(NamedTuple):
 
 
 def rows(axes: Sequence[int], full: Sequence[Array], row: Sequence[Array] = ()) -> Layout:
-    """Pieces for a reduction over `axes`.
+    """Pieces for a reduction over `axes`, in ascending order.
 
     `full` operands share one shape. `row` operands have that shape less `axes`, and may have further
     axes at the end, which stay as they are.
     """
     shape = full[0].shape
-    if len(axes) == 1 and all(a.flags.c_contiguous for a in (*full, *row)):
-        axis = axes[0]
-        outer, classes, inner = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-        extra = len(shape) - 1
+    first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
+    if last - first == len(axes) and all(a.flags.c_contiguous for a in (*full, *row)):
+        outer, classes, inner = prod(shape[:first]), prod(shape[first:last]), prod(shape[last:])
+        extra = len(shape) - len(axes)
         piece = (
             *(a.reshape(outer, classes, inner) for a in full),
             *(a.reshape(outer, inner, *a.shape[extra:]) for a in row),

@@ -243,6 +243,13 @@ def test_scalars(backend, axis):
     assert isinstance(fastll.sigmoid(0), np.float64)
 
 
+def test_reduction_over_no_axis(backend):
+    """As for NumPy's sums: each element is a row of its own."""
+    x = np.array([[1.0, -INF], [NAN, 2.0]])
+    np.testing.assert_array_equal(fastll.logsumexp(x, axis=()), x)
+    np.testing.assert_array_equal(fastll.softmax(x, axis=()), [[1, NAN], [NAN, 1]])
+
+
 def test_one_row_without_axes(backend):
     loss, lse, grad = fastll.cross_entropy([0.0, 0.0], 1, return_lse=True, return_grad=True)
     np.testing.assert_allclose([loss, lse], np.log(2), rtol=1e-15)

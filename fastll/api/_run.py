@@ -45,9 +45,8 @@ def new_state(shape: tuple[int, ...]) -> Floats:
 def fold(backend: Backend, x: Array, b: Array | None, axes: Sequence[int], state: Floats) -> None:
     """Add the rows of an array to their running state."""
     full = (x,) if b is None else (x, b)
-    for x_piece, *b_piece, state_piece in layout.rows(axes, full, (state,)).pieces:
-        weights = b_piece[0] if b_piece else None
-        rows(backend.logsumexp(x_piece, weights, state_piece, None, None), x_piece)
+    for x_, *b_, state_ in layout.rows(axes, full, (state,)).pieces:
+        rows(backend.logsumexp(x_, b_[0] if b_ else None, state_, None, None), x_)
 
 
 def finish(backend: Backend, state: Floats, weighted: bool, out: Array, sign: Array | None) -> None:
@@ -70,10 +69,24 @@ def each_row(
     full: Sequence[Array | None],
     row: Sequence[Array | None],
     bind: Callable[..., Kernel],
+) -> bool:
+    """Run the kernel that `bind` makes of the operands of each piece.
+
+    Where rows are spread over several pieces nothing is run, and the result is False.
+    """
+    parts = layout.rows(axes, _present(full), _present(row))
+    if parts.folds > 1:
+        return False
+    for views in with_absent(parts.pieces, (*full, *row)):
+        rows(bind(*views), views[0])
+    return True
+
+
+def each_piece(
+    axes: Sequence[int], full: Sequence[Array], row: Sequence[Array], bind: Callable[..., Kernel]
 ) -> None:
-    """Run the kernel that `bind` makes of the operands of each piece."""
-    pieces = layout.rows(axes, _present(full), _present(row)).pieces
-    for views in with_absent(pieces, (*full, *row)):
+    """`each_row` whether or not rows are spread over several pieces: for kernels given their state."""
+    for views in layout.rows(axes, full, row).pieces:
         rows(bind(*views), views[0])
 
 

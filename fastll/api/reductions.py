@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastll import layout
 from fastll.api import _run
 from fastll.arrays import as_array, axes_of, broadcast, check_output
 from fastll.dtypes import kind_of
@@ -112,17 +111,14 @@ def logsumexp(
     result = np.empty(kept, value)
     sign = np.empty(kept, value) if return_sign else None
     backend = _run.backend_for("logsumexp", x)
-    if len(axes) == 1 and x.size:
-        _run.each_row(
-            axes,
-            (x, weights),
-            (result, sign),
-            lambda x, b, out, sign: backend.logsumexp(x, b, None, out, sign),
-        )
-    else:
+    if not _run.each_row(
+        axes,
+        (x, weights),
+        (result, sign),
+        lambda x, b, out, sign: backend.logsumexp(x, b, None, out, sign),
+    ):
         state = _run.new_state(kept)
-        if x.size:
-            _run.fold(backend, x, weights, axes, state)
+        _run.fold(backend, x, weights, axes, state)
         _run.finish(backend, state, weights is not None, result, sign)
 
     result = result.reshape(shape)
@@ -228,18 +224,14 @@ def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
     axes = axes_of(axis, full.ndim)
     backend = _run.backend_for("softmax", x)
     target = result.reshape(full.shape)
-    if x.size:
-        parts = layout.rows(axes, (full, target))
-        if parts.folds == 1:
-            for x_piece, out_piece in parts.pieces:
-                _run.rows(backend.softmax(x_piece, None, out_piece, log), x_piece)
-        else:
-            kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-            state = _run.new_state(kept)
-            _run.fold(backend, x, None, axes, state)
-            _run.each_row(
-                axes, (x, target), (state,), lambda x, out, state: backend.softmax(x, state, out, log)
-            )
+    if x.size and not _run.each_row(
+        axes, (full, target), (), lambda x, out: backend.softmax(x, None, out, log)
+    ):
+        state = _run.new_state(tuple(n for i, n in enumerate(full.shape) if i not in axes))
+        _run.fold(backend, full, None, axes, state)
+        _run.each_piece(
+            axes, (full, target), (state,), lambda x, out, state: backend.softmax(x, state, out, log)
+        )
     return result if out is not None else result[()]
 
 

@@ -142,8 +142,9 @@ cdef inline real log1p_unit(real e) noexcept nogil:
     else:
         p = polynomial(ATANH_DOUBLE, 7, w)
     cdef real log = fma(z * w, p, z)
-    cdef real halved = log + <real> LN2
-    return halved if e > <real> ROOT else log
+    cdef real doubled = log + <real> LN2
+    # not e > ROOT once more: GCC would merge the two, and compute all in between for either case
+    return log if u == e else doubled
 
 
 cdef inline void tails(real x, real* scaled, real* e) noexcept nogil:

@@ -28,6 +28,12 @@ cdef extern from *:
       #define fma_double(a, b, c) ((a) * (b) + (c))
     #endif
 
+    #ifdef __GNUC__
+      #define prefetch(address) __builtin_prefetch(address)
+    #else
+      #define prefetch(address)
+    #endif
+
     static inline float exponent_bits_float(float z) {
         uint32_t bits;
         memcpy(&bits, &z, 4);
@@ -44,6 +50,7 @@ cdef extern from *:
         return z;
     }
     """
+    void prefetch(const void*) nogil
     float fma_float(float, float, float) nogil
     double fma_double(double, double, double) nogil
     float exponent_bits_float(float) nogil
@@ -100,6 +107,8 @@ cdef inline const real* load(
     cdef int l
     cdef int few = <int> count
     if count >= lanes_of(v):
+        prefetch(<const char*> v + 1024)
+        prefetch(<const char*> v + 1024 + 64)
         return v
     for l in range(lanes_of(v)):
         memory[l] = v[l] if l < few else pad
@@ -111,6 +120,8 @@ cdef inline void store(real* v, Py_ssize_t count, const real* lanes) noexcept no
     cdef int l
     cdef int few = <int> count
     if count >= lanes_of(v):
+        prefetch(<const char*> v + 1024)
+        prefetch(<const char*> v + 1024 + 64)
         for l in range(lanes_of(v)):
             v[l] = lanes[l]
     else:
