@@ -275,10 +275,17 @@ cdef void exp_exact(
 
 cdef void log_block(const real* v, Py_ssize_t n, double m, double log_s, real* out) noexcept nogil:
     """(x - m) - log s: both parts are at most 0, so that nothing cancels."""
+    cdef real[LANES] rest, y
     cdef real top = <real> m, lowered = <real> log_s
-    cdef Py_ssize_t j
-    for j in range(n):
-        out[j] = (v[j] - top) - lowered
+    cdef const real* x
+    cdef Py_ssize_t i, j
+    cdef int l
+    for i in range(vectors_of(v, n)):
+        j = i * lanes_of(v)
+        x = load(v + j, n - j, top, rest)
+        for l in range(lanes_of(v)):
+            y[l] = (x[l] - top) - lowered
+        store(out + j, n - j, y)
 
 
 cdef void target_block(

@@ -7,6 +7,7 @@
 
 cdef enum:
     WIDTH = 64
+    LINES_AHEAD = 8
 
 cdef struct Tile:
     # Memory for one call: see `tile_of`. Vectors are of the compute dtype unless said otherwise.
@@ -76,10 +77,13 @@ cdef void scatter(
     """A tile back into classes j to j + n of `count` rows."""
     cdef char* target = start_of(x, outer, inner) + j * x.classes
     cdef Py_ssize_t i
+    cdef int line
     for i in range(n):
         if x.format != IN_PLACE:
             write_block(x.format, tile, target, x.inner, count)
         elif count == WIDTH:
+            for line in range(<int> sizeof(real) // 2):
+                prefetch_vector(target + LINES_AHEAD * x.classes + line * 128)
             memcpy(target, tile, WIDTH * sizeof(real))
         else:
             memcpy(target, tile, count * sizeof(real))

@@ -52,6 +52,7 @@ from fastll.backends.numba.vector import (
     lanes_of,
     load,
     maximum,
+    prefetch_vector,
     read,
     splat,
     store,
@@ -61,6 +62,8 @@ from fastll.backends.numba.vector import (
 )
 
 WIDTH = 64
+#: Classes from the one that is written to the one that is prefetched.
+LINES_AHEAD = 8
 
 
 @njit(**INLINE)
@@ -88,6 +91,7 @@ def scatter(x, outer, inner, j, n, count, tile, like):
         line = tile + i * WIDTH * size
         if x.write == 0:
             for w in range(0, count, lanes_of(like)):
+                prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
                 store(target + w * size, count - w, load(line + w * size, count - w, pad))
         else:
             call(x.write, line, size, target, x.inner, count)
