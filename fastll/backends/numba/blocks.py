@@ -34,11 +34,11 @@ from fastll.backends.numba.vector import (
     fma,
     lanes_of,
     largest,
-    load,
+    load_ahead,
     maximum,
     read,
     splat,
-    store,
+    store_ahead,
     total,
     where_eq,
     widen,
@@ -119,10 +119,10 @@ def cap_block(v, n, cap, out, slope, like):
     size = size_of(like)
     caps = splat(cast(cap, like))
     for j in range(0, n, lanes_of(like)):
-        capped, derivative = softcap(load(v + j * size, n - j, splat(like)), caps)
-        store(out + j * size, n - j, capped)
+        capped, derivative = softcap(load_ahead(v + j * size, n - j, splat(like)), caps)
+        store_ahead(out + j * size, n - j, capped)
         if slope != 0:
-            store(slope + j * size, n - j, derivative)
+            store_ahead(slope + j * size, n - j, derivative)
 
 
 @njit(**INLINE)
@@ -132,7 +132,7 @@ def max_block(v, n, like):
     lowest = splat(-constants(like).infinity)
     top = lowest
     for j in range(0, n, lanes_of(like)):
-        top = maximum(load(v + j * size, n - j, lowest), top)
+        top = maximum(load_ahead(v + j * size, n - j, lowest), top)
     return np.float64(largest(top))
 
 
@@ -146,7 +146,7 @@ def scan_block(v, n, ref, like):
     top = lowest
     sums = splat(constants(like).zero)
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, lowest)
+        x = load_ahead(v + j * size, n - j, lowest)
         top = maximum(x, top)
         sums = sums + exponential(x, floors, magics)
     return total(sums) * 2.0**-SUM_SHIFT / ref.lead, np.float64(largest(top))
@@ -166,7 +166,7 @@ def sum_block(v, n, m, ref, like):
     sums = zero
     counts = zero
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, lowest)
+        x = load_ahead(v + j * size, n - j, lowest)
         sums = sums + where_eq(x, tops, zero, exponential(x, floors, magics))
         counts = counts + where_eq(x, tops, one, zero)
     return total(sums) * 2.0**-SUM_SHIFT / ref.lead, total(counts)
@@ -216,9 +216,9 @@ def mask_block(v, b, n, out, like):
     c = constants(like)
     lowest, zero = splat(-c.infinity), splat(c.zero)
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, lowest)
-        weight = load(b + j * size, n - j, zero)
-        store(out + j * size, n - j, where_eq(weight, zero, lowest, x))
+        x = load_ahead(v + j * size, n - j, lowest)
+        weight = load_ahead(b + j * size, n - j, zero)
+        store_ahead(out + j * size, n - j, where_eq(weight, zero, lowest, x))
 
 
 @njit(**INLINE)
@@ -235,8 +235,8 @@ def weighted_sum_block(v, b, n, m, ref, like):
     sums = widen(zero)
     tops_sum = widen(zero)
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, lowest)
-        weight = load(b + j * size, n - j, zero)
+        x = load_ahead(v + j * size, n - j, lowest)
+        weight = load_ahead(b + j * size, n - j, zero)
         terms = widen(where_eq(x, tops, zero, exponential(x, floors, magics)))
         # scaled back before the weight comes in, which may be as large as a number can be
         terms = terms * widen(splat(cast(2.0**-SUM_SHIFT, like)))
@@ -284,9 +284,9 @@ def exp_block(v, n, m, ref, factor, out, like):
     floor, magic = window(ref.n, float(OUT_SHIFT), like)
     floors, magics = splat(floor), splat(magic)
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, tops)
+        x = load_ahead(v + j * size, n - j, tops)
         y = exponential(x, floors, magics) * scale
-        store(out + j * size, n - j, where_eq(x, tops, top_value, y))
+        store_ahead(out + j * size, n - j, where_eq(x, tops, top_value, y))
 
 
 @njit
@@ -304,7 +304,7 @@ def log_block(v, n, m, log_s, out, like):
     size = size_of(like)
     tops, logs = splat(cast(m, like)), splat(cast(log_s, like))
     for j in range(0, n, lanes_of(like)):
-        store(out + j * size, n - j, (load(v + j * size, n - j, tops) - tops) - logs)
+        store_ahead(out + j * size, n - j, (load_ahead(v + j * size, n - j, tops) - tops) - logs)
 
 
 @njit(**INLINE)
@@ -317,10 +317,10 @@ def target_block(t, w, n, keep, spread, out, like):
     for j in range(0, n, lanes_of(like)):
         u = spreads
         if t != 0:
-            u = fma(load(t + j * size, n - j, zero), keeps, spreads)
+            u = fma(load_ahead(t + j * size, n - j, zero), keeps, spreads)
         if w != 0:
-            u = u * load(w + j * size, n - j, zero)
-        store(out + j * size, n - j, u)
+            u = u * load_ahead(w + j * size, n - j, zero)
+        store_ahead(out + j * size, n - j, u)
 
 
 @njit(**INLINE)
@@ -332,8 +332,8 @@ def linear_block(v, u, n, m, like):
     sums = zero
     weights = zero
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, zero)
-        weight = load(u + j * size, n - j, zero)
+        x = load_ahead(v + j * size, n - j, zero)
+        weight = load_ahead(u + j * size, n - j, zero)
         sums = sums + where_eq(weight, zero, zero, weight * (tops - x))
         weights = weights + weight
     return total(sums), total(weights)
@@ -346,8 +346,8 @@ def subtract_block(out, u, n, factor, like):
     zero = splat(constants(like).zero)
     factors = splat(cast(-factor, like))
     for j in range(0, n, lanes_of(like)):
-        y = fma(load(u + j * size, n - j, zero), factors, load(out + j * size, n - j, zero))
-        store(out + j * size, n - j, y)
+        y = fma(load_ahead(u + j * size, n - j, zero), factors, load_ahead(out + j * size, n - j, zero))
+        store_ahead(out + j * size, n - j, y)
 
 
 @njit(**INLINE)
@@ -356,8 +356,8 @@ def multiply_block(out, slope, n, like):
     size = size_of(like)
     zero = splat(constants(like).zero)
     for j in range(0, n, lanes_of(like)):
-        y = load(out + j * size, n - j, zero) * load(slope + j * size, n - j, zero)
-        store(out + j * size, n - j, y)
+        y = load_ahead(out + j * size, n - j, zero) * load_ahead(slope + j * size, n - j, zero)
+        store_ahead(out + j * size, n - j, y)
 
 
 @njit(**INLINE)
@@ -365,4 +365,4 @@ def fill_block(out, n, value, like):
     size = size_of(like)
     values = splat(cast(value, like))
     for j in range(0, n, lanes_of(like)):
-        store(out + j * size, n - j, values)
+        store_ahead(out + j * size, n - j, values)

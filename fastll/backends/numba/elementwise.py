@@ -20,7 +20,7 @@ from fastll.backends.numba.blocks import (
 from fastll.backends.numba.maths import bce, cast, constants, log_sigmoid
 from fastll.backends.numba.maths import sigmoid as logistic
 from fastll.backends.numba.rows import KERNEL
-from fastll.backends.numba.vector import INLINE, lanes_of, load, splat, store, total, write
+from fastll.backends.numba.vector import INLINE, lanes_of, load_ahead, splat, store_ahead, total, write
 from fastll.contract import CHUNK
 
 
@@ -29,8 +29,8 @@ def sigmoid_block(v, n, log, out, like):
     size = size_of(like)
     zero = splat(constants(like).zero)
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, zero)
-        store(out + j * size, n - j, log_sigmoid(x) if log else logistic(x))
+        x = load_ahead(v + j * size, n - j, zero)
+        store_ahead(out + j * size, n - j, log_sigmoid(x) if log else logistic(x))
 
 
 @njit(**KERNEL)
@@ -60,19 +60,19 @@ def bce_block(v, t, w, p, n, scale, loss, grad, like):
     scales = splat(cast(scale, like))
     sums = zero
     for j in range(0, n, lanes_of(like)):
-        x = load(v + j * size, n - j, lowest)  # with a target of 0, lanes beyond the end are 0
-        target = load(t + j * size, n - j, zero)
+        x = load_ahead(v + j * size, n - j, lowest)  # with a target of 0, lanes beyond the end are 0
+        target = load_ahead(t + j * size, n - j, zero)
         positive = target
         if p != 0:
-            positive = target * load(p + j * size, n - j, one)
+            positive = target * load_ahead(p + j * size, n - j, one)
         value, slope = bce(x, positive, one - target)
         if w != 0:
-            weight = load(w + j * size, n - j, zero)
+            weight = load_ahead(w + j * size, n - j, zero)
             value, slope = value * weight, slope * weight
         if loss != 0:
-            store(loss + j * size, n - j, value)
+            store_ahead(loss + j * size, n - j, value)
         if grad != 0:
-            store(grad + j * size, n - j, slope * scales)
+            store_ahead(grad + j * size, n - j, slope * scales)
         sums = sums + value
     return total(sums)
 

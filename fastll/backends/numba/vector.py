@@ -290,6 +290,23 @@ def bytes_of(typing_context, v):
     return types.int64(v), codegen
 
 
+@njit(**INLINE)
+def load(address, count, pad):
+    """The numbers at `address`; beyond the first `count`, those of `pad`."""
+    if count >= lanes_of(pad):
+        return _load_all(address, pad)
+    return _load_some(address, count, pad)
+
+
+@njit(**INLINE)
+def store(address, count, v):
+    """Write the first `count` lanes."""
+    if count >= lanes_of(v):
+        _store_all(address, v)
+    else:
+        _store_some(address, count, v)
+
+
 @intrinsic
 def prefetch(typing_context, address):
     """Ask for the cache line of an address, which may lie beyond any array."""
@@ -306,28 +323,23 @@ def prefetch(typing_context, address):
 
 @njit(**INLINE)
 def prefetch_vector(address):
-    """Ask for the two cache lines of a vector. The CPU's own prefetcher is late for what we do to one."""
+    """Ask for the two cache lines of a vector. The CPU's own prefetcher is late for our loops."""
     prefetch(address)
     prefetch(address + 64)
 
 
 @njit(**INLINE)
-def load(address, count, pad):
-    """The numbers at `address`; beyond the first `count`, those of `pad`."""
-    if count >= lanes_of(pad):
-        prefetch_vector(address + AHEAD)
-        return _load_all(address, pad)
-    return _load_some(address, count, pad)
+def load_ahead(address, count, pad):
+    """`load` in a walk through memory."""
+    prefetch_vector(address + AHEAD)
+    return load(address, count, pad)
 
 
 @njit(**INLINE)
-def store(address, count, v):
-    """Write the first `count` lanes."""
-    if count >= lanes_of(v):
-        prefetch_vector(address + AHEAD)
-        _store_all(address, v)
-    else:
-        _store_some(address, count, v)
+def store_ahead(address, count, v):
+    """`store` in a walk through memory."""
+    prefetch_vector(address + AHEAD)
+    store(address, count, v)
 
 
 @intrinsic
