@@ -14,7 +14,7 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=o
 FLAGS += ["-fno-strict-aliasing"]
 #: Loops over 16 lanes must reach GCC's vectoriser as loops. (Clang ignores this one.)
 FLAGS += ["--param=max-completely-peel-times=12"]
-V3 = [*FLAGS, "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+V3 = [*FLAGS, "-mavx2", "-mfma", "-mbmi2"]
 V4 = [*V3, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
 
 if get_platform().startswith("win"):

@@ -3,6 +3,7 @@
 import mpmath
 import numpy as np
 import pytest
+import scipy.special
 from table import DTYPES
 
 import fastll
@@ -112,6 +113,15 @@ def test_tails_of_sigmoid(backend, dtype):
         t = mpmath.mpf(float(v))
         assert ulps(p, 1 / (1 + mpmath.exp(-t))) <= 3
         assert ulps(log_p, -mpmath.log1p(mpmath.exp(-t))) <= 3
+
+
+def test_sigmoid_against_scipy(backend, rng):
+    x = 20 * rng.standard_normal(5000)
+    # SciPy's are within 2 ulp, ours within 3
+    np.testing.assert_allclose(fastll.sigmoid(x), scipy.special.expit(x), rtol=5 * np.finfo(float).eps)
+    np.testing.assert_allclose(
+        fastll.log_sigmoid(x), scipy.special.log_expit(x), rtol=5 * np.finfo(float).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
