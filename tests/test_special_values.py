@@ -212,6 +212,7 @@ class TestEmpty:
         assert fastll.softmax(x).shape == (3, 0)
         assert fastll.cross_entropy(x, np.full(3, -100), reduction="sum") == 0
         assert fastll.cross_entropy(x, np.zeros((3, 0))) == 0
+        assert fastll.cross_entropy(x.T, np.zeros((0, 3)), axis=0, weight=np.zeros(0)) == 0
         with pytest.raises(IndexError, match="label 0 at"):
             fastll.cross_entropy(x, [0, 0, 0])
 

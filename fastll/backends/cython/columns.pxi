@@ -7,7 +7,7 @@
 
 cdef enum:
     WIDTH = 64
-    LINES_AHEAD = 8
+    LINES_AHEAD = 8  # classes from the one that is written to the one that is prefetched
 
 cdef struct Tile:
     # Memory for one call: see `tile_of`. Vectors are of the compute dtype unless said otherwise.
@@ -82,7 +82,7 @@ cdef void scatter(
         if x.format != IN_PLACE:
             write_block(x.format, tile, target, x.inner, count)
         elif count == WIDTH:
-            for line in range(<int> sizeof(real) // 2):
+            for line in range(<int> (WIDTH * sizeof(real) // 128)):
                 prefetch_vector(target + LINES_AHEAD * x.classes + line * 128)
             memcpy(target, tile, WIDTH * sizeof(real))
         else:

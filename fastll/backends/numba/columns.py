@@ -527,7 +527,7 @@ def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size
             m, e, k = s.m[i], s.e[i], s.k[i]
             if lse.address != 0:
                 write(start_of(lse, outer, inner + i), cast(m + log_sum(e, k), like))
-            w_y = np.float64(read(w + y[i] * size, like)) if w != 0 and kept[i] else 1.0
+            w_y = np.float64(read(w + y[i] * size, like)) if sparse and w != 0 and kept[i] else 1.0
             value, factors[i], g_y[i] = finish(
                 m, e, k, classes, sparse, x_y[i], w_y, distance[i], mass[i], options
             )
