@@ -56,6 +56,11 @@ def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
         raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None") from None
 
 
+def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
+    """A shape without some of its axes: that of the rows of a reduction over them."""
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
+
+
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, as a number from 0."""
     if not hasattr(axis, "__index__") or isinstance(axis, bool):

@@ -44,6 +44,11 @@ Floats = NDArray[np.float64]
 CHUNK = 1 << 15
 
 
+def units_of(length: int) -> int:
+    """Number of units in an outer row of `length` elements."""
+    return -(-length // CHUNK)
+
+
 class CrossEntropyOptions(NamedTuple):
     """The scalars of a cross-entropy, as its kernel takes them."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import dispatch, layout, threads
-from fastll.contract import CHUNK, Backend, Floats, Kernel
+from fastll.contract import Backend, Floats, Kernel, units_of
 from fastll.dtypes import kind_of
 
 Array = NDArray[Any]
@@ -25,14 +25,9 @@ def rows(kernel: Kernel, x: Array) -> None:
     threads.run(kernel, x.shape[0] * x.shape[2], x.size)
 
 
-def units(x: Array) -> int:
-    """Number of units in an outer row of a (outer, n) piece of an element-wise operation."""
-    return int(-(-x.shape[1] // CHUNK))
-
-
 def elements(kernel: Kernel, x: Array) -> None:
     """Run a kernel over the units of a (outer, n) piece."""
-    threads.run(kernel, x.shape[0] * units(x), x.size)
+    threads.run(kernel, x.shape[0] * units_of(x.shape[1]), x.size)
 
 
 def new_state(shape: tuple[int, ...]) -> Floats:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastll.api import _run
 from fastll.arrays import as_array, axis_of, broadcast, check_output
-from fastll.contract import CrossEntropyOptions
+from fastll.contract import CrossEntropyOptions, units_of
 from fastll.dtypes import is_floating, kind_of
 
 Array = NDArray[Any]
@@ -376,7 +376,7 @@ def binary_cross_entropy_with_logits(
     backend = _run.backend_for("binary_cross_entropy", x)
     summed = 0.0
     for x_, t_, w_, p_, loss_, grad_ in _run.each_element((x, t, w, p, loss, grad)):
-        sums = np.empty((x_.shape[0], _run.units(x_))) if loss is None else None
+        sums = np.empty((x_.shape[0], units_of(x_.shape[1]))) if loss is None else None
         kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
         _run.elements(kernel, x_)
         summed += 0.0 if sums is None else float(sums.sum())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastll.api import _run
-from fastll.arrays import as_array, axes_of, broadcast, check_output
+from fastll.arrays import as_array, axes_of, broadcast, check_output, kept_shape
 from fastll.dtypes import kind_of
 
 Array = NDArray[Any]
@@ -101,7 +101,7 @@ def logsumexp(
     if x.ndim == 0:
         x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
     axes = axes_of(axis, x.ndim)
-    kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+    kept = kept_shape(x.shape, axes)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
     value = kind_of(x.dtype).compute
     if out is not None:
@@ -227,7 +227,7 @@ def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
     if x.size and not _run.each_row(
         axes, (full, target), (), lambda x, out: backend.softmax(x, None, out, log)
     ):
-        state = _run.new_state(tuple(n for i, n in enumerate(full.shape) if i not in axes))
+        state = _run.new_state(kept_shape(full.shape, axes))
         _run.fold(backend, full, None, axes, state)
         _run.each_piece(
             axes, (full, target), (state,), lambda x, out, state: backend.softmax(x, state, out, log)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastll.api import _run
 from fastll.api.reductions import Axis
-from fastll.arrays import as_array, axes_of
+from fastll.arrays import as_array, axes_of, kept_shape
 from fastll.dtypes import kind_of
 
 Array = NDArray[Any]
@@ -99,7 +99,7 @@ class LogSumExp:
         if x.ndim == 0:
             x = x.reshape(1)
         axes = axes_of(axis, x.ndim)
-        kept = tuple(n for i, n in enumerate(x.shape) if i not in axes)
+        kept = kept_shape(x.shape, axes)
         if kept != self.shape:
             raise ValueError(
                 f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"

@@ -11,7 +11,7 @@ import numpy as np
 from fastll.backends.numba import columns, elementwise, rows
 from fastll.backends.numba.blocks import NOTHING, Operand
 from fastll.backends.numba.convert import reader, writer
-from fastll.contract import CHUNK
+from fastll.contract import units_of
 from fastll.dtypes import kind_of
 
 #: Below this many classes, neighbouring rows fill vectors better than a row does.
@@ -139,7 +139,7 @@ def _operand(a, like, axis):
 
 def _units(x):
     """(length of an outer row, number of units in it)."""
-    return x.shape[1], -(-x.shape[1] // CHUNK)
+    return x.shape[1], units_of(x.shape[1])
 
 
 backend = Backend()

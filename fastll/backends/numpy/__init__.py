@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastll.contract import CHUNK, CrossEntropyOptions, Kernel
+from fastll.contract import CHUNK, CrossEntropyOptions, Kernel, units_of
 
 name = "numpy"
 Array = Any
@@ -176,7 +176,7 @@ class Backend:
         partial: Array,
         grad: Array,
     ) -> Kernel:
-        units = -(-x.shape[1] // CHUNK)
+        units = units_of(x.shape[1])
 
         def kernel(start: int, stop: int) -> None:
             for unit, (row, part) in enumerate(_units(x, start, stop), start):
@@ -225,7 +225,7 @@ class _Rows:
 
 def _units(x: Array, start: int, stop: int) -> list[tuple[int, slice]]:
     """Outer row and slice of each unit of an element-wise operation."""
-    units = -(-x.shape[1] // CHUNK)
+    units = units_of(x.shape[1])
     places = (divmod(unit, units) for unit in range(start, stop))
     return [(row, slice(at * CHUNK, (at + 1) * CHUNK)) for row, at in places]
 
