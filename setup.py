@@ -11,14 +11,15 @@ FOLDER = "fastll/backends/cython"
 
 #: IEEE arithmetic: nothing is reordered or contracted.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-FLAGS += ["-fno-strict-aliasing"]
-#: Loops over 16 lanes must reach GCC's vectoriser as loops. (Clang ignores this one.)
-FLAGS += ["--param=max-completely-peel-times=12"]
+FLAGS += ["-fno-strict-aliasing", "-std=c++17", "-Wno-psabi", "-Wno-ignored-attributes"]
 V3 = [*FLAGS, "-mavx2", "-mfma", "-mbmi2"]
 V4 = [*V3, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
 
+#: What is small enough to be inline is so because its vectors must stay in registers.
+INLINE = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
+
 if get_platform().startswith("win"):
-    modules = {"_v1": ["/O2"]}
+    modules, INLINE = {"_v1": ["/O2", "/std:c++17"]}, []
 elif get_platform().endswith("x86_64"):
     modules = {"_v1": FLAGS, "_v3": V3, "_v4": V4}
 else:
@@ -29,8 +30,9 @@ extensions = [
         f"fastll.backends.cython.{name}",
         [f"{FOLDER}/{name}.pyx"],
         include_dirs=[np.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *INLINE],
         extra_compile_args=flags,
+        language="c++",
     )
     for name, flags in modules.items()
 ]

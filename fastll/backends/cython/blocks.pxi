@@ -1,7 +1,7 @@
 # Blocks: the steps that kernels over rows are put together from, on contiguous memory.
 #
 # A row is handled in blocks of `BLOCK` elements, which stay in the first-level cache between steps. A
-# block is read in place where its memory already is contiguous and of the compute dtype, otherwise
+# block is read and written in place where its memory is contiguous and of the compute dtype, otherwise
 # through a buffer.
 #
 # The order of a sum is part of the contract among rows, columns and backends: element j of a block
@@ -18,6 +18,7 @@ cdef struct Operand:
     Py_ssize_t inner
     Format format
     bint swapped
+    bint streamed  # written past the caches
 
 
 cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
@@ -56,85 +57,147 @@ cdef inline void deliver(
         write_block(x.format, buffer, start + j * x.classes, x.classes, n)
 
 
-cdef inline void put(char* at, double value, real like) noexcept nogil:
-    """Write a value in the compute dtype to an address that need not be aligned."""
-    cdef real number = <real> value
-    memcpy(at, &number, sizeof(real))
+cdef inline Py_ssize_t until_line(const real* v) noexcept nogil:
+    """Elements before the first line of the cache."""
+    return (-<Py_ssize_t> v & 63) // <Py_ssize_t> sizeof(real)
 
 
 cdef void cap_block(const real* v, Py_ssize_t n, real cap, real* out, real* slope) noexcept nogil:
     """softcap * tanh(x / softcap) into `out`; its derivative into `slope` unless that is NULL."""
-    cdef real[LANES] rest, capped, derivative
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, <real> 0, rest)
-        for l in range(lanes_of(v)):
-            softcap(x[l], cap, &capped[l], &derivative[l])
-        store(out + j, n - j, capped)
+    cdef Vec[real] x, derivative, caps = splat(cap)
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        x = softcap(load_ahead(v + j, n - j, caps), caps, &derivative, cap)
+        store(out + j, n - j, x)
         if slope != NULL:
             store(slope + j, n - j, derivative)
 
 
 cdef double max_block(const real* v, Py_ssize_t n) noexcept nogil:
     """The maximum; NaN are passed over."""
-    cdef real[LANES] rest, top
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    fill(top, -<real> INFINITY)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, -<real> INFINITY, rest)
-        for l in range(lanes_of(v)):
-            top[l] = maximum(x[l], top[l])
+    cdef Vec[real] lowest = splat(-<real> INFINITY)
+    cdef Vec[real] top = lowest
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        top = maximum(load_ahead(v + j, n - j, lowest), top)
     return largest(top)
 
 
-cdef double scan_block(const real* v, Py_ssize_t n, const State* row, double* highest) noexcept nogil:
-    """Sum of exp(x - m), and the maximum, in one pass, for a block below the maximum m of `row`."""
-    cdef real[LANES] rest, top, sums
+cdef struct Pending:
+    # A row that has been folded and is written while the next one is read, so that memory and arithmetic
+    # both are busy all the time.
+    void* source  # exponentials, or if `log`, logits
+    void* out
+    Py_ssize_t j  # the first element that is left
+    Py_ssize_t n
+    bint log
+    bint streamed
+    double scale  # of exponentials
+    double same  # the exponential of the maximum: it gives `factor` exactly
+    double factor
+    double top  # subtracted from logits, and then `lowered`
+    double lowered
+
+
+cdef inline void write_vector(const Pending* row, Py_ssize_t j, real like) noexcept nogil:
+    """Elements j and on of a row, a whole vector."""
+    cdef Vec[real] x = load_all(<const real*> row.source + j)
+    cdef real* out = <real*> row.out + j
+    if row.log:  # both parts are at most 0, so that nothing cancels
+        x = (x - splat(<real> row.top)) - splat(<real> row.lowered)
+    else:
+        x = where_eq(
+            x, splat(<real> row.same), splat(<real> row.factor), x * splat(<real> row.scale)
+        )
+    if row.streamed:
+        stream_all(out, x)
+    else:
+        store_all(out, x)
+
+
+cdef void write_part(const Pending* row, Py_ssize_t stop, real like) noexcept nogil:
+    """Elements up to `stop`, one by one."""
+    cdef const real* v = <const real*> row.source
+    cdef real* out = <real*> row.out
+    cdef real scale = <real> row.scale, same = <real> row.same, factor = <real> row.factor
+    cdef real top = <real> row.top, lowered = <real> row.lowered
+    cdef Py_ssize_t j
+    for j in range(row.j, stop):
+        if row.log:
+            out[j] = (v[j] - top) - lowered
+        else:
+            out[j] = factor if v[j] == same else v[j] * scale
+
+
+cdef inline Py_ssize_t vectors_left(const Pending* row, real like) noexcept nogil:
+    return (row.n - row.j) // lanes_of(&like)
+
+
+cdef void write_rest(Pending* row, real like) noexcept nogil:
+    """All that is left of a row."""
+    cdef Py_ssize_t i, lanes = lanes_of(&like), count = vectors_left(row, like)
+    for i in range(count):
+        write_vector(row, row.j + i * lanes, like)
+    row.j += count * lanes
+    write_part(row, row.n, like)
+    row.j = row.n
+
+
+cdef double scan_block(
+    const real* v, Py_ssize_t n, const State* row, double* highest, real* terms, Pending* pending
+) noexcept nogil:
+    """Sum of exp(x) / 2**n, and the maximum, in one pass, for a block below the maximum of `row`."""
     cdef real floor, magic
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
     window(row.n, SUM_SHIFT, &floor, &magic)
-    fill(top, -<real> INFINITY)
-    fill(sums, <real> 0)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, -<real> INFINITY, rest)
-        for l in range(lanes_of(v)):
-            top[l] = maximum(x[l], top[l])
-            sums[l] = sums[l] + exponential(x[l], floor, magic)
+    cdef Vec[real] x, term, lowest = splat(-<real> INFINITY), sums = splat(<real> 0)
+    cdef Vec[real] top = lowest
+    cdef Py_ssize_t b, j, ready = vectors_left(pending, <real> 0)
+    cdef Pending old = pending[0]
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        x = load_ahead(v + j, n - j, lowest)
+        top = maximum(x, top)
+        term = exponential(x, splat(floor), splat(magic), floor)
+        sums = sums + term
+        if terms != NULL:
+            store_all(terms + j, term)
+        if b < ready:
+            write_vector(&old, old.j + j, <real> 0)
+    pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
     highest[0] = largest(top)
-    return total(sums, lanes_of(v)) * SUM_UNSHIFT / row.lead
+    return total(sums) * SUM_UNSHIFT
 
 
-cdef void sum_block(const real* v, Py_ssize_t n, State* row) noexcept nogil:
-    """Add the sum of exp(x - m) over the elements other than m, and the number of those equal to m."""
-    cdef real[LANES] rest, sums, counts
-    cdef real floor, magic, term, zero = 0, one = 1, top = <real> row.m
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    if not row.usable:
+cdef void sum_block(
+    const real* v, Py_ssize_t n, State* row, real* terms, Pending* pending
+) noexcept nogil:
+    """Add the sum of exp(x) / 2**n over the elements other than m, and the number of those equal to m."""
+    if not usable(row.m):
+        if terms != NULL:
+            fill_block(terms, n, <real> 0)  # right for -inf; of others nobody asks
         sum_exact(v, 1, n, row)
         return
+    cdef real floor, magic
     window(row.n, SUM_SHIFT, &floor, &magic)
-    fill(sums, zero)
-    fill(counts, zero)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, -<real> INFINITY, rest)
-        for l in range(lanes_of(v)):
-            term = exponential(x[l], floor, magic)
-            sums[l] = sums[l] + (zero if x[l] == top else term)
-            counts[l] = counts[l] + (one if x[l] == top else zero)
-    row.e += total(sums, lanes_of(v)) * SUM_UNSHIFT / row.lead
-    row.k += total(counts, lanes_of(v))
+    cdef Vec[real] x, term, zero = splat(<real> 0), one = splat(<real> 1), tops = splat(<real> row.m)
+    cdef Vec[real] sums = zero, counts = zero
+    cdef Py_ssize_t b, j, ready = vectors_left(pending, <real> 0)
+    cdef Pending old = pending[0]
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        x = load_ahead(v + j, n - j, splat(-<real> INFINITY))
+        term = exponential(x, splat(floor), splat(magic), floor)
+        sums = sums + where_eq(x, tops, zero, term)
+        counts = counts + where_eq(x, tops, one, zero)
+        if terms != NULL:
+            store_all(terms + j, term)
+        if b < ready:
+            write_vector(&old, old.j + j, <real> 0)
+    pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
+    row.added += total(sums) * SUM_UNSHIFT
+    row.k += total(counts)
 
 
 cdef void sum_exact(const real* v, Py_ssize_t step, Py_ssize_t n, State* row) noexcept nogil:
@@ -157,19 +220,21 @@ cdef void sum_exact(const real* v, Py_ssize_t step, Py_ssize_t n, State* row) no
     row.k += k
 
 
-cdef void fold_block(const real* v, Py_ssize_t n, State* row) noexcept nogil:
-    """Add a block to the state of a row."""
+cdef void fold_block(
+    const real* v, Py_ssize_t n, State* row, real* terms, Pending* pending
+) noexcept nogil:
+    """Add a block to the state of a row. Leave its terms, exp(x) / 2**(n - SUM_SHIFT), if not NULL."""
     cdef double below, top
-    if row.usable:
-        below = scan_block(v, n, row, &top)
+    if usable(row.m):
+        below = scan_block(v, n, row, &top, terms, pending)
         if top < row.m:
-            row.e += below
+            row.added += below
             return
     else:
         top = max_block(v, n)
     if top > row.m:
         raise_maximum(row, top)
-    sum_block(v, n, row)
+    sum_block(v, n, row, terms, pending)
 
 
 cdef void mask_block(const real* v, const real* b, Py_ssize_t n, real* out) noexcept nogil:
@@ -180,36 +245,64 @@ cdef void mask_block(const real* v, const real* b, Py_ssize_t n, real* out) noex
         out[j] = lowest if b[j] == zero else v[j]
 
 
+cdef inline void weigh_terms(
+    Vec[real] x,
+    Vec[real] weight,
+    Vec[real] tops,
+    Vec[real] floors,
+    Vec[real] magics,
+    double* sums,
+    double* top_sums,
+    real like,
+) noexcept nogil:
+    """Add b exp(x) / 2**n of the elements other than m to one sum a lane, b of those equal to another."""
+    cdef Vec[real] zero = splat(<real> 0)
+    cdef real[LANES] term, at_top, w
+    cdef int l
+    store_all(term, where_eq(x, tops, zero, exponential(x, floors, magics, like)))
+    store_all(at_top, where_eq(x, tops, weight, zero))
+    store_all(w, weight)
+    for l in range(lanes_of(&like)):
+        # scaled back before the weight comes in, which may be as large as a number can be
+        sums[l] = sums[l] + (<double> term[l] * SUM_UNSHIFT) * <double> w[l]
+        top_sums[l] = top_sums[l] + <double> at_top[l]
+
+
+cdef double total_of(const double* sums, int lanes) noexcept nogil:
+    """Of one sum a lane, by halves."""
+    if lanes == LANES:
+        return total(load_all(sums) + load_all(sums + LANES // 2))
+    return total(load_all(sums))
+
+
 cdef void weighted_sum_block(
     const real* v, const real* b, Py_ssize_t n, State* row
 ) noexcept nogil:
-    """Add the sum of b exp(x - m) over the elements other than m, and that of b over those equal."""
-    cdef real[LANES] rest, b_rest
+    """Add the sum of b exp(x) / 2**n over the elements other than m, and that of b over those equal."""
     cdef double[LANES] sums, top_sums
-    cdef real floor, magic, term, weight, zero = 0, top = <real> row.m
-    cdef const real* x
-    cdef const real* w
+    cdef real floor, magic
+    cdef Vec[real] zero = splat(<real> 0)
     cdef Py_ssize_t i, j
-    cdef int l
-    if not row.usable:
+    if not usable(row.m):
         weighted_sum_exact(v, b, 1, n, row)
         return
     window(row.n, SUM_SHIFT, &floor, &magic)
-    for l in range(LANES):
-        sums[l] = top_sums[l] = 0.0
+    memset(sums, 0, sizeof(sums))
+    memset(top_sums, 0, sizeof(top_sums))
     for i in range(vectors_of(v, n)):
         j = i * lanes_of(v)
-        x = load(v + j, n - j, -<real> INFINITY, rest)
-        w = load(b + j, n - j, zero, b_rest)
-        for l in range(lanes_of(v)):
-            term = exponential(x[l], floor, magic)
-            term = zero if x[l] == top else term
-            weight = w[l] if x[l] == top else zero
-            # scaled back before the weight comes in, which may be as large as a number can be
-            sums[l] = sums[l] + (<double> term * SUM_UNSHIFT) * <double> w[l]
-            top_sums[l] = top_sums[l] + <double> weight
-    row.e += total(sums, lanes_of(v)) / row.lead
-    row.k += total(top_sums, lanes_of(v))
+        weigh_terms(
+            load_ahead(v + j, n - j, splat(-<real> INFINITY)),
+            load_ahead(b + j, n - j, zero),
+            splat(<real> row.m),
+            splat(floor),
+            splat(magic),
+            sums,
+            top_sums,
+            floor,
+        )
+    row.added += total_of(sums, lanes_of(v))
+    row.k += total_of(top_sums, lanes_of(v))
 
 
 cdef void weighted_sum_exact(
@@ -242,26 +335,22 @@ cdef void fold_weighted_block(
 
 
 cdef void exp_block(
-    const real* v, Py_ssize_t n, const State* row, double factor, real* out
+    const real* v, Py_ssize_t n, const Group* group, Py_ssize_t i, real* out
 ) noexcept nogil:
-    """factor * exp(x - m); exactly `factor` where x is m."""
-    cdef real[LANES] rest, y
-    cdef real floor, magic, top = <real> row.m, top_value = <real> factor, value
-    cdef real scale = <real> (factor / row.lead * OUT_UNSHIFT)
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    if not row.usable:
-        exp_exact(v, 1, n, row.m, factor, out)
+    """factor * exp(x - m) for row i of a group; exactly `factor` where the exponentials are the same."""
+    cdef real floor, magic
+    if not usable(group.m[i]):
+        exp_exact(v, 1, n, group.m[i], group.factor[i], out)
         return
-    window(row.n, OUT_SHIFT, &floor, &magic)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, top, rest)
-        for l in range(lanes_of(v)):
-            value = exponential(x[l], floor, magic) * scale
-            y[l] = top_value if x[l] == top else value
-        store(out + j, n - j, y)
+    window(group.n[i], OUT_SHIFT, &floor, &magic)
+    cdef Vec[real] term, floors = splat(floor), magics = splat(magic), tops = splat(<real> group.m[i])
+    cdef Vec[real] same = exponential(tops, floors, magics, floor)
+    cdef Vec[real] factor = splat(<real> group.factor[i]), scale = splat(<real> group.scale[i])
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        term = exponential(load_ahead(v + j, n - j, tops), floors, magics, floor)
+        store(out + j, n - j, where_eq(term, same, factor, term * scale))
 
 
 cdef void exp_exact(
@@ -273,63 +362,59 @@ cdef void exp_exact(
         out[j * step] = <real> (exp(v[j * step] - m) * factor if fabs(m) < INFINITY else NAN)
 
 
-cdef void log_block(const real* v, Py_ssize_t n, double m, double log_s, real* out) noexcept nogil:
-    """(x - m) - log s: both parts are at most 0, so that nothing cancels."""
-    cdef real[LANES] rest, y
-    cdef real top = <real> m, lowered = <real> log_s
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, top, rest)
-        for l in range(lanes_of(v)):
-            y[l] = (x[l] - top) - lowered
-        store(out + j, n - j, y)
-
-
 cdef void target_block(
     const real* t, const real* w, Py_ssize_t n, double keep, double spread, real* out
 ) noexcept nogil:
     """u = w (keep * t + spread), with t = 0 and w = 1 where they are NULL."""
-    cdef real kept = <real> keep, share = <real> spread
-    cdef Py_ssize_t j
-    for j in range(n):
-        out[j] = fma(t[j], kept, share) if t != NULL else share
-    if w != NULL:
-        multiply_block(out, w, n)
+    cdef Vec[real] u, zero = splat(<real> 0)
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(out, n)):
+        j = b * lanes_of(out)
+        u = splat(<real> spread)
+        if t != NULL:
+            u = fma(load_ahead(t + j, n - j, zero), splat(<real> keep), u)
+        if w != NULL:
+            u = u * load(w + j, n - j, zero)
+        store(out + j, n - j, u)
+
+
+cdef inline Vec[real] distances(Vec[real] x, Vec[real] u, Vec[real] tops, real like) noexcept nogil:
+    """u (m - x), where a u of 0 annuls an infinite x."""
+    cdef Vec[real] zero = splat(<real> 0)
+    return where_eq(u, zero, zero, u * (tops - x))
 
 
 cdef void linear_block(
     const real* v, const real* u, Py_ssize_t n, double m, double* distance, double* mass
 ) noexcept nogil:
-    """Sum of u (m - x), where a u of 0 annuls an infinite x, and sum of u."""
-    cdef real[LANES] rest, u_rest, sums, weights
-    cdef real term, zero = 0, top = <real> (m if m > -INFINITY else 0.0)
-    cdef const real* x
-    cdef const real* weight
-    cdef Py_ssize_t i, j
-    cdef int l
-    fill(sums, zero)
-    fill(weights, zero)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, zero, rest)
-        weight = load(u + j, n - j, zero, u_rest)
-        for l in range(lanes_of(v)):
-            term = weight[l] * (top - x[l])
-            sums[l] = sums[l] + (zero if weight[l] == zero else term)
-            weights[l] = weights[l] + weight[l]
-    distance[0] = total(sums, lanes_of(v))
-    mass[0] = total(weights, lanes_of(v))
+    """Sum of u (m - x), and sum of u."""
+    cdef real top = <real> (m if m > -INFINITY else 0.0)
+    cdef Vec[real] weight, tops = splat(top), zero = splat(<real> 0)
+    cdef Vec[real] sums = zero, weights = zero
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        weight = load_ahead(u + j, n - j, zero)
+        sums = sums + distances(load_ahead(v + j, n - j, zero), weight, tops, top)
+        weights = weights + weight
+    distance[0] = total(sums)
+    mass[0] = total(weights)
 
 
 cdef void subtract_block(real* out, const real* u, Py_ssize_t n, double factor) noexcept nogil:
     """out -= factor * u."""
-    cdef real negated = <real> -factor
+    cdef Vec[real] zero = splat(<real> 0), negated = splat(<real> -factor)
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(out, n)):
+        j = b * lanes_of(out)
+        store(out + j, n - j, fma(load(u + j, n - j, zero), negated, load(out + j, n - j, zero)))
+
+
+cdef void scale_block(real* out, Py_ssize_t n, real factor) noexcept nogil:
+    """out *= factor."""
     cdef Py_ssize_t j
     for j in range(n):
-        out[j] = fma(u[j], negated, out[j])
+        out[j] = out[j] * factor
 
 
 cdef void multiply_block(real* out, const real* slope, Py_ssize_t n) noexcept nogil:

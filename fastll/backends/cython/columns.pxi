@@ -1,92 +1,97 @@
-# Kernels over rows whose class axis is the slower one in memory: many rows at a time, class by class.
+# The two passes over rows whose class axis is the slower one in memory: class by class, many rows at a
+# time.
 #
-# `WIDTH` neighbouring rows make a tile: a block of `BLOCK` classes of each, gathered so that the rows
-# are contiguous, and handled with one row to a lane. Each row's sum keeps the order that blocks.pxi
-# lays down (element j of a block in accumulator j modulo the number of lanes), so that a row has the
-# same result, to the bit, in either layout.
+# A group of `WIDTH` neighbouring rows makes a tile: a block of `BLOCK` classes of each, gathered so that
+# the rows are contiguous, and handled with one row to a lane. Each row's sum keeps the order that
+# blocks.pxi lays down (element j of a block in accumulator j modulo the number of lanes), so that a row
+# has the same result, to the bit, in either layout.
 
 cdef enum:
-    WIDTH = 64
-    LINES_AHEAD = 8  # classes from the one that is written to the one that is prefetched
+    FEW = 32  # classes that are written at a time
+    LINES_AHEAD = 8  # classes from the one that is read or written to the one that is prefetched
 
 cdef struct Tile:
-    # Memory for one call: see `tile_of`. Vectors are of the compute dtype unless said otherwise.
-    void* memory
-    Py_ssize_t size  # of a tile, in bytes
-    State[WIDTH] rows
+    # Vectors are of the compute dtype unless said otherwise.
+    void* v  # logits, capped
+    void* u  # weights or targets
+    # FEW classes
+    void* slope  # derivatives of the soft cap
+    void* out
     # one number a row
     void* tops  # m
     void* floors  # of `window`
     void* magics
+    void* factors
+    void* scales
     # an accumulator, of one number a row, for each lane
     void* sums
     void* more_sums
     double* wide  # the sums on their way to one
-    # BLOCK classes of WIDTH rows
-    char* first
 
 
-cdef int tile_of(const Call* call, int count, Tile* tile, real like) noexcept nogil:
-    """Memory for `count` tiles, uninitialised; -1 where there is not enough."""
+cdef Py_ssize_t lay_out_tile(const Call* call, char* memory, Tile* tile, real like) noexcept nogil:
+    """Place a tile in memory; its size in bytes."""
     cdef Py_ssize_t line = WIDTH * sizeof(real), accumulators = LANES * LANES * sizeof(double)
-    tile.size = min(BLOCK, call.classes) * line
-    tile.memory = malloc(3 * line + 3 * accumulators + count * tile.size + 64)
-    if tile.memory == NULL:
-        return -1
-    cdef char* at = <char*> aligned(tile.memory)
-    tile.tops, tile.floors, tile.magics = at, at + line, at + 2 * line
-    at += 3 * line
-    tile.sums, tile.more_sums = at, at + accumulators
-    tile.wide = <double*> (at + 2 * accumulators)
-    tile.first = at + 3 * accumulators
-    return 0
+    cdef Py_ssize_t classes = min(BLOCK, call.classes)
+    cdef char* at = memory
+    tile.v, at = at, at + classes * line
+    tile.u, at = at, at + (classes * line if call.spread or call.b.address != NULL else 0)
+    tile.slope, at = at, at + (FEW * line if call.capped else 0)
+    tile.out, at = at, at + FEW * line
+    tile.tops, at = at, at + line
+    tile.floors, at = at, at + line
+    tile.magics, at = at, at + line
+    tile.factors, at = at, at + line
+    tile.scales, at = at, at + line
+    tile.sums, at = at, at + accumulators
+    tile.more_sums, at = at, at + accumulators
+    tile.wide, at = <double*> at, at + accumulators
+    return at - memory
+
+
+cdef inline Py_ssize_t parts_of(Py_ssize_t n) noexcept nogil:
+    """Number of parts of FEW classes, the last one perhaps smaller."""
+    return (n + FEW - 1) // FEW
 
 
 cdef void gather(
-    const Operand* x,
-    Py_ssize_t outer,
-    Py_ssize_t inner,
-    Py_ssize_t j,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    real* tile,
+    const Operand* x, const Group* group, Py_ssize_t j, Py_ssize_t n, real* tile
 ) noexcept nogil:
-    """Classes j to j + n of `count` rows into a tile: class by class, WIDTH rows apart."""
-    cdef const char* source = start_of(x, outer, inner) + j * x.classes
+    """Classes j to j + n of the rows into a tile: class by class, WIDTH rows apart."""
+    cdef const char* source = start_of(x, group.outer, group.inner) + j * x.classes
     cdef Py_ssize_t i
+    cdef int line
     for i in range(n):
         if x.format != IN_PLACE:
-            read_block(x.format, x.swapped, source, x.inner, count, tile)
-        elif count == WIDTH:
+            read_block(x.format, x.swapped, source, x.inner, group.count, tile)
+        elif group.count == WIDTH:
+            for line in range(<int> (WIDTH * sizeof(real) // 128)):
+                prefetch_vector(source + LINES_AHEAD * x.classes + line * 128)
             memcpy(tile, source, WIDTH * sizeof(real))
         else:
-            memcpy(tile, source, count * sizeof(real))
+            memcpy(tile, source, group.count * sizeof(real))
         source += x.classes
         tile += WIDTH
 
 
 cdef void scatter(
-    const Operand* x,
-    Py_ssize_t outer,
-    Py_ssize_t inner,
-    Py_ssize_t j,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    const real* tile,
+    const Operand* x, const Group* group, Py_ssize_t j, Py_ssize_t n, const real* tile
 ) noexcept nogil:
-    """A tile back into classes j to j + n of `count` rows."""
-    cdef char* target = start_of(x, outer, inner) + j * x.classes
-    cdef Py_ssize_t i
-    cdef int line
+    """A tile back into classes j to j + n of the rows."""
+    cdef char* target = start_of(x, group.outer, group.inner) + j * x.classes
+    cdef Py_ssize_t i, w
     for i in range(n):
         if x.format != IN_PLACE:
-            write_block(x.format, tile, target, x.inner, count)
-        elif count == WIDTH:
-            for line in range(<int> (WIDTH * sizeof(real) // 128)):
-                prefetch_vector(target + LINES_AHEAD * x.classes + line * 128)
-            memcpy(target, tile, WIDTH * sizeof(real))
+            write_block(x.format, tile, target, x.inner, group.count)
+        elif group.count < WIDTH:
+            memcpy(target, tile, group.count * sizeof(real))
+        elif x.streamed and <size_t> target % 64 == 0:
+            for w in range(WIDTH // lanes_of(tile)):
+                stream_all(<real*> target + w * lanes_of(tile), load_all(tile + w * lanes_of(tile)))
         else:
-            memcpy(target, tile, count * sizeof(real))
+            for w in range(WIDTH // lanes_of(tile)):
+                prefetch_vector(target + LINES_AHEAD * x.classes + w * 128)
+            memcpy(target, tile, WIDTH * sizeof(real))
         target += x.classes
         tile += WIDTH
 
@@ -113,423 +118,265 @@ cdef inline void fold_sums(const real* sums, Py_ssize_t n, int lanes, double* wi
         half //= 2
 
 
-cdef void set_reference(Tile* tile, Py_ssize_t i, real like) noexcept nogil:
-    """Bring the lane of row i in line with the row's reference."""
-    cdef State* row = &tile.rows[i]
-    (<real*> tile.tops)[i] = <real> row.m
-    window(row.n, SUM_SHIFT, <real*> tile.floors + i, <real*> tile.magics + i)
-
-
-cdef void begin_tile(
-    Tile* tile,
-    const Operand* state,
-    Py_ssize_t outer,
-    Py_ssize_t inner,
-    Py_ssize_t count,
-    real like,
-) noexcept nogil:
-    """Start `count` rows from their state, or from the identity. Idle lanes hold harmless numbers."""
+cdef void aim(const Tile* tile, const Group* group, int shift, real like) noexcept nogil:
+    """The references of the rows, a vector each."""
     cdef Py_ssize_t i
     for i in range(WIDTH):
-        if i < count:
-            tile.rows[i] = begin(state, outer, inner + i)
-        else:
-            tile.rows[i] = begin(&NOTHING, 0, 0)
-        set_reference(tile, i, like)
+        (<real*> tile.tops)[i] = <real> group.m[i]
+        window(group.n[i], shift, <real*> tile.floors + i, <real*> tile.magics + i)
 
 
-cdef void raise_maxima(Tile* tile, const real* v, Py_ssize_t n, Py_ssize_t count) noexcept nogil:
+cdef void raise_maxima(Group* group, const real* v, Py_ssize_t n) noexcept nogil:
     """The rows' maxima with those of a tile."""
-    cdef real[LANES] top
-    cdef Py_ssize_t i, j, w
-    cdef int l
-    for i in range(vectors_of(v, count)):
-        w = i * lanes_of(v)
-        fill(top, -<real> INFINITY)
+    cdef real[LANES] tops
+    cdef Vec[real] top
+    cdef State row
+    cdef Py_ssize_t b, i, j, w
+    for b in range(vectors_of(v, group.count)):
+        w = b * lanes_of(v)
+        top = splat(-<real> INFINITY)
         for j in range(n):
-            for l in range(lanes_of(v)):
-                top[l] = maximum(v[j * WIDTH + w + l], top[l])
-        for l in range(<int> min(lanes_of(v), count - w)):
-            if top[l] > tile.rows[w + l].m:
-                raise_maximum(&tile.rows[w + l], top[l])
-                set_reference(tile, w + l, <real> 0)
+            top = maximum(load_all(v + j * WIDTH + w), top)
+        store_all(tops, top)
+        for i in range(w, min(group.count, w + lanes_of(v))):
+            if tops[i - w] > group.m[i]:
+                row = state_of(group, i)
+                raise_maximum(&row, tops[i - w])
+                set_state(group, i, &row)
 
 
-cdef void fold_tile(Tile* tile, const real* v, Py_ssize_t n, Py_ssize_t count) noexcept nogil:
+cdef void fold_tile(const Tile* tile, Group* group, const real* v, Py_ssize_t n) noexcept nogil:
     """`fold_block` for the rows of a tile."""
-    cdef real[LANES] tops, floors, magics, counts
-    cdef real term, zero = 0, one = 1
-    cdef const real* x
+    cdef Vec[real] x, tops, floors, magics, counts, zero = splat(<real> 0), one = splat(<real> 1)
+    cdef real[LANES] equal
     cdef real* sums
-    cdef State* row
-    cdef Py_ssize_t i, j, w
-    cdef int l
-    raise_maxima(tile, v, n, count)
-    for i in range(vectors_of(v, count)):
-        w = i * lanes_of(v)
-        for l in range(lanes_of(v)):
-            tops[l] = (<real*> tile.tops)[w + l]
-            floors[l] = (<real*> tile.floors)[w + l]
-            magics[l] = (<real*> tile.magics)[w + l]
+    cdef State row
+    cdef Py_ssize_t b, i, j, w
+    raise_maxima(group, v, n)
+    aim(tile, group, SUM_SHIFT, <real> 0)
+    for b in range(vectors_of(v, group.count)):
+        w = b * lanes_of(v)
+        tops = load_all(<real*> tile.tops + w)
+        floors, magics = load_all(<real*> tile.floors + w), load_all(<real*> tile.magics + w)
         clear(<real*> tile.sums, n, lanes_of(v))
-        fill(counts, zero)
+        counts = zero
         for j in range(n):
-            x = v + j * WIDTH + w
+            x = load_all(v + j * WIDTH + w)
             sums = accumulator(<real*> tile.sums, j, lanes_of(v))
-            for l in range(lanes_of(v)):
-                term = exponential(x[l], floors[l], magics[l])
-                sums[l] = sums[l] + (zero if x[l] == tops[l] else term)
-                counts[l] = counts[l] + (one if x[l] == tops[l] else zero)
+            store_all(
+                sums,
+                load_all(sums) + where_eq(x, tops, zero, exponential(x, floors, magics, v[0])),
+            )
+            counts = counts + where_eq(x, tops, one, zero)
         fold_sums(<real*> tile.sums, n, lanes_of(v), tile.wide)
-        for l in range(<int> min(lanes_of(v), count - w)):
-            row = &tile.rows[w + l]
-            if row.usable:
-                row.e += tile.wide[l] * SUM_UNSHIFT / row.lead
-                row.k += counts[l]
+        store_all(equal, counts)
+        for i in range(w, min(group.count, w + lanes_of(v))):
+            if usable(group.m[i]):
+                group.added[i] += tile.wide[i - w] * SUM_UNSHIFT
+                group.k[i] += equal[i - w]
             else:
-                sum_exact(v + w + l, WIDTH, n, row)
+                row = state_of(group, i)
+                sum_exact(v + i, WIDTH, n, &row)
+                set_state(group, i, &row)
 
 
 cdef void fold_weighted_tile(
-    Tile* tile, real* v, const real* b, Py_ssize_t n, Py_ssize_t count
+    const Tile* tile, Group* group, real* v, const real* weights, Py_ssize_t n
 ) noexcept nogil:
     """`fold_weighted_block` for the rows of a tile."""
-    cdef real[LANES] tops, floors, magics
-    cdef real term, weight, zero = 0
-    cdef const real* x
-    cdef const real* y
-    cdef double* sums
-    cdef double* top_sums
-    cdef State* row
-    cdef Py_ssize_t i, j, w
-    cdef int l
-    mask_block(v, b, n * WIDTH, v)
-    raise_maxima(tile, v, n, count)
-    for i in range(vectors_of(v, count)):
-        w = i * lanes_of(v)
-        for l in range(lanes_of(v)):
-            tops[l] = (<real*> tile.tops)[w + l]
-            floors[l] = (<real*> tile.floors)[w + l]
-            magics[l] = (<real*> tile.magics)[w + l]
+    cdef State row
+    cdef Py_ssize_t b, i, j, w
+    mask_block(v, weights, n * WIDTH, v)
+    raise_maxima(group, v, n)
+    aim(tile, group, SUM_SHIFT, <real> 0)
+    for b in range(vectors_of(v, group.count)):
+        w = b * lanes_of(v)
         clear(<double*> tile.sums, n, lanes_of(v))
         clear(<double*> tile.more_sums, n, lanes_of(v))
         for j in range(n):
-            x = v + j * WIDTH + w
-            y = b + j * WIDTH + w
-            sums = accumulator(<double*> tile.sums, j, lanes_of(v))
-            top_sums = accumulator(<double*> tile.more_sums, j, lanes_of(v))
-            for l in range(lanes_of(v)):
-                term = exponential(x[l], floors[l], magics[l])
-                term = zero if x[l] == tops[l] else term
-                weight = y[l] if x[l] == tops[l] else zero
-                sums[l] = sums[l] + (<double> term * SUM_UNSHIFT) * <double> y[l]
-                top_sums[l] = top_sums[l] + weight
+            weigh_terms(
+                load_all(v + j * WIDTH + w),
+                load_all(weights + j * WIDTH + w),
+                load_all(<real*> tile.tops + w),
+                load_all(<real*> tile.floors + w),
+                load_all(<real*> tile.magics + w),
+                accumulator(<double*> tile.sums, j, lanes_of(v)),
+                accumulator(<double*> tile.more_sums, j, lanes_of(v)),
+                v[0],
+            )
         fold_sums(<double*> tile.sums, n, lanes_of(v), tile.wide)
         fold_sums(<double*> tile.more_sums, n, lanes_of(v), <double*> tile.sums)
-        for l in range(<int> min(lanes_of(v), count - w)):
-            row = &tile.rows[w + l]
-            if row.usable:
-                row.e += tile.wide[l] / row.lead
-                row.k += (<double*> tile.sums)[l]
+        for i in range(w, min(group.count, w + lanes_of(v))):
+            row = state_of(group, i)
+            if usable(row.m):
+                row.added += tile.wide[i - w]
+                row.k += (<double*> tile.sums)[i - w]
             else:
-                weighted_sum_exact(v + w + l, b + w + l, WIDTH, n, row)
-
-
-cdef void exp_tile(
-    const Tile* tile,
-    const real* v,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    const double* factors,
-    real* out,
-) noexcept nogil:
-    """`exp_block` for the rows of a tile."""
-    cdef real[LANES] tops, floors, magics, top_values, scales, y
-    cdef real value
-    cdef const real* x
-    cdef const State* row
-    cdef Py_ssize_t i, j, w
-    cdef int l
-    for i in range(vectors_of(v, count)):
-        w = i * lanes_of(v)
-        for l in range(lanes_of(v)):
-            row = &tile.rows[w + l]
-            window(row.n, OUT_SHIFT, &floors[l], &magics[l])
-            tops[l] = <real> row.m
-            top_values[l] = <real> factors[w + l]
-            scales[l] = <real> (factors[w + l] / row.lead * OUT_UNSHIFT)
-        for j in range(n):
-            x = v + j * WIDTH + w
-            for l in range(lanes_of(v)):
-                value = exponential(x[l], floors[l], magics[l]) * scales[l]
-                y[l] = top_values[l] if x[l] == tops[l] else value
-            store(out + j * WIDTH + w, lanes_of(v), y)
-        for l in range(<int> min(lanes_of(v), count - w)):
-            row = &tile.rows[w + l]
-            if not row.usable:
-                exp_exact(v + w + l, WIDTH, n, row.m, factors[w + l], out + w + l)
-
-
-cdef void log_tile(
-    const Tile* tile,
-    const real* v,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    const double* logs,
-    real* out,
-) noexcept nogil:
-    """`log_block` for the rows of a tile."""
-    cdef real[WIDTH] tops, lowered
-    cdef Py_ssize_t i, j
-    for i in range(WIDTH):
-        tops[i], lowered[i] = <real> tile.rows[i].m, <real> logs[i]
-    for j in range(n):
-        for i in range(WIDTH):
-            out[j * WIDTH + i] = (v[j * WIDTH + i] - tops[i]) - lowered[i]
-
-
-cdef void target_tile(
-    const Call* call, real* t, Py_ssize_t j, Py_ssize_t n
-) noexcept nogil:
-    """`target_block` for a tile, in place."""
-    cdef double eps = call.options.label_smoothing
-    cdef const real* w = <const real*> call.weight.address
-    cdef const real* source = t if call.target.address != NULL else NULL
-    cdef Py_ssize_t i
-    cdef int l
-    target_block(source, <const real*> NULL, n * WIDTH, 1.0 - eps, eps / call.classes, t)
-    if w != NULL:
-        for i in range(n):
-            for l in range(WIDTH):
-                t[i * WIDTH + l] = t[i * WIDTH + l] * w[j + i]
+                weighted_sum_exact(v + i, weights + i, WIDTH, n, &row)
+            set_state(group, i, &row)
 
 
 cdef void linear_tile(
-    const Tile* tile,
-    const real* v,
-    const real* u,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    const double* before,
-    double* distance,
-    double* mass,
+    const Tile* tile, Group* group, const real* v, const real* u, Py_ssize_t n, const double* before
 ) noexcept nogil:
     """`linear_block` for the rows of a tile, added to distance and mass.
 
     `before` is the maximum that the distance so far refers to.
     """
-    cdef real[LANES] tops
-    cdef real term, zero = 0
-    cdef const real* x
-    cdef const real* y
+    cdef real[LANES] top
+    cdef Vec[real] tops, weight
     cdef real* sums
     cdef real* weights
-    cdef Py_ssize_t i, j, w
-    cdef int l
-    for i in range(vectors_of(v, count)):
-        w = i * lanes_of(v)
-        for l in range(lanes_of(v)):
-            tops[l] = <real> (tile.rows[w + l].m if tile.rows[w + l].m > -INFINITY else 0.0)
+    cdef Py_ssize_t b, i, j, w
+    for b in range(vectors_of(v, group.count)):
+        w = b * lanes_of(v)
+        for i in range(lanes_of(v)):
+            top[i] = <real> (group.m[w + i] if group.m[w + i] > -INFINITY else 0.0)
+        tops = load_all(<real*> top)
         clear(<real*> tile.sums, n, lanes_of(v))
         clear(<real*> tile.more_sums, n, lanes_of(v))
         for j in range(n):
-            x = v + j * WIDTH + w
-            y = u + j * WIDTH + w
+            weight = load_all(u + j * WIDTH + w)
             sums = accumulator(<real*> tile.sums, j, lanes_of(v))
             weights = accumulator(<real*> tile.more_sums, j, lanes_of(v))
-            for l in range(lanes_of(v)):
-                term = y[l] * (tops[l] - x[l])
-                sums[l] = sums[l] + (zero if y[l] == zero else term)
-                weights[l] = weights[l] + y[l]
+            store_all(
+                sums,
+                load_all(sums) + distances(load_all(v + j * WIDTH + w), weight, tops, v[0]),
+            )
+            store_all(weights, load_all(weights) + weight)
         fold_sums(<real*> tile.sums, n, lanes_of(v), tile.wide)
-        for l in range(<int> min(lanes_of(v), count - w)):
-            distance[w + l] += times(mass[w + l], tile.rows[w + l].m - before[w + l]) + tile.wide[l]
+        for i in range(w, min(group.count, w + lanes_of(v))):
+            group.distance[i] += times(group.mass[i], group.m[i] - before[i]) + tile.wide[i - w]
         fold_sums(<real*> tile.more_sums, n, lanes_of(v), tile.wide)
-        for l in range(<int> min(lanes_of(v), count - w)):
-            mass[w + l] += tile.wide[l]
-
-
-cdef int logsumexp_columns(
-    const Call* call, Py_ssize_t start, Py_ssize_t stop, real like
-) noexcept nogil:
-    cdef Tile tile
-    if tile_of(call, 2, &tile, like) < 0:
-        return -1
-    cdef real* v = <real*> tile.first
-    cdef real* b = <real*> (tile.first + tile.size)
-    cdef Py_ssize_t i, j, n, block, outer, inner, count, row = start
-    while row < stop:
-        outer, inner = row // call.inner, row % call.inner
-        count = min(WIDTH, min(call.inner - inner, stop - row))
-        begin_tile(&tile, &call.state, outer, inner, count, like)
-        for block in range(blocks_of(call.classes)):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            gather(&call.x, outer, inner, j, n, count, v)
-            if call.b.address == NULL:
-                fold_tile(&tile, v, n, count)
-            else:
-                gather(&call.b, outer, inner, j, n, count, b)
-                fold_weighted_tile(&tile, v, b, n, count)
-        for i in range(count):
-            settle(&tile.rows[i])
-            if call.state.address != NULL:
-                store_state(&call.state, outer, inner + i, &tile.rows[i])
-            if call.out.address != NULL:
-                store_lse(call, outer, inner + i, &tile.rows[i], like)
-        row += count
-    free(tile.memory)
-    return 0
-
-
-cdef int softmax_columns(
-    const Call* call, Py_ssize_t start, Py_ssize_t stop, real like
-) noexcept nogil:
-    cdef Tile tile
-    if tile_of(call, 2, &tile, like) < 0:
-        return -1
-    cdef real* v = <real*> tile.first
-    cdef real* y = <real*> (tile.first + tile.size)
-    cdef double[WIDTH] factors
-    cdef State* state
-    cdef Py_ssize_t i, j, n, block, outer, inner, count, row = start
-    memset(factors, 0, sizeof(factors))
-    while row < stop:
-        outer, inner = row // call.inner, row % call.inner
-        count = min(WIDTH, min(call.inner - inner, stop - row))
-        begin_tile(&tile, &call.state, outer, inner, count, like)
-        if call.state.address == NULL:
-            for block in range(blocks_of(call.classes)):
-                j = block * BLOCK
-                n = min(BLOCK, call.classes - j)
-                gather(&call.x, outer, inner, j, n, count, v)
-                fold_tile(&tile, v, n, count)
-        for i in range(count):
-            state = &tile.rows[i]
-            factors[i] = log_sum(state) if call.log else 1.0 / (state.e + state.k)
-        for block in range(blocks_of(call.classes)):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            if call.classes > BLOCK or call.state.address != NULL:
-                gather(&call.x, outer, inner, j, n, count, v)
-            if call.log:
-                log_tile(&tile, v, n, count, factors, y)
-            else:
-                exp_tile(&tile, v, n, count, factors, y)
-            scatter(&call.out, outer, inner, j, n, count, y)
-        row += count
-    free(tile.memory)
-    return 0
-
-
-cdef void fetch_tile(
-    const Call* call,
-    Py_ssize_t outer,
-    Py_ssize_t inner,
-    Py_ssize_t j,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    real* v,
-    real* slope,
-) noexcept nogil:
-    """`fetch_capped` for a tile."""
-    gather(&call.x, outer, inner, j, n, count, v)
-    if call.options.softcap != 0.0:
-        cap_block(v, n * WIDTH, <real> call.options.softcap, v, slope)
+        for i in range(w, min(group.count, w + lanes_of(v))):
+            group.mass[i] += tile.wide[i - w]
 
 
 cdef void fetch_target_tile(
-    const Call* call,
-    Py_ssize_t outer,
-    Py_ssize_t inner,
-    Py_ssize_t j,
-    Py_ssize_t n,
-    Py_ssize_t count,
-    real* u,
+    const Call* call, const Group* group, Py_ssize_t j, Py_ssize_t n, real* u
 ) noexcept nogil:
     """`fetch_target` for a tile."""
-    if call.target.address != NULL:
-        gather(&call.target, outer, inner, j, n, count, u)
-    target_tile(call, u, j, n)
-
-
-cdef int cross_entropy_columns(
-    const Call* call, Py_ssize_t start, Py_ssize_t stop, real like
-) noexcept nogil:
-    cdef Tile tile
-    if tile_of(call, 4, &tile, like) < 0:
-        return -1
-    cdef real* v = <real*> tile.first
-    cdef real* u = <real*> (tile.first + tile.size)
-    cdef real* slope = <real*> (tile.first + 2 * tile.size)
-    cdef real* g = <real*> (tile.first + 3 * tile.size)
-    cdef bint capped = call.options.softcap != 0.0
-    cdef bint sparse = call.labels.address != NULL
-    cdef bint spread = not sparse or call.options.label_smoothing != 0.0
+    cdef double eps = call.options.label_smoothing
     cdef const real* w = <const real*> call.weight.address
-    cdef int64_t[WIDTH] y
-    cdef bint[WIDTH] kept
-    cdef double[WIDTH] x_y, slope_y, distance, mass, before, factors, g_y
-    cdef double w_y
-    cdef Outcome result
-    cdef State* state
-    cdef Py_ssize_t i, j, c, n, block, outer, inner, count, row = start
-    memset(factors, 0, sizeof(factors))
-    while row < stop:
-        outer, inner = row // call.inner, row % call.inner
-        count = min(WIDTH, min(call.inner - inner, stop - row))
-        begin_tile(&tile, &NOTHING, 0, 0, count, like)
-        for i in range(count):
-            y[i], kept[i] = 0, True
-            distance[i] = mass[i] = x_y[i] = 0.0
-            slope_y[i] = 1.0
-            if sparse:
-                memcpy(&y[i], start_of(&call.labels, outer, inner + i), 8)
-                kept[i] = y[i] != call.options.ignore_index
-        for block in range(blocks_of(call.classes)):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            fetch_tile(call, outer, inner, j, n, count, v, slope)
-            for i in range(count):
-                before[i] = tile.rows[i].m
-            fold_tile(&tile, v, n, count)
-            if spread:
-                fetch_target_tile(call, outer, inner, j, n, count, u)
-                linear_tile(&tile, v, u, n, count, before, distance, mass)
-            for i in range(count):
-                if sparse and kept[i] and j <= y[i] < j + n:
-                    x_y[i] = v[(y[i] - j) * WIDTH + i]
-                    slope_y[i] = slope[(y[i] - j) * WIDTH + i] if capped else 1.0
-        for i in range(count):
-            state = &tile.rows[i]
-            settle(state)
-            if call.lse.address != NULL:
-                put(start_of(&call.lse, outer, inner + i), state.m + log_sum(state), like)
-            w_y = w[y[i]] if sparse and w != NULL and kept[i] else 1.0
-            result = finish(
-                state, call.classes, sparse, x_y[i], w_y, distance[i], mass[i], &call.options
-            )
-            factors[i], g_y[i] = result.factor, result.g_y * slope_y[i]
-            put(start_of(&call.loss, outer, inner + i), result.loss if kept[i] else 0.0, like)
-        for block in range(blocks_of(call.classes) if call.grad.address != NULL else 0):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            if call.classes > BLOCK:
-                fetch_tile(call, outer, inner, j, n, count, v, slope)
-            exp_tile(&tile, v, n, count, factors, g)
-            if spread:
-                if call.classes > BLOCK:
-                    fetch_target_tile(call, outer, inner, j, n, count, u)
-                subtract_block(g, u, n * WIDTH, call.options.scale)
-            if capped:
-                multiply_block(g, slope, n * WIDTH)
-            for i in range(count):
-                if not kept[i]:
-                    for c in range(n):
-                        g[c * WIDTH + i] = 0
-                elif sparse and j <= y[i] < j + n:
-                    g[(y[i] - j) * WIDTH + i] = <real> g_y[i]
-            scatter(&call.grad, outer, inner, j, n, count, g)
-        row += count
-    free(tile.memory)
-    return 0
+    cdef const real* t = NULL
+    cdef Py_ssize_t i
+    cdef int l
+    if call.target.address != NULL:
+        gather(&call.target, group, j, n, u)
+        t = u
+    target_block(t, <const real*> NULL, n * WIDTH, 1.0 - eps, eps / call.classes, u)
+    if w != NULL:
+        for i in range(n):
+            for l in range(WIDTH):
+                u[i * WIDTH + l] = u[i * WIDTH + l] * w[j + i]
+
+
+cdef void fetch_capped_tile(
+    const Call* call, const Tile* tile, Group* group, Py_ssize_t j, Py_ssize_t n, real* v
+) noexcept nogil:
+    """`fetch_capped` for a tile, and what is at the labels."""
+    cdef real cap = <real> call.options.softcap
+    cdef real* slope = <real*> tile.slope
+    cdef Py_ssize_t i, part, first, last
+    gather(&call.x, group, j, n, v)
+    if call.capped:
+        for part in range(parts_of(n)):
+            first, last = part * FEW, min(n, part * FEW + FEW)
+            cap_block(v + first * WIDTH, (last - first) * WIDTH, cap, v + first * WIDTH, slope)
+            for i in range(group.count if call.sparse else 0):
+                if first <= group.y[i] - j < last:
+                    group.slope_y[i] = slope[(group.y[i] - j - first) * WIDTH + i]
+    for i in range(group.count if call.sparse else 0):
+        if j <= group.y[i] < j + n:
+            group.x_y[i] = v[(group.y[i] - j) * WIDTH + i]
+
+
+cdef void fold_columns(const Call* call, Tile* tile, Group* group, real like) noexcept nogil:
+    """`fold_rows` for rows side by side."""
+    cdef double[WIDTH] before
+    cdef Py_ssize_t j, n, block
+    cdef real* v = <real*> tile.v
+    cdef real* u = <real*> tile.u
+    for block in range(blocks_of(call.classes)):
+        j = block * BLOCK
+        n = min(BLOCK, call.classes - j)
+        fetch_capped_tile(call, tile, group, j, n, v)
+        memcpy(before, group.m, sizeof(before))
+        if call.b.address != NULL:
+            gather(&call.b, group, j, n, u)
+            fold_weighted_tile(tile, group, v, u, n)
+        else:
+            fold_tile(tile, group, v, n)
+        if call.spread:
+            fetch_target_tile(call, group, j, n, u)
+            linear_tile(tile, group, v, u, n, before)
+
+
+cdef void exp_tile(
+    const Tile* tile, const Group* group, const real* v, Py_ssize_t n, real* out
+) noexcept nogil:
+    """`exp_block` for the rows of a tile."""
+    cdef Vec[real] term, floors, magics, same, factors, scales
+    cdef Py_ssize_t b, i, j, w
+    for b in range(vectors_of(v, group.count)):
+        w = b * lanes_of(v)
+        floors, magics = load_all(<real*> tile.floors + w), load_all(<real*> tile.magics + w)
+        same = exponential(load_all(<real*> tile.tops + w), floors, magics, v[0])
+        factors, scales = load_all(<real*> tile.factors + w), load_all(<real*> tile.scales + w)
+        for j in range(n):
+            term = exponential(load_all(v + j * WIDTH + w), floors, magics, v[0])
+            store_all(out + j * WIDTH + w, where_eq(term, same, factors, term * scales))
+    for i in range(group.count):
+        if not usable(group.m[i]):
+            exp_exact(v + i, WIDTH, n, group.m[i], group.factor[i], out + i)
+
+
+cdef void log_tile(
+    const Group* group, const real* v, Py_ssize_t n, real* out
+) noexcept nogil:
+    """`log_block` for the rows of a tile."""
+    cdef real[WIDTH] tops, lowered
+    cdef Py_ssize_t i, j
+    for i in range(WIDTH):
+        tops[i], lowered[i] = <real> group.m[i], <real> group.log_s[i]
+    for j in range(n):
+        for i in range(WIDTH):
+            out[j * WIDTH + i] = (v[j * WIDTH + i] - tops[i]) - lowered[i]
+
+
+cdef void write_columns(const Call* call, Tile* tile, Group* group, real like) noexcept nogil:
+    """`write_rows` for rows side by side, a few classes at a time."""
+    cdef Py_ssize_t i, c, j, n, part
+    # whether the tiles still hold what there is
+    cdef bint whole = call.classes <= BLOCK and not call.capped and call.state.address == NULL
+    cdef real* v = <real*> tile.v
+    cdef real* u = <real*> tile.u
+    cdef real* out = <real*> tile.out
+    aim(tile, group, OUT_SHIFT, <real> 0)
+    for i in range(WIDTH):
+        (<real*> tile.factors)[i] = <real> group.factor[i]
+        (<real*> tile.scales)[i] = <real> group.scale[i]
+    for part in range(parts_of(call.classes)):
+        j = part * FEW
+        n = min(FEW, call.classes - j)
+        if whole:
+            v, u = <real*> tile.v + j * WIDTH, <real*> tile.u + j * WIDTH
+        else:
+            fetch_capped_tile(call, tile, group, j, n, v)
+        if call.log:
+            log_tile(group, v, n, out)
+        else:
+            exp_tile(tile, group, v, n, out)
+        if call.spread:
+            if not whole:
+                fetch_target_tile(call, group, j, n, u)
+            subtract_block(out, u, n * WIDTH, call.options.scale)
+        if call.capped:
+            multiply_block(out, <real*> tile.slope, n * WIDTH)
+        for i in range(group.count if call.sparse else 0):
+            if group.kept[i] == 0.0:
+                for c in range(n):
+                    out[c * WIDTH + i] = 0
+            elif j <= group.y[i] < j + n:
+                out[(group.y[i] - j) * WIDTH + i] = <real> group.g_y[i]
+        scatter(&call.out, group, j, n, out)

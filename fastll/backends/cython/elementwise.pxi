@@ -5,21 +5,19 @@ from fastll.contract import CHUNK as _CHUNK
 cdef Py_ssize_t CHUNK = _CHUNK
 
 
-cdef void sigmoid_block(const real* v, Py_ssize_t n, bint log, real* out) noexcept nogil:
-    cdef real[LANES] rest, y
-    cdef const real* x
-    cdef Py_ssize_t i, j
-    cdef int l
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        x = load(v + j, n - j, <real> 0, rest)
-        if log:
-            for l in range(lanes_of(v)):
-                y[l] = log_sigmoid(x[l])
+cdef void sigmoid_block(
+    const real* v, Py_ssize_t n, bint log, real* out, bint streamed
+) noexcept nogil:
+    cdef Vec[real] x
+    cdef Py_ssize_t b, j
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        x = load_ahead(v + j, n - j, splat(<real> 0))
+        x = log_sigmoid(x, v[0]) if log else sigmoid(x, v[0])
+        if streamed and n - j >= lanes_of(v):
+            stream_all(out + j, x)
         else:
-            for l in range(lanes_of(v)):
-                y[l] = sigmoid(x[l])
-        store(out + j, n - j, y)
+            store(out + j, n - j, x)
 
 
 cdef int sigmoid_units(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) noexcept nogil:
@@ -30,21 +28,27 @@ cdef int sigmoid_units(const Call* call, Py_ssize_t start, Py_ssize_t stop, real
     cdef real* out_buffer = buffer + BLOCK
     cdef char* x_start
     cdef char* out_start
-    cdef Py_ssize_t i, j, n, block, outer, first, end
+    cdef Py_ssize_t i, j, n, outer, end
     for i in range(start, stop):
-        outer, first = i // call.inner, i % call.inner * CHUNK
-        end = min(call.classes, first + CHUNK)
+        outer, j = i // call.inner, i % call.inner * CHUNK
+        end = min(call.classes, j + CHUNK)
         x_start, out_start = start_of(&call.x, outer, 0), start_of(&call.out, outer, 0)
-        for block in range(blocks_of(end - first)):
-            j = first + block * BLOCK
-            n = min(BLOCK, end - j)
+        n = 0
+        if call.out.streamed:
+            n = until_line(<real*> (out_start + j * call.out.classes))
+        while j < end:
+            n = min(n if n > 0 else BLOCK, end - j)
             sigmoid_block(
                 fetch(&call.x, x_start, j, n, buffer),
                 n,
                 call.log,
                 target_of(&call.out, out_start, j, out_buffer),
+                call.out.streamed,
             )
             deliver(&call.out, out_start, j, n, out_buffer)
+            j, n = j + n, 0
+    if call.out.streamed:
+        stream_fence()
     free(memory)
     return 0
 
@@ -60,35 +64,27 @@ cdef double bce_block(
     real* grad,
 ) noexcept nogil:
     """Losses and gradients where they are not NULL; the sum of the losses."""
-    cdef real[LANES] rest, t_rest, w_rest, p_rest, ones, values, slopes, sums
-    cdef real value, slope, zero = 0, one = 1, factor = <real> scale
-    cdef const real* x
-    cdef const real* target
-    cdef const real* weight = ones
-    cdef const real* pos_weight = ones
-    cdef Py_ssize_t i, j
-    cdef int l
-    fill(ones, one)
-    fill(sums, zero)
-    for i in range(vectors_of(v, n)):
-        j = i * lanes_of(v)
-        # with a target of 0, lanes beyond the end are 0
-        x = load(v + j, n - j, -<real> INFINITY, rest)
-        target = load(t + j, n - j, zero, t_rest)
+    cdef Vec[real] target, weight, pos_weight, value, slope
+    cdef Vec[real] zero = splat(<real> 0), one = splat(<real> 1)
+    cdef Vec[real] sums = zero
+    cdef Py_ssize_t b, j
+    weight = pos_weight = one
+    for b in range(vectors_of(v, n)):
+        j = b * lanes_of(v)
+        target = load_ahead(t + j, n - j, zero)
         if w != NULL:
-            weight = load(w + j, n - j, zero, w_rest)
+            weight = load_ahead(w + j, n - j, zero)
         if p != NULL:
-            pos_weight = load(p + j, n - j, one, p_rest)
-        for l in range(lanes_of(v)):
-            bce(x[l], target[l] * pos_weight[l], one - target[l], &value, &slope)
-            values[l] = value * weight[l]
-            slopes[l] = (slope * weight[l]) * factor
-            sums[l] = sums[l] + values[l]
+            pos_weight = load_ahead(p + j, n - j, one)
+        # with a target of 0, lanes beyond the end are 0
+        value = load_ahead(v + j, n - j, splat(-<real> INFINITY))
+        value = bce(value, target * pos_weight, one - target, &slope, v[0]) * weight
+        sums = sums + value
         if loss != NULL:
-            store(loss + j, n - j, values)
+            store(loss + j, n - j, value)
         if grad != NULL:
-            store(grad + j, n - j, slopes)
-    return total(sums, lanes_of(v))
+            store(grad + j, n - j, (slope * weight) * splat(<real> scale))
+    return total(sums)
 
 
 cdef const real* fetch_unit(
@@ -114,7 +110,7 @@ cdef int bce_units(const Call* call, Py_ssize_t start, Py_ssize_t stop, real lik
     for i in range(start, stop):
         outer, first = i // call.inner, i % call.inner * CHUNK
         end = min(call.classes, first + CHUNK)
-        loss_start, grad_start = start_of(&call.loss, outer, 0), start_of(&call.grad, outer, 0)
+        loss_start, grad_start = start_of(&call.loss, outer, 0), start_of(&call.out, outer, 0)
         result = 0.0
         for block in range(blocks_of(end - first)):
             j = first + block * BLOCK
@@ -122,7 +118,7 @@ cdef int bce_units(const Call* call, Py_ssize_t start, Py_ssize_t stop, real lik
             if loss_start != NULL:
                 values = target_of(&call.loss, loss_start, j, loss_buffer)
             if grad_start != NULL:
-                slopes = target_of(&call.grad, grad_start, j, grad_buffer)
+                slopes = target_of(&call.out, grad_start, j, grad_buffer)
             result += bce_block(
                 fetch_unit(&call.x, outer, j, n, buffer),
                 fetch_unit(&call.target, outer, j, n, buffer + BLOCK),
@@ -136,12 +132,10 @@ cdef int bce_units(const Call* call, Py_ssize_t start, Py_ssize_t stop, real lik
             if values != NULL:
                 deliver(&call.loss, loss_start, j, n, loss_buffer)
             if slopes != NULL:
-                deliver(&call.grad, grad_start, j, n, grad_buffer)
+                deliver(&call.out, grad_start, j, n, grad_buffer)
         if call.partial.address != NULL:
-            put(
-                start_of(&call.partial, outer, 0) + i % call.inner * call.partial.classes,
-                result,
-                <double> 0,
+            memcpy(
+                start_of(&call.partial, outer, 0) + i % call.inner * call.partial.classes, &result, 8
             )
     free(memory)
     return 0

@@ -7,6 +7,8 @@ from fastll.dtypes import kind_of
 cnp.import_array()
 
 cdef enum:
+    STREAM_FROM = 1 << 25  # bytes of an array
+    STREAM_CLASSES = 512
     SHORT = 32  # below this many classes, neighbouring rows fill vectors better than a row does
 
 cdef extern from *:
@@ -23,21 +25,11 @@ cdef extern from *:
 
 
 cdef int run(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) noexcept nogil:
-    if call.operation == LOGSUMEXP:
-        if call.across:
-            return logsumexp_columns(call, start, stop, like)
-        return logsumexp_rows(call, start, stop, like)
-    if call.operation == SOFTMAX:
-        if call.across:
-            return softmax_columns(call, start, stop, like)
-        return softmax_rows(call, start, stop, like)
-    if call.operation == CROSS_ENTROPY:
-        if call.across:
-            return cross_entropy_columns(call, start, stop, like)
-        return cross_entropy_rows(call, start, stop, like)
     if call.operation == SIGMOID:
         return sigmoid_units(call, start, stop, like)
-    return bce_units(call, start, stop, like)
+    if call.operation == BINARY_CROSS_ENTROPY:
+        return bce_units(call, start, stop, like)
+    return reduce(call, start, stop, like)
 
 
 cdef Format format_of(cnp.ndarray a) except? IN_PLACE:
@@ -122,6 +114,23 @@ cdef class Kernel:
             operand.format = IN_PLACE
         return 0
 
+    cdef int bind_output(self, cnp.ndarray a) except -1:
+        """Write what is larger than the caches past them, unless it is there already: as the input."""
+        cdef Operand* out = &self.call.out
+        out.streamed = (
+            out.address != self.call.x.address
+            and not (self.call.spread or self.call.capped)  # which need it once more
+            and out.format == IN_PLACE
+            and a is not None
+            and cnp.PyArray_NBYTES(a) >= STREAM_FROM
+        )
+        # pieces of lines are not worth it
+        if self.call.across:
+            out.streamed = out.streamed and (out.outer | out.classes) % 64 == 0
+        else:
+            out.streamed = out.streamed and self.call.classes >= STREAM_CLASSES
+        return 0
+
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
         """An array with one entry, or one state, a row."""
         if a is None:
@@ -155,7 +164,7 @@ cdef class Backend:
         kernel.bind_full(&kernel.call.x, x)
         kernel.bind_full(&kernel.call.b, b)
         kernel.bind_row(&kernel.call.state, state)
-        kernel.bind_row(&kernel.call.out, out)
+        kernel.bind_row(&kernel.call.lse, out)
         kernel.bind_row(&kernel.call.sign, sign)
         return kernel
 
@@ -166,6 +175,7 @@ cdef class Backend:
         kernel.bind_full(&kernel.call.x, x)
         kernel.bind_row(&kernel.call.state, state)
         kernel.bind_full(&kernel.call.out, out)
+        kernel.bind_output(out)
         return kernel
 
     def cross_entropy(
@@ -184,6 +194,9 @@ cdef class Backend:
         cdef Kernel kernel = kernel_of(CROSS_ENTROPY, (x, target, labels, weight, loss, lse, grad))
         cdef Options* to = &kernel.call.options
         to.ignore_index, to.label_smoothing, to.z_loss, to.softcap, to.scale = options
+        kernel.call.sparse = labels is not None
+        kernel.call.spread = target is not None or to.label_smoothing != 0.0
+        kernel.call.capped = to.softcap != 0.0
         kernel.walk_rows(x)
         kernel.bind_full(&kernel.call.x, x)
         kernel.bind_full(&kernel.call.target, target)
@@ -192,7 +205,8 @@ cdef class Backend:
             kernel.call.weight.address = cnp.PyArray_BYTES(weight)
         kernel.bind_row(&kernel.call.loss, loss)
         kernel.bind_row(&kernel.call.lse, lse)
-        kernel.bind_full(&kernel.call.grad, grad)
+        kernel.bind_full(&kernel.call.out, grad)
+        kernel.bind_output(grad)
         return kernel
 
     def check_labels(
@@ -218,6 +232,7 @@ cdef class Backend:
         kernel.call.log = log
         kernel.bind_elements(&kernel.call.x, x)
         kernel.bind_elements(&kernel.call.out, out)
+        kernel.bind_output(out)
         return kernel
 
     def binary_cross_entropy(
@@ -242,7 +257,7 @@ cdef class Backend:
         kernel.bind_elements(&kernel.call.pos_weight, pos_weight)
         kernel.bind_elements(&kernel.call.loss, loss)
         kernel.bind_elements(&kernel.call.partial, partial)
-        kernel.bind_elements(&kernel.call.grad, grad)
+        kernel.bind_elements(&kernel.call.out, grad)
         return kernel
 
 

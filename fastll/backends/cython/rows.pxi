@@ -1,155 +1,71 @@
-# Kernels over rows whose class axis is the faster one in memory: one row at a time, block by block.
+# The two passes over rows whose class axis is the faster one in memory: row by row, block by block.
 #
-# The second pass over a row, where there is one, finds the row in the second-level cache.
-#
-# A kernel takes a `Call` and returns 0, or -1 where there is not enough memory for its buffers.
+# `fold_rows` makes the state of a group of rows, `write_row` what has the shape of a row. A group is
+# small enough for the second-level cache, where the first pass leaves its exponentials for the second
+# one. Where nothing but a factor is missing from them, the second pass is part of the next group's first.
 
-from libc.stdlib cimport free, malloc
-
-cdef enum Operation:
-    LOGSUMEXP
-    SOFTMAX
-    CROSS_ENTROPY
-    SIGMOID
-    BINARY_CROSS_ENTROPY
-
-cdef struct Call:
-    Operation operation
-    bint single  # computed in float32
-    bint across  # by the kernels of columns.pxi
-    bint log
-    Options options
-    Py_ssize_t classes  # of element-wise operations: elements of an outer row
-    Py_ssize_t inner  # of element-wise operations: units of an outer row
-    Operand x
-    Operand b  # weights of log-sum-exp
-    Operand target
-    Operand weight
-    Operand pos_weight
-    Operand labels
-    Operand state
-    Operand out
-    Operand sign
-    Operand loss
-    Operand lse
-    Operand partial
-    Operand grad
+cdef enum:
+    GROUP_SIZE = 1 << 18  # bytes of a group's rows, where there is a second pass
+    ROW_SIZE = 1 << 19  # bytes of a row up to which its exponentials are kept
 
 
-cdef Operand NOTHING  # zero throughout, as C initialises it
+cdef bint keeps_terms(const Call* call, real like) noexcept nogil:
+    """Whether the first pass leaves exponentials for the second."""
+    if call.out.address == NULL or call.log or call.capped or call.state.address != NULL:
+        return False
+    return call.classes * <Py_ssize_t> sizeof(real) <= ROW_SIZE
 
 
-cdef void* aligned(void* memory) noexcept nogil:
-    """The first address on a line of the cache, up to 63 bytes on."""
-    return <void*> ((<size_t> memory + 63) // 64 * 64)
+cdef bint interleaves(const Call* call, real like) noexcept nogil:
+    """Whether a group is written while the next one is read."""
+    if call.out.address == NULL or call.out.format != IN_PLACE or call.state.address != NULL:
+        return False
+    if call.log:
+        return call.x.format == IN_PLACE
+    return keeps_terms(call, like) and not call.spread
 
 
-cdef State begin(const Operand* state, Py_ssize_t outer, Py_ssize_t inner) noexcept nogil:
-    """The state a row starts from; the identity where there is none."""
-    cdef State row
-    cdef const char* at
-    row.m, row.e, row.k = -INFINITY, 0.0, 0.0
-    if state.address != NULL:
-        at = start_of(state, outer, inner)
-        memcpy(&row.m, at, 8)
-        memcpy(&row.e, at + state.classes, 8)
-        memcpy(&row.k, at + 2 * state.classes, 8)
-    refer(&row)
-    return row
+cdef Py_ssize_t rows_of_group(const Call* call, real like) noexcept nogil:
+    """As many rows as there may be, or as the second pass finds in the cache."""
+    if call.across or call.out.address == NULL:
+        return WIDTH
+    return max(1, min(WIDTH, GROUP_SIZE // max(1, call.classes * <Py_ssize_t> sizeof(real))))
 
 
-cdef void store_state(
-    const Operand* state, Py_ssize_t outer, Py_ssize_t inner, const State* row
+cdef struct Buffers:
+    # BLOCK elements of the compute dtype
+    void* x
+    void* u
+    void* slope
+    void* out
+    void* terms  # of each row of two groups, or NULL
+    Py_ssize_t pitch  # elements from a row's terms to the next one's
+    double* exponents  # of the reference of each block of a row's terms
+
+
+cdef Py_ssize_t lay_out_buffers(
+    const Call* call, char* memory, Buffers* buffers, real like
 ) noexcept nogil:
-    cdef char* at = start_of(state, outer, inner)
-    memcpy(at, &row.m, 8)
-    memcpy(at + state.classes, &row.e, 8)
-    memcpy(at + 2 * state.classes, &row.k, 8)
+    """Place buffers in memory; their size in bytes."""
+    cdef Py_ssize_t rows = 2 * rows_of_group(call, like) if keeps_terms(call, like) else 0
+    cdef char* at = memory
+    buffers.x, at = at, at + BLOCK * sizeof(real)
+    buffers.u, at = at, at + BLOCK * sizeof(real)
+    buffers.slope, at = at, at + BLOCK * sizeof(real)
+    buffers.out, at = at, at + BLOCK * sizeof(real)
+    buffers.pitch = (call.classes + LANES - 1) // LANES * LANES
+    buffers.terms, at = (at if rows else NULL), at + rows * buffers.pitch * sizeof(real)
+    buffers.exponents, at = <double*> at, at + blocks_of(call.classes) * sizeof(double)
+    return at - memory
 
 
-cdef void store_lse(
-    const Call* call, Py_ssize_t outer, Py_ssize_t inner, const State* row, real like
+cdef inline real* terms_of(
+    const Call* call, const Buffers* buffers, const Group* group, Py_ssize_t i, real like
 ) noexcept nogil:
-    """The log-sum-exp of a state, and the sign of the sum where it is asked for."""
-    cdef double log_s, sign = sign_of(row.e + row.k)
-    if call.b.address != NULL:
-        log_s = weighted_log_sum(row)
-        if row.m == -INFINITY and row.e == row.e:
-            log_s = -INFINITY
-        if call.sign.address == NULL and sign < 0.0:
-            log_s = NAN
-    else:
-        log_s = log_sum(row)
-    if call.sign.address != NULL:
-        put(start_of(&call.sign, outer, inner), sign, like)
-    put(start_of(&call.out, outer, inner), row.m + log_s, like)
-
-
-cdef int logsumexp_rows(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) noexcept nogil:
-    cdef void* memory = malloc(3 * BLOCK * sizeof(real) + 64)
-    if memory == NULL:
-        return -1
-    cdef real* buffer = <real*> aligned(memory)
-    cdef const real* v
-    cdef const real* b
-    cdef Py_ssize_t i, j, n, block, outer, inner
-    cdef State row
-    for i in range(start, stop):
-        outer, inner = i // call.inner, i % call.inner
-        row = begin(&call.state, outer, inner)
-        for block in range(blocks_of(call.classes)):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            v = fetch(&call.x, start_of(&call.x, outer, inner), j, n, buffer)
-            if call.b.address == NULL:
-                fold_block(v, n, &row)
-            else:
-                b = fetch(&call.b, start_of(&call.b, outer, inner), j, n, buffer + BLOCK)
-                fold_weighted_block(v, b, n, &row, buffer + 2 * BLOCK)
-        settle(&row)
-        if call.state.address != NULL:
-            store_state(&call.state, outer, inner, &row)
-        if call.out.address != NULL:
-            store_lse(call, outer, inner, &row, like)
-    free(memory)
-    return 0
-
-
-cdef int softmax_rows(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) noexcept nogil:
-    cdef void* memory = malloc(2 * BLOCK * sizeof(real) + 64)
-    if memory == NULL:
-        return -1
-    cdef real* buffer = <real*> aligned(memory)
-    cdef real* out_buffer = buffer + BLOCK
-    cdef const real* v
-    cdef real* y
-    cdef char* x_start
-    cdef char* out_start
-    cdef Py_ssize_t i, j, n, block, outer, inner
-    cdef double log_s
-    cdef State row
-    for i in range(start, stop):
-        outer, inner = i // call.inner, i % call.inner
-        row = begin(&call.state, outer, inner)
-        x_start, out_start = start_of(&call.x, outer, inner), start_of(&call.out, outer, inner)
-        if call.state.address == NULL:
-            for block in range(blocks_of(call.classes)):
-                j = block * BLOCK
-                n = min(BLOCK, call.classes - j)
-                fold_block(fetch(&call.x, x_start, j, n, buffer), n, &row)
-        log_s = log_sum(&row)
-        for block in range(blocks_of(call.classes)):
-            j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            v = fetch(&call.x, x_start, j, n, buffer)
-            y = target_of(&call.out, out_start, j, out_buffer)
-            if call.log:
-                log_block(v, n, row.m, log_s, y)
-            else:
-                exp_block(v, n, &row, 1.0 / (row.e + row.k), y)
-            deliver(&call.out, out_start, j, n, out_buffer)
-    free(memory)
-    return 0
+    """Where the exponentials of row i of a group are; NULL where they are not kept."""
+    if buffers.terms == NULL:
+        return NULL
+    return <real*> buffers.terms + (group.half * rows_of_group(call, like) + i) * buffers.pitch
 
 
 cdef const real* fetch_capped(
@@ -180,118 +96,154 @@ cdef const real* fetch_target(
     return buffer
 
 
-cdef int cross_entropy_rows(
-    const Call* call, Py_ssize_t start, Py_ssize_t stop, real like
+cdef Pending pending_row(
+    const Call* call, const Buffers* buffers, const Group* group, Py_ssize_t i, real like
 ) noexcept nogil:
-    cdef void* memory = malloc(4 * BLOCK * sizeof(real) + 64)
-    if memory == NULL:
-        return -1
-    cdef real* buffer = <real*> aligned(memory)
-    cdef real* t_buffer = buffer + BLOCK
-    cdef real* slope = buffer + 2 * BLOCK
-    cdef real* out_buffer = buffer + 3 * BLOCK
-    cdef bint capped = call.options.softcap != 0.0
-    cdef bint sparse = call.labels.address != NULL
-    # whether u is anything but 0
-    cdef bint spread = not sparse or call.options.label_smoothing != 0.0
-    cdef bint kept
+    """Row i of a group as it is to be written; nothing of it if that takes more than a factor."""
+    cdef Pending row
+    cdef real floor, magic
+    cdef double unshift = OUT_SHIFT - SUM_SHIFT
+    row.j = row.n = 0
+    if i >= group.count or not interleaves(call, like) or group.kept[i] == 0.0:
+        return row
+    row.scale = group.scale[i] * power(unshift)
+    if not call.log and not (usable(group.m[i]) and fabs(row.scale) > SMALL_SCALE):
+        return row
+    row.n = call.classes
+    row.log, row.streamed = call.log, call.out.streamed
+    row.out = start_of(&call.out, group.outer, group.inner + i)
+    row.factor, row.top, row.lowered = group.factor[i], group.m[i], group.log_s[i]
+    if call.log:
+        row.source = start_of(&call.x, group.outer, group.inner + i)
+    else:
+        row.source = terms_of(call, buffers, group, i, like)
+        window(group.n[i], SUM_SHIFT, &floor, &magic)
+        row.same = first(exponential(splat(<real> group.m[i]), splat(floor), splat(magic), floor))
+    if row.streamed:
+        write_part(&row, min(row.n, until_line(<real*> row.out)), like)
+        row.j = min(row.n, until_line(<real*> row.out))
+    return row
+
+
+cdef void complete_row(
+    const Call* call, Buffers* buffers, const Group* group, Py_ssize_t i, Pending* row, real like
+) noexcept nogil:
+    """What is left of row i of a group."""
+    cdef real* out
+    if i >= group.count or call.out.address == NULL:
+        return
+    if row.n == 0:
+        write_row(call, buffers, group, i, like)
+        return
+    write_rest(row, like)
+    if call.sparse:
+        out = <real*> row.out
+        out[group.y[i]] = <real> group.g_y[i]
+
+
+cdef void write_rows(
+    const Call* call, Buffers* buffers, const Group* group, Py_ssize_t first, real like
+) noexcept nogil:
+    """A group's rows from `first` on."""
+    cdef Pending row
+    cdef Py_ssize_t i
+    for i in range(first, group.count):
+        row = pending_row(call, buffers, group, i, like)
+        complete_row(call, buffers, group, i, &row, like)
+
+
+cdef void fold_rows(
+    const Call* call, Buffers* buffers, Group* group, const Group* before, real like
+) noexcept nogil:
+    """Add the elements of each row to its state; distance, mass and what is at the label.
+
+    Meanwhile, write the rows of the group before.
+    """
+    cdef real* buffer = <real*> buffers.x
+    cdef real* other = <real*> buffers.u
+    cdef real* terms
     cdef char* x_start
+    cdef char* b_start
     cdef char* t_start
-    cdef char* grad_start
     cdef const real* v
-    cdef real* g
-    cdef Py_ssize_t i, j, n, block, outer, inner
-    cdef int64_t y
-    cdef double distance, mass, added, weight, before, x_y, w_y, slope_y
+    cdef const real* b
+    cdef Py_ssize_t i, j, n, block
+    cdef double m, added, weight
+    cdef Pending pending
     cdef State row
-    cdef Outcome result
-    for i in range(start, stop):
-        outer, inner = i // call.inner, i % call.inner
-        x_start, t_start = start_of(&call.x, outer, inner), start_of(&call.target, outer, inner)
-        grad_start = start_of(&call.grad, outer, inner)
-        y = 0
-        if sparse:
-            memcpy(&y, start_of(&call.labels, outer, inner), 8)
-        kept = not sparse or y != call.options.ignore_index
-        row = begin(&NOTHING, 0, 0)
-        distance = mass = 0.0  # sum of u (m - x), sum of u
-        if kept or call.lse.address != NULL:
-            for block in range(blocks_of(call.classes)):
-                j = block * BLOCK
-                n = min(BLOCK, call.classes - j)
-                v = fetch_capped(call, x_start, j, n, buffer, <real*> NULL)
-                before = row.m
-                fold_block(v, n, &row)
-                if spread and kept:
-                    linear_block(
-                        v, fetch_target(call, t_start, j, n, t_buffer), n, row.m, &added, &weight
-                    )
-                    distance += times(mass, row.m - before) + added
-                    mass += weight
-            settle(&row)
-        if call.lse.address != NULL:
-            put(start_of(&call.lse, outer, inner), row.m + log_sum(&row), like)
-        if not kept:
-            put(start_of(&call.loss, outer, inner), 0.0, like)
-            if call.grad.address != NULL:
-                for block in range(blocks_of(call.classes)):
-                    j = block * BLOCK
-                    n = min(BLOCK, call.classes - j)
-                    fill_block(target_of(&call.grad, grad_start, j, out_buffer), n, <real> 0)
-                    deliver(&call.grad, grad_start, j, n, out_buffer)
+    for i in range(group.count):
+        pending = pending_row(call, buffers, before, i, like)
+        if group.kept[i] == 0.0 and call.lse.address == NULL:
+            complete_row(call, buffers, before, i, &pending, like)
             continue
-        x_y, w_y, slope_y = 0.0, 1.0, 1.0
-        if sparse:
-            x_y = fetch_capped(call, x_start, y, 1, buffer, slope)[0]
-            slope_y = slope[0] if capped else 1.0
-            w_y = (<const real*> call.weight.address)[y] if call.weight.address != NULL else 1.0
-        result = finish(&row, call.classes, sparse, x_y, w_y, distance, mass, &call.options)
-        put(start_of(&call.loss, outer, inner), result.loss, like)
-        if call.grad.address == NULL:
-            continue
+        x_start = start_of(&call.x, group.outer, group.inner + i)
+        b_start = start_of(&call.b, group.outer, group.inner + i)
+        t_start = start_of(&call.target, group.outer, group.inner + i)
+        terms = terms_of(call, buffers, group, i, like)
+        row = state_of(group, i)
         for block in range(blocks_of(call.classes)):
             j = block * BLOCK
             n = min(BLOCK, call.classes - j)
-            v = fetch_capped(call, x_start, j, n, buffer, slope)
-            g = target_of(&call.grad, grad_start, j, out_buffer)
-            exp_block(v, n, &row, result.factor, g)
-            if spread:
-                subtract_block(
-                    g, fetch_target(call, t_start, j, n, t_buffer), n, call.options.scale
-                )
-            if capped:
-                multiply_block(g, slope, n)
-            if sparse and j <= y < j + n:
-                g[y - j] = <real> (result.g_y * slope_y)
-            deliver(&call.grad, grad_start, j, n, out_buffer)
-    free(memory)
-    return 0
+            v = fetch_capped(call, x_start, j, n, buffer, <real*> NULL)
+            m = row.m
+            if call.b.address != NULL:
+                b = fetch(&call.b, b_start, j, n, other)
+                fold_weighted_block(v, b, n, &row, <real*> buffers.out)
+            else:
+                fold_block(v, n, &row, terms + j if terms != NULL else NULL, &pending)
+                buffers.exponents[block] = row.n
+            if call.spread:
+                b = fetch_target(call, t_start, j, n, other)
+                linear_block(v, b, n, row.m, &added, &weight)
+                group.distance[i] += times(group.mass[i], row.m - m) + added
+                group.mass[i] += weight
+        set_state(group, i, &row)
+        if terms != NULL:  # all for one reference; what underflows here does so in the result
+            for block in range(blocks_of(call.classes)):
+                if buffers.exponents[block] != row.n:
+                    j = block * BLOCK
+                    n = min(BLOCK, call.classes - j)
+                    scale_block(terms + j, n, <real> power(buffers.exponents[block] - row.n))
+        if call.sparse and group.kept[i] != 0.0:
+            group.x_y[i] = fetch_capped(call, x_start, group.y[i], 1, buffer, other)[0]
+            group.slope_y[i] = other[0] if call.capped else 1.0
+        complete_row(call, buffers, before, i, &pending, like)
+    write_rows(call, buffers, before, group.count, like)
 
 
-cdef Py_ssize_t check_labels(
-    const char* labels,
-    Py_ssize_t count,
-    Py_ssize_t classes,
-    long long ignore_index,
-    const char* weight,  # or NULL
-    bint single,
-    double* kept,
+cdef void write_row(
+    const Call* call, Buffers* buffers, const Group* group, Py_ssize_t i, real like
 ) noexcept nogil:
-    """First position of a label outside [0, classes), or -1; the summed weight of the others."""
-    cdef Py_ssize_t i
-    cdef int64_t y
-    kept[0] = 0.0
-    for i in range(count):
-        y = element(labels + i * 8, False, <int64_t> 0)
-        if y == ignore_index:
+    """Probabilities, their logarithms or the gradient of row i of a group."""
+    cdef real* out_buffer = <real*> buffers.out
+    cdef char* x_start = start_of(&call.x, group.outer, group.inner + i)
+    cdef char* t_start = start_of(&call.target, group.outer, group.inner + i)
+    cdef char* start = start_of(&call.out, group.outer, group.inner + i)
+    cdef const real* v
+    cdef real* y
+    cdef Pending part
+    cdef Py_ssize_t j, n, block
+    for block in range(blocks_of(call.classes)):
+        j = block * BLOCK
+        n = min(BLOCK, call.classes - j)
+        y = target_of(&call.out, start, j, out_buffer)
+        if group.kept[i] == 0.0:
+            fill_block(y, n, <real> 0)
+            deliver(&call.out, start, j, n, out_buffer)
             continue
-        if y < 0 or y >= classes:
-            kept[0] = 0.0
-            return i
-        if weight == NULL:
-            kept[0] += 1.0
-        elif single:
-            kept[0] += element(weight + y * 4, False, <float> 0)
+        v = fetch_capped(call, x_start, j, n, <real*> buffers.x, <real*> buffers.slope)
+        if call.log:
+            part.source, part.out, part.j, part.n = <void*> v, y, 0, n
+            part.log, part.streamed = True, False
+            part.top, part.lowered = group.m[i], group.log_s[i]
+            write_rest(&part, like)
         else:
-            kept[0] += element(weight + y * 8, False, <double> 0)
-    return -1
+            exp_block(v, n, group, i, y)
+        if call.spread:
+            v = fetch_target(call, t_start, j, n, <real*> buffers.u)
+            subtract_block(y, v, n, call.options.scale)
+        if call.capped:
+            multiply_block(y, <real*> buffers.slope, n)
+        if call.sparse and j <= group.y[i] < j + n:
+            y[group.y[i] - j] = <real> group.g_y[i]
+        deliver(&call.out, start, j, n, out_buffer)
