@@ -18,6 +18,7 @@ cdef struct Operand:
     Py_ssize_t inner
     Format format
     bint swapped
+    bint native  # aligned and of the compute dtype, at any strides below 2**24
     bint streamed  # written past the caches
 
 

@@ -59,10 +59,14 @@ cdef void gather(
 ) noexcept nogil:
     """Classes j to j + n of the rows into a tile: class by class, WIDTH rows apart."""
     cdef const char* source = start_of(x, group.outer, group.inner) + j * x.classes
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, w
     cdef int line
     for i in range(n):
-        if x.format != IN_PLACE:
+        if x.format != IN_PLACE and x.native and group.count == WIDTH:
+            for w in range(WIDTH // lanes_of(tile)):
+                w *= lanes_of(tile)
+                store_all(tile + w, load_strided(<const real*> (source + w * x.inner), x.inner))
+        elif x.format != IN_PLACE:
             read_block(x.format, x.swapped, source, x.inner, group.count, tile)
         elif group.count == WIDTH:
             for line in range(<int> (WIDTH * sizeof(real) // 128)):
@@ -81,7 +85,11 @@ cdef void scatter(
     cdef char* target = start_of(x, group.outer, group.inner) + j * x.classes
     cdef Py_ssize_t i, w
     for i in range(n):
-        if x.format != IN_PLACE:
+        if x.format != IN_PLACE and x.native and group.count == WIDTH:
+            for w in range(WIDTH // lanes_of(tile)):
+                w *= lanes_of(tile)
+                store_strided(<real*> (target + w * x.inner), x.inner, load_all(tile + w))
+        elif x.format != IN_PLACE:
             write_block(x.format, tile, target, x.inner, group.count)
         elif group.count < WIDTH:
             memcpy(target, tile, group.count * sizeof(real))
@@ -126,33 +134,49 @@ cdef void aim(const Tile* tile, const Group* group, int shift, real like) noexce
         window(group.n[i], shift, <real*> tile.floors + i, <real*> tile.magics + i)
 
 
-cdef void raise_maxima(Group* group, const real* v, Py_ssize_t n) noexcept nogil:
-    """The rows' maxima with those of a tile."""
-    cdef real[LANES] tops
+cdef void raise_maxima(Group* group, const real* v, Py_ssize_t n, bint fresh) noexcept nogil:
+    """The rows' maxima with those of a tile; `fresh` rows have none yet."""
+    cdef real[WIDTH] tops
     cdef Vec[real] top
     cdef State row
-    cdef Py_ssize_t b, i, j, w
-    for b in range(vectors_of(v, group.count)):
-        w = b * lanes_of(v)
+    cdef Py_ssize_t b, i, j
+    for b in range(WIDTH // lanes_of(v)):
         top = splat(-<real> INFINITY)
         for j in range(n):
-            top = maximum(load_all(v + j * WIDTH + w), top)
-        store_all(tops, top)
-        for i in range(w, min(group.count, w + lanes_of(v))):
-            if tops[i - w] > group.m[i]:
-                row = state_of(group, i)
-                raise_maximum(&row, tops[i - w])
-                set_state(group, i, &row)
+            top = maximum(load_all(v + j * WIDTH + b * lanes_of(v)), top)
+        store_all(&tops[b * lanes_of(v)], top)
+    if fresh:
+        for i in range(WIDTH):
+            group.m[i] = tops[i]
+        for b in range(WIDTH // lanes_of(group.m)):
+            i = b * lanes_of(group.m)
+            store_all(&group.n[i], exponent_of(load_all(&group.m[i])))
+        return
+    for i in range(group.count):
+        if tops[i] > group.m[i]:
+            row = state_of(group, i)
+            raise_maximum(&row, tops[i])
+            set_state(group, i, &row)
 
 
-cdef void fold_tile(const Tile* tile, Group* group, const real* v, Py_ssize_t n) noexcept nogil:
+cdef inline bint all_usable(const Group* group) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef bint every = True
+    for i in range(group.count):
+        every &= usable(group.m[i])
+    return every
+
+
+cdef void fold_tile(
+    const Tile* tile, Group* group, const real* v, Py_ssize_t n, bint fresh
+) noexcept nogil:
     """`fold_block` for the rows of a tile."""
     cdef Vec[real] x, tops, floors, magics, counts, zero = splat(<real> 0), one = splat(<real> 1)
     cdef real[LANES] equal
     cdef real* sums
     cdef State row
     cdef Py_ssize_t b, i, j, w
-    raise_maxima(group, v, n)
+    raise_maxima(group, v, n, fresh)
     aim(tile, group, SUM_SHIFT, <real> 0)
     for b in range(vectors_of(v, group.count)):
         w = b * lanes_of(v)
@@ -170,6 +194,11 @@ cdef void fold_tile(const Tile* tile, Group* group, const real* v, Py_ssize_t n)
             counts = counts + where_eq(x, tops, one, zero)
         fold_sums(<real*> tile.sums, n, lanes_of(v), tile.wide)
         store_all(equal, counts)
+        if all_usable(group):
+            for i in range(lanes_of(v)):
+                group.added[w + i] += tile.wide[i] * SUM_UNSHIFT
+                group.k[w + i] += equal[i]
+            continue
         for i in range(w, min(group.count, w + lanes_of(v))):
             if usable(group.m[i]):
                 group.added[i] += tile.wide[i - w] * SUM_UNSHIFT
@@ -187,7 +216,7 @@ cdef void fold_weighted_tile(
     cdef State row
     cdef Py_ssize_t b, i, j, w
     mask_block(v, weights, n * WIDTH, v)
-    raise_maxima(group, v, n)
+    raise_maxima(group, v, n, False)
     aim(tile, group, SUM_SHIFT, <real> 0)
     for b in range(vectors_of(v, group.count)):
         w = b * lanes_of(v)
@@ -306,7 +335,7 @@ cdef void fold_columns(const Call* call, Tile* tile, Group* group, real like) no
             gather(&call.b, group, j, n, u)
             fold_weighted_tile(tile, group, v, u, n)
         else:
-            fold_tile(tile, group, v, n)
+            fold_tile(tile, group, v, n, block == 0 and call.state.address == NULL)
         if call.spread:
             fetch_target_tile(call, group, j, n, u)
             linear_tile(tile, group, v, u, n, before)

@@ -105,12 +105,13 @@ cdef class Kernel:
         """`step` is the stride of the axis that must be contiguous to be read in place."""
         operand.format = format_of(a)
         operand.swapped = cnp.PyArray_ISBYTESWAPPED(a)
-        if (
+        operand.native = (
             operand.format == (FLOAT32 if self.call.single else FLOAT64)
             and not operand.swapped
-            and step == cnp.PyArray_ITEMSIZE(a)
+            and abs(step) < 1 << 24
             and cnp.PyArray_ISALIGNED(a)
-        ):
+        )
+        if operand.native and step == cnp.PyArray_ITEMSIZE(a):
             operand.format = IN_PLACE
         return 0
 

@@ -120,7 +120,7 @@ cdef int reduce(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) 
             head = until_line(<real*> start_of(&call.out, group.outer, group.inner))
             group.count = min(group.count, head if head > 0 else WIDTH)
         row += group.count
-        begin(group)
+        begin(group, call.operation == CROSS_ENTROPY)
         if call.state.address != NULL:
             load_states(call, group)
         if call.sparse:
@@ -157,19 +157,26 @@ cdef Py_ssize_t check_labels(
     double* kept,
 ) noexcept nogil:
     """First position of a label outside [0, classes), or -1; the summed weight of the others."""
-    cdef Py_ssize_t i
-    cdef int64_t y
+    cdef Py_ssize_t i, ignored = 0
+    cdef int64_t y, bad = 0
+    for i in range(count):  # without a way out, so that it is vectors that are compared
+        memcpy(&y, labels + i * 8, 8)
+        ignored += y == ignore_index
+        bad |= (y != ignore_index) & ((y < 0) | (y >= classes))
+    kept[0] = <double> (count - ignored)
+    if not bad and weight == NULL:
+        return -1
     kept[0] = 0.0
     for i in range(count):
-        y = element(labels + i * 8, False, <int64_t> 0)
+        memcpy(&y, labels + i * 8, 8)
         if y == ignore_index:
             continue
         if y < 0 or y >= classes:
             kept[0] = 0.0
             return i
         if weight == NULL:
-            kept[0] += 1.0
-        elif single:
+            continue
+        if single:
             kept[0] += element(weight + y * 4, False, <float> 0)
         else:
             kept[0] += element(weight + y * 8, False, <double> 0)

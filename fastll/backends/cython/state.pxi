@@ -81,15 +81,26 @@ cdef inline void set_state(Group* group, Py_ssize_t i, const State* row) noexcep
     group.n[i], group.added[i] = row.n, row.added
 
 
-cdef void begin(Group* group) noexcept nogil:
+cdef inline void set_all(double* values, double value) noexcept nogil:
+    cdef Py_ssize_t b
+    for b in range(WIDTH // 16):
+        store_all(values + 16 * b, splat(value))
+
+
+cdef void begin(Group* group, bint targets) noexcept nogil:
     """Every row the identity, idle ones too, so that their lanes hold harmless numbers."""
-    cdef int i
-    for i in range(WIDTH):
-        group.m[i] = -INFINITY
-        group.e[i] = group.k[i] = group.n[i] = group.added[i] = 0.0
-        group.x_y[i] = group.distance[i] = group.mass[i] = 0.0
-        group.w_y[i] = group.slope_y[i] = 1.0
-        group.kept[i] = 1.0
+    set_all(group.m, -INFINITY)
+    set_all(group.e, 0.0)
+    set_all(group.k, 0.0)
+    set_all(group.n, 0.0)
+    set_all(group.added, 0.0)
+    set_all(group.kept, 1.0)
+    if targets:
+        set_all(group.x_y, 0.0)
+        set_all(group.w_y, 1.0)
+        set_all(group.slope_y, 1.0)
+        set_all(group.distance, 0.0)
+        set_all(group.mass, 0.0)
 
 
 cdef void raise_maximum(State* row, double top) noexcept nogil:

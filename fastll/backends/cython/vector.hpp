@@ -248,6 +248,70 @@ INLINE void stream_fence() {
 #endif
 }
 
+// Numbers `step` bytes apart.
+template <class T, int B>
+INLINE Lanes<T, B> load_strided_(const char *v, int64_t step, Lanes<T, B>) {
+    constexpr int lanes = B / (int) sizeof(T);
+    if constexpr (!Lanes<T, B>::fits)
+        return {
+            load_strided_(v, step, Lanes<T, B / 2>()),
+            load_strided_(v + lanes / 2 * step, step, Lanes<T, B / 2>()),
+        };
+#if defined(__AVX512F__)
+    else if constexpr (sizeof(T) == 4) {
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return {_mm512_i32gather_ps(_mm512_mullo_epi32(at, _mm512_set1_epi32((int) step)), v, 1)};
+    } else {
+        __m512i at = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        return {_mm512_i64gather_pd(_mm512_mullo_epi64(at, _mm512_set1_epi64(step)), v, 1)};
+    }
+#else
+    else {
+        Lanes<T, B> x;
+        for (int l = 0; l < lanes; l++) {
+            T lane;
+            memcpy(&lane, v + l * step, sizeof lane);
+            x.v[l] = lane;
+        }
+        return x;
+    }
+#endif
+}
+
+template <class T>
+INLINE Vec<T> load_strided(const T *v, int64_t step) {
+    return load_strided_((const char *) v, step, Vec<T>());
+}
+
+template <class T, int B>
+INLINE void store_strided_(char *v, int64_t step, Lanes<T, B> x) {
+    constexpr int lanes = B / (int) sizeof(T);
+    if constexpr (!Lanes<T, B>::fits) {
+        store_strided_(v, step, x.lo);
+        store_strided_(v + lanes / 2 * step, step, x.hi);
+    }
+#if defined(__AVX512F__)
+    else if constexpr (sizeof(T) == 4) {
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        _mm512_i32scatter_ps(v, _mm512_mullo_epi32(at, _mm512_set1_epi32((int) step)), x.v, 1);
+    } else {
+        __m512i at = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm512_i64scatter_pd(v, _mm512_mullo_epi64(at, _mm512_set1_epi64(step)), x.v, 1);
+    }
+#else
+    else
+        for (int l = 0; l < lanes; l++) {
+            T lane = x.v[l];
+            memcpy(v + l * step, &lane, sizeof lane);
+        }
+#endif
+}
+
+template <class T>
+INLINE void store_strided(T *v, int64_t step, Vec<T> x) {
+    store_strided_((char *) v, step, x);
+}
+
 // The first `count` numbers of v, then those of `pad`.
 template <class T, int B>
 INLINE Lanes<T, B> load_some_(const T *v, int64_t count, Lanes<T, B> pad) {
@@ -299,38 +363,41 @@ INLINE void store_some(T *v, int64_t count, Vec<T> x) {
     store_some_(v, count, x);
 }
 
-// The same lanes in float64.
-template <class T, int B>
-INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen_(Lanes<T, B> x) {
-    if constexpr (sizeof(T) == 8)
-        return x;
-    else if constexpr (!Lanes<T, B>::fits)
-        return {widen_(x.lo), widen_(x.hi)};
-#ifdef __GNUC__
-    else {
-        REGISTER_TYPE(float, B / 2) lo, hi;
-        memcpy(&lo, &x.v, B / 2);
-        memcpy(&hi, (const char *) &x.v + B / 2, B / 2);
-        typedef typename Lanes<double, B>::type wide;
-        return {{__builtin_convertvector(lo, wide)}, {__builtin_convertvector(hi, wide)}};
-    }
-#else
-    else
-        return {x.v};
+// The lower or the upper half of the lanes. A copy through memory would keep all of a loop's vectors there.
+#if defined(__AVX512F__)
+INLINE __m256 lower(__m512 x) { return _mm512_castps512_ps256(x); }
+INLINE __m256 upper(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+INLINE __m256d lower(__m512d x) { return _mm512_castpd512_pd256(x); }
+INLINE __m256d upper(__m512d x) { return _mm512_extractf64x4_pd(x, 1); }
+INLINE __m512d wide(__m256 x) { return _mm512_cvtps_pd(x); }
 #endif
-}
+#if defined(__AVX__)
+INLINE __m128 lower(__m256 x) { return _mm256_castps256_ps128(x); }
+INLINE __m128 upper(__m256 x) { return _mm256_extractf128_ps(x, 1); }
+INLINE __m128d lower(__m256d x) { return _mm256_castpd256_pd128(x); }
+INLINE __m128d upper(__m256d x) { return _mm256_extractf128_pd(x, 1); }
+INLINE __m256d wide(__m128 x) { return _mm256_cvtps_pd(x); }
+#endif
 
-// The lower or the upper half of the lanes.
 template <int UPPER, class T, int B>
 INLINE Lanes<T, B / 2> half(Lanes<T, B> x) {
-    if constexpr (Lanes<T, B>::fits) {
+    if constexpr (!Lanes<T, B>::fits) {
+        if constexpr (UPPER)
+            return x.hi;
+        else
+            return x.lo;
+    }
+#if defined(__AVX__)
+    else if constexpr (B > 16 && UPPER)
+        return {upper(x.v)};
+    else if constexpr (B > 16)
+        return {lower(x.v)};
+#endif
+    else {
         Lanes<T, B / 2> y;
         memcpy(&y.v, (const char *) &x.v + UPPER * B / 2, B / 2);
         return y;
-    } else if constexpr (UPPER)
-        return x.hi;
-    else
-        return x.lo;
+    }
 }
 
 template <class T, int B>
@@ -347,6 +414,30 @@ INLINE T first_(Lanes<T, B> x) {
 template <class T>
 INLINE T first(Vec<T> x) {
     return first_(x);
+}
+
+// The same lanes in float64.
+template <class T, int B>
+INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen_(Lanes<T, B> x) {
+    if constexpr (sizeof(T) == 8)
+        return x;
+    else if constexpr (!Lanes<T, B>::fits)
+        return {widen_(x.lo), widen_(x.hi)};
+#if defined(__AVX__)
+    else
+        return {{wide(lower(x.v))}, {wide(upper(x.v))}};
+#elif defined(__GNUC__)
+    else {
+        typedef typename Lanes<double, B>::type wide;
+        return {
+            {__builtin_convertvector(half<0>(x).v, wide)},
+            {__builtin_convertvector(half<1>(x).v, wide)},
+        };
+    }
+#else
+    else
+        return {x.v};
+#endif
 }
 
 // The sum of the lanes, in float64, by halves.

@@ -32,6 +32,8 @@ cdef extern from "vector.hpp" nogil:
     void store_all[T](T*, Vec[T])
     void store_some[T](T*, int64_t, Vec[T])
     void stream_all[T](T*, Vec[T])
+    Vec[T] load_strided[T](const T*, int64_t)
+    void store_strided[T](T*, int64_t, Vec[T])
     void stream_fence()
     double total[T](Vec[T])
     double largest[T](Vec[T])
