@@ -44,6 +44,14 @@ Floats = NDArray[np.float64]
 CHUNK = 1 << 15
 
 
+#: Below this many classes, neighbouring rows fill vectors better than a row does.
+SHORT = 32
+
+#: Bytes of a result from which it is written past the caches, in rows of at least so many classes.
+STREAM_FROM = 1 << 25
+STREAM_CLASSES = 512
+
+
 def units_of(length: int) -> int:
     """Number of units in an outer row of `length` elements."""
     return -(-length // CHUNK)

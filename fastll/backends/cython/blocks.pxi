@@ -174,7 +174,7 @@ cdef double scan_block(
 cdef void sum_block(
     const real* v, Py_ssize_t n, State* row, real* terms, Pending* pending
 ) noexcept nogil:
-    """Add the sum of exp(x) / 2**n over the elements other than m, and the number of those equal to m."""
+    """Add the sum of exp(x) / 2**n over the elements other than m, and how many are equal to m."""
     if not usable(row.m):
         if terms != NULL:
             fill_block(terms, n, <real> 0)  # right for -inf; of others nobody asks
@@ -338,7 +338,7 @@ cdef void fold_weighted_block(
 cdef void exp_block(
     const real* v, Py_ssize_t n, const Group* group, Py_ssize_t i, real* out
 ) noexcept nogil:
-    """factor * exp(x - m) for row i of a group; exactly `factor` where the exponentials are the same."""
+    """factor * exp(x - m) for row i of a group; exactly `factor` where the exponentials are equal."""
     cdef real floor, magic
     if not usable(group.m[i]):
         exp_exact(v, 1, n, group.m[i], group.factor[i], out)

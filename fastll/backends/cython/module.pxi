@@ -2,14 +2,13 @@
 
 cimport numpy as cnp
 
+from fastll.contract import SHORT as _SHORT, STREAM_CLASSES as _STREAM_CLASSES
+from fastll.contract import STREAM_FROM as _STREAM_FROM
 from fastll.dtypes import kind_of
 
 cnp.import_array()
 
-cdef enum:
-    STREAM_FROM = 1 << 25  # bytes of an array
-    STREAM_CLASSES = 512
-    SHORT = 32  # below this many classes, neighbouring rows fill vectors better than a row does
+cdef Py_ssize_t SHORT = _SHORT, STREAM_FROM = _STREAM_FROM, STREAM_CLASSES = _STREAM_CLASSES
 
 cdef extern from *:
     """

@@ -11,11 +11,10 @@ import numpy as np
 from fastll.backends.numba import columns, elementwise, rows
 from fastll.backends.numba.blocks import NOTHING, Operand
 from fastll.backends.numba.convert import reader, writer
-from fastll.contract import units_of
+from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, CrossEntropyOptions, units_of
 from fastll.dtypes import kind_of
 
-#: Below this many classes, neighbouring rows fill vectors better than a row does.
-SHORT = 32
+_NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)
 
 
 class Backend:
@@ -38,26 +37,36 @@ class Backend:
     def softmax(self, x, state, out, log):
         view = _Rows(x)
         return partial(
-            view.kernels.softmax,
+            view.kernels.reduce,
             view.full(x),
+            NOTHING,
+            NOTHING,
+            0,
             view.row(state),
-            view.full(out),
+            _NO_OPTIONS,
+            NOTHING,
+            NOTHING,
+            view.output(out, x),
             log,
             *view.shape,
         )
 
     def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
         view = _Rows(x)
+        # whether a gradient is what comes out of a probability by one factor
+        simple = target is None and options.label_smoothing == options.softcap == 0.0
         return partial(
-            view.kernels.cross_entropy,
+            view.kernels.reduce,
             view.full(x),
             view.full(target),
             view.row(labels),
             0 if weight is None else weight.ctypes.data,
+            NOTHING,
             options,
             view.row(loss),
             view.row(lse),
-            view.full(grad),
+            view.output(grad, x, simple),
+            False,
             *view.shape,
         )
 
@@ -70,7 +79,7 @@ class Backend:
         return partial(
             elementwise.sigmoid,
             _operand(x, like, 1),
-            _operand(out, like, 1),
+            _output(out, x, like, 1),
             log,
             *_units(x),
             like,
@@ -106,6 +115,19 @@ class _Rows:
             return NOTHING
         return _operand(a.transpose(2, 1, 0) if self.swap else a, self.like, self.axis)
 
+    def output(self, a, x, simple=True):
+        """An operand that is written in the shape of x, and streamed where that pays."""
+        if a is None:
+            return NOTHING
+        if self.swap:
+            a, x = a.transpose(2, 1, 0), x.transpose(2, 1, 0)
+        out = _output(a, x, self.like, self.axis)
+        if self.kernels is columns:  # pieces of lines are not worth it
+            pays = (out.outer | out.classes) % 64 == 0
+        else:
+            pays = simple and a.shape[1] >= STREAM_CLASSES
+        return out if pays else out._replace(streamed=False)
+
     def row(self, a):
         if a is None:
             return NOTHING
@@ -113,7 +135,7 @@ class _Rows:
         if self.swap:
             outer, inner = inner, outer
         step = a.strides[2] if a.ndim == 3 else 0
-        return Operand(a.ctypes.data, outer, step, inner, 0, 0)
+        return Operand(a.ctypes.data, outer, step, inner, 0, 0, False)
 
 
 def _like(x):
@@ -128,13 +150,20 @@ def _operand(a, like, axis):
     outer, step, *inner = a.strides
     strides = (outer, step, *(inner or (0,)))
     if like is None or (a.dtype == like.dtype and strides[axis] == a.itemsize and a.flags.aligned):
-        return Operand(a.ctypes.data, *strides, 0, 0)
+        return Operand(a.ctypes.data, *strides, 0, 0, False)
     kind = kind_of(a.dtype)
     read = reader(kind.code, kind.swapped, like.dtype.name).address
     write = 0
     if a.flags.writeable and kind.element == a.dtype:
         write = writer(kind.code).address
-    return Operand(a.ctypes.data, *strides, read, write)
+    return Operand(a.ctypes.data, *strides, read, write, False)
+
+
+def _output(a, x, like, axis):
+    """An array that is written: past the caches if it is larger, and is not there already as `x`."""
+    out = _operand(a, like, axis)
+    streamed = out.write == 0 and a.nbytes >= STREAM_FROM and a.ctypes.data != x.ctypes.data
+    return out._replace(streamed=streamed)
 
 
 def _units(x):

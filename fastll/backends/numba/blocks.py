@@ -27,18 +27,29 @@ from fastll.backends.numba.maths import (
     softcap,
     window,
 )
-from fastll.backends.numba.state import raise_maximum, reference
+from fastll.backends.numba.state import (
+    FACTOR,
+    SCALE,
+    M,
+    N,
+    State,
+    get,
+    raise_maximum,
+    usable,
+)
 from fastll.backends.numba.vector import (
     INLINE,
     call,
     fma,
     lanes_of,
     largest,
+    load,
     load_ahead,
     maximum,
     read,
     splat,
-    store_ahead,
+    store,
+    stream,
     total,
     where_eq,
     widen,
@@ -62,9 +73,10 @@ class Operand(NamedTuple):
     inner: int
     read: int
     write: int
+    streamed: bool  # written past the caches
 
 
-NOTHING = Operand(0, 0, 0, 0, 0, 0)
+NOTHING = Operand(0, 0, 0, 0, 0, 0, False)
 
 
 @njit(**INLINE)
@@ -120,9 +132,9 @@ def cap_block(v, n, cap, out, slope, like):
     caps = splat(cast(cap, like))
     for j in range(0, n, lanes_of(like)):
         capped, derivative = softcap(load_ahead(v + j * size, n - j, splat(like)), caps)
-        store_ahead(out + j * size, n - j, capped)
+        store(out + j * size, n - j, capped)
         if slope != 0:
-            store_ahead(slope + j * size, n - j, derivative)
+            store(slope + j * size, n - j, derivative)
 
 
 @njit(**INLINE)
@@ -136,40 +148,124 @@ def max_block(v, n, like):
     return np.float64(largest(top))
 
 
+class Pending(NamedTuple):
+    """A row that has been folded and is written while the next one is read.
+
+    So memory and arithmetic both are busy all the time.
+    """
+
+    source: int  # address of exponentials, or if `log`, of logits
+    out: int
+    j: int  # the first element that is left
+    n: int
+    log: bool
+    streamed: bool
+    scale: float  # of exponentials; from here on in the compute dtype
+    same: float  # the exponential of the maximum: it gives `factor` exactly
+    factor: float
+    top: float  # subtracted from logits, and then `lowered`
+    lowered: float
+
+
 @njit(**INLINE)
-def scan_block(v, n, ref, like):
-    """(sum of exp(x - m), maximum) in one pass, for a block below the maximum m of `ref`."""
-    size = size_of(like)
+def advanced(row, count):
+    """The row with `count` elements fewer left."""
+    return Pending(
+        row.source,
+        row.out,
+        row.j + count,
+        row.n,
+        row.log,
+        row.streamed,
+        row.scale,
+        row.same,
+        row.factor,
+        row.top,
+        row.lowered,
+    )
+
+
+@njit(**INLINE)
+def write_vector(row, j, count, whole):
+    """Elements j to j + count of a row; `whole` vectors may be streamed."""
+    size = size_of(row.scale)
+    x = load(row.source + j * size, count, splat(row.scale))
+    if row.log:  # both parts are at most 0, so that nothing cancels
+        x = (x - splat(row.top)) - splat(row.lowered)
+    else:
+        x = where_eq(x, splat(row.same), splat(row.factor), x * splat(row.scale))
+    if row.streamed and whole:
+        stream(row.out + j * size, x)
+    else:
+        store(row.out + j * size, count, x)
+
+
+@njit(**INLINE)
+def vectors_left(row):
+    return (row.n - row.j) // lanes_of(row.scale)
+
+
+@njit(**INLINE)
+def write_rest(row):
+    """All that is left of a row."""
+    count = lanes_of(row.scale)
+    j = row.j
+    while j + count <= row.n:
+        write_vector(row, j, count, True)
+        j += count
+    write_vector(row, j, row.n - j, False)
+
+
+@njit(**INLINE)
+def scan_block(v, n, row, terms, pending, like):
+    """(sum of exp(x) / 2**n, maximum) in one pass, for a block below the maximum of `row`."""
+    size, count = size_of(like), lanes_of(like)
     lowest = splat(-constants(like).infinity)
-    floor, magic = window(ref.n, float(SUM_SHIFT), like)
+    floor, magic = window(row.n, float(SUM_SHIFT), like)
     floors, magics = splat(floor), splat(magic)
     top = lowest
     sums = splat(constants(like).zero)
-    for j in range(0, n, lanes_of(like)):
+    ready = vectors_left(pending) * count
+    for j in range(0, n, count):
         x = load_ahead(v + j * size, n - j, lowest)
         top = maximum(x, top)
-        sums = sums + exponential(x, floors, magics)
-    return total(sums) * 2.0**-SUM_SHIFT / ref.lead, np.float64(largest(top))
+        term = exponential(x, floors, magics)
+        sums = sums + term
+        if terms != 0:
+            store(terms + j * size, count, term)
+        if j < ready:
+            write_vector(pending, pending.j + j, count, True)
+    return total(sums) * 2.0**-SUM_SHIFT, np.float64(largest(top))
 
 
 @njit(**INLINE)
-def sum_block(v, n, m, ref, like):
-    """(sum of exp(x - m) over the elements other than m, number of those equal to m)."""
-    size = size_of(like)
-    if not ref.usable:
-        return sum_exact(v, size, n, m, like)
+def sum_block(v, n, row, terms, pending, like):
+    """Add the sum of exp(x) / 2**n over the elements other than m, and how many are equal to m."""
+    size, count = size_of(like), lanes_of(like)
+    if not usable(row.m):
+        if terms != 0:
+            fill_block(terms, n, 0.0, like)  # right for -inf; of others nobody asks
+        e, k = sum_exact(v, size, n, row.m, like)
+        return State(row.m, row.e + e, row.k + k, row.n, row.added)
     c = constants(like)
     lowest, zero, one = splat(-c.infinity), splat(c.zero), splat(c.one)
-    tops = splat(cast(m, like))
-    floor, magic = window(ref.n, float(SUM_SHIFT), like)
+    tops = splat(cast(row.m, like))
+    floor, magic = window(row.n, float(SUM_SHIFT), like)
     floors, magics = splat(floor), splat(magic)
     sums = zero
     counts = zero
-    for j in range(0, n, lanes_of(like)):
+    ready = vectors_left(pending) * count
+    for j in range(0, n, count):
         x = load_ahead(v + j * size, n - j, lowest)
-        sums = sums + where_eq(x, tops, zero, exponential(x, floors, magics))
+        term = exponential(x, floors, magics)
+        sums = sums + where_eq(x, tops, zero, term)
         counts = counts + where_eq(x, tops, one, zero)
-    return total(sums) * 2.0**-SUM_SHIFT / ref.lead, total(counts)
+        if terms != 0:
+            store(terms + j * size, count, term)
+        if j < ready:
+            write_vector(pending, pending.j + j, count, True)
+    added = row.added + total(sums) * 2.0**-SUM_SHIFT
+    return State(row.m, row.e, row.k + total(counts), row.n, added)
 
 
 @njit
@@ -194,19 +290,29 @@ def sum_exact(v, step, n, m, like):
 
 
 @njit(**INLINE)
-def fold_block(v, n, m, e, k, ref, like):
-    """(m, e, k) and the reference of m, with a block added."""
-    if ref.usable:
-        below, top = scan_block(v, n, ref, like)
-        if top < m:
-            return m, e + below, k, ref
+def progress(pending, n, like):
+    """What is left of a pending row after a pass over n elements."""
+    vectors = (n + lanes_of(like) - 1) // lanes_of(like)
+    return advanced(pending, min(vectors_left(pending), vectors) * lanes_of(like))
+
+
+@njit(**INLINE)
+def fold_block(v, n, row, terms, pending, like):
+    """The state with a block added, and what is left of the pending row.
+
+    Leaves the block's terms, exp(x) / 2**(n - SUM_SHIFT), unless their address is 0.
+    """
+    if usable(row.m):
+        below, top = scan_block(v, n, row, terms, pending, like)
+        pending = progress(pending, n, like)
+        if top < row.m:
+            return State(row.m, row.e, row.k, row.n, row.added + below), pending
     else:
         top = max_block(v, n, like)
-    if top > m:
-        m, e, k = raise_maximum(m, e, k, top)
-        ref = reference(m)
-    others, count = sum_block(v, n, m, ref, like)
-    return m, e + others, k + count, ref
+    if top > row.m:
+        row = raise_maximum(row, top)
+    row = sum_block(v, n, row, terms, pending, like)
+    return row, progress(pending, n, like) if usable(row.m) else pending
 
 
 @njit(**INLINE)
@@ -218,31 +324,39 @@ def mask_block(v, b, n, out, like):
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, lowest)
         weight = load_ahead(b + j * size, n - j, zero)
-        store_ahead(out + j * size, n - j, where_eq(weight, zero, lowest, x))
+        store(out + j * size, n - j, where_eq(weight, zero, lowest, x))
 
 
 @njit(**INLINE)
-def weighted_sum_block(v, b, n, m, ref, like):
-    """(sum of b exp(x - m) over the elements other than m, sum of b over those equal to m)."""
+def weighted_terms(x, weight, tops, floors, magics):
+    """(b exp(x) / 2**n of elements other than m, b of those equal) in float64."""
+    zero = splat(constants(x).zero)
+    terms = widen(where_eq(x, tops, zero, exponential(x, floors, magics)))
+    # scaled back before the weight comes in, which may be as large as a number can be
+    terms = terms * widen(splat(cast(2.0**-SUM_SHIFT, x)))
+    return terms * widen(weight), widen(where_eq(x, tops, weight, zero))
+
+
+@njit(**INLINE)
+def weighted_sum_block(v, b, n, row, like):
+    """Add the sum of b exp(x) / 2**n over the elements other than m, and that of b over those equal."""
     size = size_of(like)
-    if not ref.usable:
-        return weighted_sum_exact(v, b, size, n, m, like)
+    if not usable(row.m):
+        e, k = weighted_sum_exact(v, b, size, n, row.m, like)
+        return State(row.m, row.e + e, row.k + k, row.n, row.added)
     c = constants(like)
     lowest, zero = splat(-c.infinity), splat(c.zero)
-    tops = splat(cast(m, like))
-    floor, magic = window(ref.n, float(SUM_SHIFT), like)
-    floors, magics = splat(floor), splat(magic)
+    tops = splat(cast(row.m, like))
+    floor, magic = window(row.n, float(SUM_SHIFT), like)
     sums = widen(zero)
     tops_sum = widen(zero)
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, lowest)
         weight = load_ahead(b + j * size, n - j, zero)
-        terms = widen(where_eq(x, tops, zero, exponential(x, floors, magics)))
-        # scaled back before the weight comes in, which may be as large as a number can be
-        terms = terms * widen(splat(cast(2.0**-SUM_SHIFT, like)))
-        sums = sums + terms * widen(weight)
-        tops_sum = tops_sum + widen(where_eq(x, tops, weight, zero))
-    return total(sums) / ref.lead, total(tops_sum)
+        terms, at_top = weighted_terms(x, weight, tops, splat(floor), splat(magic))
+        sums = sums + terms
+        tops_sum = tops_sum + at_top
+    return State(row.m, row.e, row.k + total(tops_sum), row.n, row.added + total(sums))
 
 
 @njit
@@ -261,32 +375,31 @@ def weighted_sum_exact(v, b, step, n, m, like):
 
 
 @njit(**INLINE)
-def fold_weighted_block(v, b, n, m, e, k, ref, buffer, like):
+def fold_weighted_block(v, b, n, row, buffer, like):
     """`fold_block` with weights."""
     mask_block(v, b, n, buffer, like)
     top = max_block(buffer, n, like)
-    if top > m:
-        m, e, k = raise_maximum(m, e, k, top)
-        ref = reference(m)
-    others, count = weighted_sum_block(buffer, b, n, m, ref, like)
-    return m, e + others, k + count, ref
+    if top > row.m:
+        row = raise_maximum(row, top)
+    return weighted_sum_block(buffer, b, n, row, like)
 
 
 @njit(**INLINE)
-def exp_block(v, n, m, ref, factor, out, like):
-    """factor * exp(x - m); exactly `factor` where x is m."""
+def exp_block(v, n, group, i, out, like):
+    """factor * exp(x - m) for row i of a group; exactly `factor` where the exponentials are equal."""
     size = size_of(like)
-    if not ref.usable:
+    m, factor = get(group + M, i), get(group + FACTOR, i)
+    if not usable(m):
         exp_exact(v, size, n, m, factor, out, like)
         return
-    tops, top_value = splat(cast(m, like)), splat(cast(factor, like))
-    scale = splat(cast(factor / ref.lead * 2.0**-OUT_SHIFT, like))
-    floor, magic = window(ref.n, float(OUT_SHIFT), like)
+    tops, factors = splat(cast(m, like)), splat(cast(factor, like))
+    scales = splat(cast(get(group + SCALE, i), like))
+    floor, magic = window(get(group + N, i), float(OUT_SHIFT), like)
     floors, magics = splat(floor), splat(magic)
+    same = exponential(tops, floors, magics)
     for j in range(0, n, lanes_of(like)):
-        x = load_ahead(v + j * size, n - j, tops)
-        y = exponential(x, floors, magics) * scale
-        store_ahead(out + j * size, n - j, where_eq(x, tops, top_value, y))
+        term = exponential(load_ahead(v + j * size, n - j, tops), floors, magics)
+        store(out + j * size, n - j, where_eq(term, same, factors, term * scales))
 
 
 @njit
@@ -296,15 +409,6 @@ def exp_exact(v, step, n, m, factor, out, like):
         x = np.float64(read(v + j * step, like))
         y = math.exp(x - m) * factor if abs(m) < np.inf else np.nan
         write(out + j * step, cast(y, like))
-
-
-@njit(**INLINE)
-def log_block(v, n, m, log_s, out, like):
-    """(x - m) - log s: both parts are at most 0, so that nothing cancels."""
-    size = size_of(like)
-    tops, logs = splat(cast(m, like)), splat(cast(log_s, like))
-    for j in range(0, n, lanes_of(like)):
-        store_ahead(out + j * size, n - j, (load_ahead(v + j * size, n - j, tops) - tops) - logs)
 
 
 @njit(**INLINE)
@@ -320,7 +424,14 @@ def target_block(t, w, n, keep, spread, out, like):
             u = fma(load_ahead(t + j * size, n - j, zero), keeps, spreads)
         if w != 0:
             u = u * load_ahead(w + j * size, n - j, zero)
-        store_ahead(out + j * size, n - j, u)
+        store(out + j * size, n - j, u)
+
+
+@njit(**INLINE)
+def distances(x, u, tops):
+    """u (m - x), where a u of 0 annuls an infinite x."""
+    zero = splat(constants(x).zero)
+    return where_eq(u, zero, zero, u * (tops - x))
 
 
 @njit(**INLINE)
@@ -334,7 +445,7 @@ def linear_block(v, u, n, m, like):
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, zero)
         weight = load_ahead(u + j * size, n - j, zero)
-        sums = sums + where_eq(weight, zero, zero, weight * (tops - x))
+        sums = sums + distances(x, weight, tops)
         weights = weights + weight
     return total(sums), total(weights)
 
@@ -346,8 +457,8 @@ def subtract_block(out, u, n, factor, like):
     zero = splat(constants(like).zero)
     factors = splat(cast(-factor, like))
     for j in range(0, n, lanes_of(like)):
-        y = fma(load_ahead(u + j * size, n - j, zero), factors, load_ahead(out + j * size, n - j, zero))
-        store_ahead(out + j * size, n - j, y)
+        y = fma(load_ahead(u + j * size, n - j, zero), factors, load(out + j * size, n - j, zero))
+        store(out + j * size, n - j, y)
 
 
 @njit(**INLINE)
@@ -356,8 +467,8 @@ def multiply_block(out, slope, n, like):
     size = size_of(like)
     zero = splat(constants(like).zero)
     for j in range(0, n, lanes_of(like)):
-        y = load_ahead(out + j * size, n - j, zero) * load_ahead(slope + j * size, n - j, zero)
-        store_ahead(out + j * size, n - j, y)
+        y = load(out + j * size, n - j, zero) * load(slope + j * size, n - j, zero)
+        store(out + j * size, n - j, y)
 
 
 @njit(**INLINE)
@@ -365,4 +476,19 @@ def fill_block(out, n, value, like):
     size = size_of(like)
     values = splat(cast(value, like))
     for j in range(0, n, lanes_of(like)):
-        store_ahead(out + j * size, n - j, values)
+        store(out + j * size, n - j, values)
+
+
+@njit(**INLINE)
+def scale_block(out, n, factor, like):
+    """out *= factor."""
+    size = size_of(like)
+    zero, factors = splat(constants(like).zero), splat(cast(factor, like))
+    for j in range(0, n, lanes_of(like)):
+        store(out + j * size, n - j, load(out + j * size, n - j, zero) * factors)
+
+
+@njit(**INLINE)
+def until_line(address, like):
+    """Elements before the first line of the cache."""
+    return (-address & 63) // size_of(like)

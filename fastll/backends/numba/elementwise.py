@@ -16,21 +16,36 @@ from fastll.backends.numba.blocks import (
     size_of,
     start_of,
     target_of,
+    until_line,
 )
 from fastll.backends.numba.maths import bce, cast, constants, log_sigmoid
 from fastll.backends.numba.maths import sigmoid as logistic
 from fastll.backends.numba.rows import KERNEL
-from fastll.backends.numba.vector import INLINE, lanes_of, load_ahead, splat, store_ahead, total, write
+from fastll.backends.numba.vector import (
+    INLINE,
+    lanes_of,
+    load_ahead,
+    splat,
+    store,
+    stream,
+    stream_fence,
+    total,
+    write,
+)
 from fastll.contract import CHUNK
 
 
 @njit(**INLINE)
-def sigmoid_block(v, n, log, out, like):
+def sigmoid_block(v, n, log, out, streamed, like):
     size = size_of(like)
     zero = splat(constants(like).zero)
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, zero)
-        store_ahead(out + j * size, n - j, log_sigmoid(x) if log else logistic(x))
+        x = log_sigmoid(x) if log else logistic(x)
+        if streamed and n - j >= lanes_of(like):
+            stream(out + j * size, x)
+        else:
+            store(out + j * size, n - j, x)
 
 
 @njit(**KERNEL)
@@ -42,12 +57,17 @@ def sigmoid(x, out, log, length, units, like, start, stop):
         outer, first = unit // units, unit % units * CHUNK
         x_start, out_start = start_of(x, outer, 0), start_of(out, outer, 0)
         end = min(length, first + CHUNK)
-        for j in range(first, end, BLOCK):
-            n = min(BLOCK, end - j)
-            v = fetch(x, x_start, j, n, buffer, like)
-            y = target_of(out, out_start, j, out_buffer)
-            sigmoid_block(v, n, log, y, like)
-            deliver(out, out_start, j, n, out_buffer, like)
+        n = until_line(out_start + first * out.classes, like) if out.streamed else 0
+        while first < end:
+            n = min(n or BLOCK, end - first)
+            v = fetch(x, x_start, first, n, buffer, like)
+            y = target_of(out, out_start, first, out_buffer)
+            sigmoid_block(v, n, log, y, out.streamed, like)
+            deliver(out, out_start, first, n, out_buffer, like)
+            first += n
+            n = 0
+    if out.streamed:
+        stream_fence()
     release(memory)
 
 
@@ -70,9 +90,9 @@ def bce_block(v, t, w, p, n, scale, loss, grad, like):
             weight = load_ahead(w + j * size, n - j, zero)
             value, slope = value * weight, slope * weight
         if loss != 0:
-            store_ahead(loss + j * size, n - j, value)
+            store(loss + j * size, n - j, value)
         if grad != 0:
-            store_ahead(grad + j * size, n - j, slope * scales)
+            store(grad + j * size, n - j, slope * scales)
         sums = sums + value
     return total(sums)
 

@@ -35,6 +35,8 @@ from fastll.backends.numba.vector import (
     INLINE,
     Vector,
     absolute,
+    downscale,
+    exponent,
     exponent_bits,
     fma,
     maximum,
@@ -130,7 +132,6 @@ _FLOAT64 = _constants(
         0.073082254897760543173,
     ),
 )
-_R64 = _FLOAT64.r
 
 
 def constants(like):
@@ -174,7 +175,7 @@ def window(n_ref, shift, like):
 
 
 @njit(**INLINE)
-def _split(x, floor, magic):
+def split(x, floor, magic):
     """(q, s) with exp(x) 2**(shift - n_ref) = s (1 + q)."""
     c = constants(x)
     y = maximum(floor, x)  # a NaN in x stays
@@ -188,34 +189,54 @@ def _split(x, floor, magic):
 @njit(**INLINE)
 def exponential(x, floor, magic):
     """exp(x) 2**(shift - n_ref), for floor and magic of `window` in every lane; 0 below floor."""
-    q, s = _split(x, floor, magic)
+    q, s = split(x, floor, magic)
     return fma(q, s, s)
 
 
 @njit(**INLINE)
 def exp_reduced(f):
-    """exp(f) of a float64 scalar, |f| <= ln(2) / 2."""
-    r = _R64[0]
-    for i in range(1, len(_R64)):
-        r = r * f + _R64[i]
-    return 1.0 + (f + (f * f) * r)
+    """exp(f), |f| <= ln(2) / 2."""
+    c = constants(f)
+    return splat(c.one) + fma(f * f, _polynomial(c.r, f), f)
+
+
+@njit(**INLINE)
+def _series(u):
+    """log(1 + u) for sqrt(1/2) <= 1 + u <= sqrt(2).
+
+    log(1 + u) = 2 atanh(z) with z = u / (2 + u), and atanh(z) = z + z**3 Q(z**2), |z| <= 3 - 2 sqrt(2).
+    """
+    c = constants(u)
+    z = u / (u + c.two)
+    w = z * z
+    z = z + z
+    return fma(z * w, _polynomial(c.atanh, w), z)
 
 
 @njit(**INLINE)
 def log1p(e):
-    """log(1 + e), 0 <= e <= 1.
-
-    log1p(u) = 2 atanh(z) with z = u / (2 + u), and atanh(z) = z + z**3 Q(z**2). Above sqrt(2) - 1,
-    1 + e is halved, so that |z| <= 3 - 2 sqrt(2).
-    """
+    """log(1 + e), 0 <= e <= 1. Above sqrt(2) - 1, 1 + e is halved."""
     c = constants(e)
     root = splat(c.root)
-    u = where_gt(e, root, (e - c.one) * c.half, e)
-    z = u / (u + c.two)
-    w = z * z
-    z = z + z
-    log = fma(z * w, _polynomial(c.atanh, w), z)
+    log = _series(where_gt(e, root, (e - c.one) * c.half, e))
     return where_gt(e, root, log + cast(LN2, e), log)
+
+
+@njit(**INLINE)
+def log1p_sum(r):
+    """log(1 + r) in float64, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
+
+    What rounding takes from s is known, by Knuth's two-sum, and comes back in f.
+    """
+    one = splat(1.0)
+    s = r + one
+    back = s - one
+    error = (r - back) + (one - (s - back))
+    n, down = exponent(s), downscale(s)
+    log = _series(fma(s, down, splat(-1.0)) + error * down)
+    log = fma(n, splat(LN2_HIGH), fma(n, splat(LN2_LOW), log))
+    log = where_gt(s, splat(0.0), log, splat(-np.inf))
+    return where_gt(splat(np.inf), s, log, s)  # a NaN stays
 
 
 @njit(**INLINE)
@@ -255,7 +276,7 @@ def softcap(x, cap):
     zero, one = splat(c.zero), splat(c.one)
     y = absolute(x / cap)
     floor, magic = window(0.0, 0.0, x)
-    q, s = _split(zero - (y + y), splat(floor), splat(magic))
+    q, s = split(zero - (y + y), splat(floor), splat(magic))
     e = fma(q, s, s)
     fall = fma(q, s, s - one)
     share = one / (fall + c.two)

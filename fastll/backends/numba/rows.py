@@ -1,18 +1,24 @@
-"""Kernels over rows whose class axis is the faster one in memory: one row at a time, block by block.
+"""Kernels over rows whose class axis is the faster one in memory: row by row, block by block.
 
-The second pass over a row, where there is one, finds the row in the second-level cache.
+A row is folded into its state, and then what has its shape is written. Rows go through this in groups
+small enough for the second-level cache, where the first pass leaves its exponentials for the second.
+Where nothing but a factor is missing from them, the second pass is part of the next group's first.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from fastll.backends.numba.blocks import (
     BLOCK,
+    Pending,
     address_of,
+    advanced,
     cap_block,
     deliver,
     exp_block,
@@ -21,115 +27,229 @@ from fastll.backends.numba.blocks import (
     fold_block,
     fold_weighted_block,
     linear_block,
-    log_block,
     multiply_block,
     release,
+    scale_block,
     size_of,
     start_of,
     subtract_block,
     target_block,
     target_of,
+    until_line,
+    write_rest,
+    write_vector,
 )
-from fastll.backends.numba.maths import cast
+from fastll.backends.numba.maths import OUT_SHIFT, SUM_SHIFT, cast, exponential, window
 from fastll.backends.numba.state import (
+    DISTANCE,
+    END,
+    FACTOR,
+    G_Y,
+    KEPT,
+    LOG_S,
+    LOSS,
+    MASS,
+    SCALE,
+    SLOPE_Y,
+    W_Y,
+    WIDTH,
+    X_Y,
+    E,
+    K,
+    M,
+    N,
+    Y,
+    begin,
+    exponent_of,
     finish,
-    log_sum,
-    reference,
+    get,
+    lanes,
+    put,
+    set_factors,
+    set_state,
     settle,
+    state_of,
     times,
+    usable,
     weighted_log_sum,
 )
-from fastll.backends.numba.vector import INLINE, read, write
+from fastll.backends.numba.vector import (
+    INLINE,
+    first,
+    lanes_of,
+    power,
+    read,
+    splat,
+    stream_fence,
+    write,
+)
 
 KERNEL = {"nogil": True, "error_model": "numpy"}
 
+GROUP_SIZE = 1 << 18  # bytes of a group's rows, where there is a second pass
+ROW_SIZE = 1 << 19  # bytes of a row up to which its exponentials are kept
+SMALL_SCALE = 2.0**-100  # a factor of exponentials that keeps its digits in float32
+
+
+class Group(NamedTuple):
+    """Rows inner to inner + count of an outer one."""
+
+    table: int  # of `state`
+    outer: int
+    inner: int
+    count: int
+    terms: int  # address of their exponentials, or 0
+
+
+class Buffers(NamedTuple):
+    """Addresses of memory for one call."""
+
+    x: int  # BLOCK elements of the compute dtype
+    u: int
+    slope: int
+    out: int
+    exponents: int  # float64: of the reference of each block of a row's exponentials
+    tables: int  # of two groups
+    terms: int  # of two groups
+    pitch: int  # bytes from a row's exponentials to the next one's
+
 
 @njit(**INLINE)
-def load_state(state, outer, inner):
-    """(m, e, k) of a row and its reference; the identity where there is no state."""
-    m, e, k = -np.inf, 0.0, 0.0
+def allocate(classes, groups_of_terms, like):
+    """Uninitialised `Buffers`, and the array that holds them."""
+    size = size_of(like)
+    block, blocks = BLOCK * size, (classes + BLOCK - 1) // BLOCK
+    pitch = (classes * size + 127) // 128 * 128
+    memory = np.empty(4 * block + blocks * 8 + 2 * END + 2 * groups_of_terms * pitch + 64, np.uint8)
+    at = (address_of(memory) + 63) // 64 * 64
+    tables = at + 4 * block
+    terms = tables + 2 * END
+    exponents = terms + 2 * groups_of_terms * pitch
+    buffers = Buffers(at, at + block, at + 2 * block, at + 3 * block, exponents, tables, terms, pitch)
+    return buffers, memory
+
+
+@njit(**INLINE)
+def load_states(state, group):
+    """The states the rows start from."""
     if state.address != 0:
-        at = start_of(state, outer, inner)
-        m, e, k = read(at, 0.0), read(at + state.classes, 0.0), read(at + 2 * state.classes, 0.0)
-    return m, e, k, reference(m)
+        for i in range(group.count):
+            at = start_of(state, group.outer, group.inner + i)
+            m = read(at, 0.0)
+            put(group.table + M, i, m)
+            put(group.table + E, i, read(at + state.classes, 0.0))
+            put(group.table + K, i, read(at + 2 * state.classes, 0.0))
+            put(group.table + N, i, first(exponent_of(splat(m))))
 
 
 @njit(**INLINE)
-def store_state(state, outer, inner, m, e, k):
-    at = start_of(state, outer, inner)
-    write(at, m)
-    write(at + state.classes, e)
-    write(at + 2 * state.classes, k)
+def put_rows(x, group, column, like):
+    """One number a row, where it is asked for."""
+    if x.address != 0:
+        at = start_of(x, group.outer, group.inner)
+        for i in range(group.count):
+            write(at + i * x.inner, cast(get(group.table + column, i), like))
 
 
 @njit(**INLINE)
-def store_lse(out, sign, weighted, outer, inner, m, e, k, like):
-    """The log-sum-exp of a state, and the sign of the sum where it is asked for."""
-    if weighted:
-        log_s, s_sign = weighted_log_sum(e, k)
-        if m == -np.inf and e == e:
-            log_s = -np.inf
-        if sign.address == 0 and s_sign < 0.0:
-            log_s = np.nan
+def put_lse(out, group, like):
+    if out.address != 0:
+        at = start_of(out, group.outer, group.inner)
+        for i in range(group.count):
+            value = get(group.table + M, i) + get(group.table + LOG_S, i)
+            write(at + i * out.inner, cast(value, like))
+
+
+@njit(**INLINE)
+def conclude_logsumexp(state, out, sign, weighted, group, like):
+    """What becomes of a group of rows of a log-sum-exp."""
+    table = group.table
+    settle(table, group.count)
+    for i in range(group.count):
+        m, e, k = get(table + M, i), get(table + E, i), get(table + K, i)
+        if weighted:  # sums of any sign; a negative one is NaN unless signs are asked for
+            log_s = weighted_log_sum(e, k)
+            if m == -np.inf and e == e:
+                log_s = -np.inf
+            elif sign.address == 0 and e + k < 0.0:
+                log_s = np.nan
+            put(table + LOG_S, i, log_s)
+        if state.address != 0:
+            at = start_of(state, group.outer, group.inner + i)
+            write(at, m)
+            write(at + state.classes, e)
+            write(at + 2 * state.classes, k)
+        if sign.address != 0:
+            at = start_of(sign, group.outer, group.inner + i)
+            write(at, cast(np.sign(e + k), like))
+    put_lse(out, group, like)
+
+
+@njit(**INLINE)
+def read_labels(labels, w, ignore_index, group, like):
+    """Labels and their weights."""
+    if labels.address != 0:
+        at = start_of(labels, group.outer, group.inner)
+        for i in range(group.count):
+            y = read(at + i * labels.inner, np.int64(0))
+            kept = y != ignore_index
+            put(group.table + Y, i, float(y))
+            put(group.table + KEPT, i, 1.0 if kept else 0.0)
+            if w != 0 and kept:
+                put(group.table + W_Y, i, np.float64(read(w + y * size_of(like), like)))
+
+
+@njit(**INLINE)
+def conclude(loss, lse, group, classes, sparse, options, like):
+    """What becomes of a group of rows between its two passes; without a `loss`, for a softmax."""
+    table = group.table
+    settle(table, group.count)
+    if loss.address != 0:
+        finish(table, group.count, classes, sparse, options)
+        put_rows(loss, group, LOSS, like)
     else:
-        log_s, s_sign = log_sum(e, k), np.sign(e + k)
-    if sign.address != 0:
-        write(start_of(sign, outer, inner), cast(s_sign, like))
-    write(start_of(out, outer, inner), cast(m + log_s, like))
+        for i in range(0, group.count, lanes_of(0.0)):
+            set_factors(table, i, splat(1.0) / (lanes(table + E, i) + lanes(table + K, i)))
+    put_lse(lse, group, like)
+
+
+@njit(**INLINE)
+def next_group(tables, half, row, stop, inner_size, most):
+    inner = row % inner_size
+    count = min(most, min(inner_size - inner, stop - row))
+    return Group(tables + half * END, row // inner_size, inner, count, 0)
+
+
+@njit(**INLINE)
+def nothing_pending(like):
+    zero = cast(0.0, like)
+    return Pending(0, 0, 0, 0, False, False, zero, zero, zero, zero, zero)
 
 
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
-    size = size_of(like)
-    memory = np.empty(3 * BLOCK * size, np.uint8)
-    buffer = address_of(memory)
-    b_buffer, masked = buffer + BLOCK * size, buffer + 2 * BLOCK * size
-    for row in range(start, stop):
-        outer, inner = row // inner_size, row % inner_size
-        m, e, k, ref = load_state(state, outer, inner)
-        x_start = start_of(x, outer, inner)
-        b_start = start_of(b, outer, inner)
-        for j in range(0, classes, BLOCK):
-            n = min(BLOCK, classes - j)
-            v = fetch(x, x_start, j, n, buffer, like)
-            if b.address == 0:
-                m, e, k, ref = fold_block(v, n, m, e, k, ref, like)
-            else:
-                weights = fetch(b, b_start, j, n, b_buffer, like)
-                m, e, k, ref = fold_weighted_block(v, weights, n, m, e, k, ref, masked, like)
-        m, e, k = settle(m, e, k)
-        if state.address != 0:
-            store_state(state, outer, inner, m, e, k)
-        if out.address != 0:
-            store_lse(out, sign, b.address != 0, outer, inner, m, e, k, like)
-    release(memory)
-
-
-@njit(**KERNEL)
-def softmax(x, state, out, log, classes, inner_size, like, start, stop):
-    memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
-    buffer = address_of(memory)
-    out_buffer = buffer + BLOCK * size_of(like)
-    for row in range(start, stop):
-        outer, inner = row // inner_size, row % inner_size
-        m, e, k, ref = load_state(state, outer, inner)
-        x_start = start_of(x, outer, inner)
-        out_start = start_of(out, outer, inner)
-        if state.address == 0:
+    buffers, memory = allocate(classes, 0, like)
+    pending = nothing_pending(like)
+    row = start
+    while row < stop:
+        group = next_group(buffers.tables, 0, row, stop, inner_size, WIDTH)
+        begin(group.table)
+        load_states(state, group)
+        for i in range(group.count):
+            x_start = start_of(x, group.outer, group.inner + i)
+            s = state_of(group.table, i)
             for j in range(0, classes, BLOCK):
                 n = min(BLOCK, classes - j)
-                v = fetch(x, x_start, j, n, buffer, like)
-                m, e, k, ref = fold_block(v, n, m, e, k, ref, like)
-        log_s = log_sum(e, k)
-        for j in range(0, classes, BLOCK):
-            n = min(BLOCK, classes - j)
-            v = fetch(x, x_start, j, n, buffer, like)
-            y = target_of(out, out_start, j, out_buffer)
-            if log:
-                log_block(v, n, m, log_s, y, like)
-            else:
-                exp_block(v, n, m, ref, 1.0 / (e + k), y, like)
-            deliver(out, out_start, j, n, out_buffer, like)
+                v = fetch(x, x_start, j, n, buffers.x, like)
+                if b.address == 0:
+                    s, pending = fold_block(v, n, s, 0, pending, like)
+                else:
+                    weights = start_of(b, group.outer, group.inner + i)
+                    weights = fetch(b, weights, j, n, buffers.u, like)
+                    s = fold_weighted_block(v, weights, n, s, buffers.out, like)
+            set_state(group.table, i, s)
+        conclude_logsumexp(state, out, sign, b.address != 0, group, like)
+        row += group.count
     release(memory)
 
 
@@ -157,71 +277,150 @@ def fetch_target(t, start, w, j, n, options, classes, buffer, like):
     return buffer
 
 
+@njit(**INLINE)
+def pending_row(x, out, log, group, i, pitch, classes, like):
+    """Row i of a group as it is to be written; nothing of it if that takes more than a factor."""
+    pending = nothing_pending(like)
+    if i >= group.count or get(group.table + KEPT, i) == 0.0:
+        return pending
+    m, scale = get(group.table + M, i), get(group.table + SCALE, i) * 2.0 ** (OUT_SHIFT - SUM_SHIFT)
+    if not log and not (usable(m) and abs(scale) > SMALL_SCALE):
+        return pending
+    floor, magic = window(get(group.table + N, i), float(SUM_SHIFT), like)
+    pending = Pending(
+        start_of(x, group.outer, group.inner + i) if log else group.terms + i * pitch,
+        start_of(out, group.outer, group.inner + i),
+        0,
+        classes,
+        log,
+        out.streamed,
+        cast(scale, like),
+        first(exponential(splat(cast(m, like)), splat(floor), splat(magic))),
+        cast(get(group.table + FACTOR, i), like),
+        cast(m, like),
+        cast(get(group.table + LOG_S, i), like),
+    )
+    if out.streamed:
+        head = min(classes, until_line(pending.out, like))
+        write_vector(pending, 0, head, False)
+        pending = advanced(pending, head)
+    return pending
+
+
+@njit(**INLINE)
+def write_row(x, t, w, out, log, sparse, spread, options, group, i, buffers, classes, like):
+    """Probabilities, their logarithms or the gradient of row i of a group."""
+    table, cap = group.table, options.softcap
+    x_start = start_of(x, group.outer, group.inner + i)
+    t_start = start_of(t, group.outer, group.inner + i)
+    start = start_of(out, group.outer, group.inner + i)
+    y = int(get(table + Y, i))
+    for j in range(0, classes, BLOCK):
+        n = min(BLOCK, classes - j)
+        g = target_of(out, start, j, buffers.out)
+        if get(table + KEPT, i) == 0.0:
+            fill_block(g, n, 0.0, like)
+            deliver(out, start, j, n, buffers.out, like)
+            continue
+        v = fetch_capped(x, x_start, j, n, cap, buffers.x, buffers.slope, like)
+        if log:
+            zero = cast(0.0, like)
+            top, lowered = cast(get(table + M, i), like), cast(get(table + LOG_S, i), like)
+            write_rest(Pending(v, g, 0, n, True, False, zero, zero, zero, top, lowered))
+        else:
+            exp_block(v, n, table, i, g, like)
+        if spread:
+            u = fetch_target(t, t_start, w, j, n, options, classes, buffers.u, like)
+            subtract_block(g, u, n, options.scale, like)
+        if cap != 0.0:
+            multiply_block(g, buffers.slope, n, like)
+        if sparse and j <= y < j + n:
+            write(g + (y - j) * size_of(like), cast(get(table + G_Y, i), like))
+        deliver(out, start, j, n, buffers.out, like)
+
+
 @njit(**KERNEL)
-def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
-    size = size_of(like)
-    memory = np.empty(4 * BLOCK * size, np.uint8)
-    buffer = address_of(memory)
-    t_buffer, slope = buffer + BLOCK * size, buffer + 2 * BLOCK * size
-    out_buffer = buffer + 3 * BLOCK * size
-    cap, scale = options.softcap, options.scale
+def reduce(
+    x, t, labels, w, state, options, loss, lse, out, log, classes, inner_size, like, start, stop
+):
+    """Cross-entropy, or without a `loss`, softmax."""
+    size, cap = size_of(like), options.softcap
     sparse = labels.address != 0
-    spread = not sparse or options.label_smoothing != 0.0  # whether u is anything but 0
-    for row in range(start, stop):
-        outer, inner = row // inner_size, row % inner_size
-        x_start, t_start = start_of(x, outer, inner), start_of(t, outer, inner)
-        grad_start = start_of(grad, outer, inner)
-        y = read(start_of(labels, outer, inner), np.int64(0)) if sparse else np.int64(0)
-        kept = not sparse or y != options.ignore_index
-        m, e, k, ref = -np.inf, 0.0, 0.0, reference(-np.inf)
-        distance, mass = 0.0, 0.0  # sum of u (m - x), sum of u
-        if kept or lse.address != 0:
-            for j in range(0, classes, BLOCK):
-                n = min(BLOCK, classes - j)
-                v = fetch_capped(x, x_start, j, n, cap, buffer, 0, like)
-                before = m
-                m, e, k, ref = fold_block(v, n, m, e, k, ref, like)
-                if spread and kept:
-                    u = fetch_target(t, t_start, w, j, n, options, classes, t_buffer, like)
-                    added, weight = linear_block(v, u, n, m, like)
-                    distance += times(mass, m - before) + added
-                    mass += weight
-            m, e, k = settle(m, e, k)
-        log_s = log_sum(e, k)
-        if lse.address != 0:
-            write(start_of(lse, outer, inner), cast(m + log_s, like))
-        if not kept:
-            write(start_of(loss, outer, inner), cast(0.0, like))
-            if grad.address != 0:
+    spread = loss.address != 0 and (not sparse or options.label_smoothing != 0.0)
+    folded = state.address != 0
+    writes = out.address != 0
+    most = WIDTH
+    if writes:
+        most = max(1, min(WIDTH, GROUP_SIZE // max(1, classes * size)))
+    # whether the first pass leaves exponentials, and whether the second one needs nothing else
+    keeps = writes and not (log or folded or cap != 0.0) and classes * size <= ROW_SIZE
+    interleaves = writes and not (folded or spread) and out.write == 0
+    interleaves = interleaves and (x.read == 0 if log else keeps)
+    buffers, memory = allocate(classes, most if keeps else 0, like)
+    before = Group(buffers.tables, 0, 0, 0, 0)
+    half, row = 0, start
+    while row < stop or before.count > 0:
+        group = next_group(buffers.tables, half, row, max(row, stop), inner_size, most)
+        if keeps:
+            terms = buffers.terms + half * most * buffers.pitch
+            group = Group(group.table, group.outer, group.inner, group.count, terms)
+        table = group.table
+        begin(table)
+        load_states(state, group)
+        read_labels(labels, w, options.ignore_index, group, like)
+        for i in range(max(group.count, before.count)):
+            pending = nothing_pending(like)
+            if interleaves:
+                pending = pending_row(x, out, log, before, i, buffers.pitch, classes, like)
+            kept = get(table + KEPT, i) != 0.0
+            if i < group.count and not folded and (kept or lse.address != 0):
+                x_start = start_of(x, group.outer, group.inner + i)
+                t_start = start_of(t, group.outer, group.inner + i)
+                s = state_of(table, i)
                 for j in range(0, classes, BLOCK):
                     n = min(BLOCK, classes - j)
-                    g = target_of(grad, grad_start, j, out_buffer)
-                    fill_block(g, n, 0.0, like)
-                    deliver(grad, grad_start, j, n, out_buffer, like)
-            continue
-        x_y, w_y, slope_y = 0.0, 1.0, 1.0
-        if sparse:
-            v = fetch_capped(x, x_start, y, 1, cap, buffer, slope, like)
-            x_y = np.float64(read(v, like))
-            slope_y = np.float64(read(slope, like)) if cap != 0.0 else 1.0
-            w_y = np.float64(read(w + y * size, like)) if w != 0 else 1.0
-        value, factor, g_y = finish(m, e, k, classes, sparse, x_y, w_y, distance, mass, options)
-        write(start_of(loss, outer, inner), cast(value, like))
-        if grad.address == 0:
-            continue
-        for j in range(0, classes, BLOCK):
-            n = min(BLOCK, classes - j)
-            v = fetch_capped(x, x_start, j, n, cap, buffer, slope, like)
-            g = target_of(grad, grad_start, j, out_buffer)
-            exp_block(v, n, m, ref, factor, g, like)
-            if spread:
-                u = fetch_target(t, t_start, w, j, n, options, classes, t_buffer, like)
-                subtract_block(g, u, n, scale, like)
-            if cap != 0.0:
-                multiply_block(g, slope, n, like)
-            if sparse and j <= y < j + n:
-                write(g + (y - j) * size, cast(g_y * slope_y, like))
-            deliver(grad, grad_start, j, n, out_buffer, like)
+                    v = fetch_capped(x, x_start, j, n, cap, buffers.x, 0, like)
+                    m = s.m
+                    at = group.terms + i * buffers.pitch + j * size if keeps else 0
+                    s, pending = fold_block(v, n, s, at, pending, like)
+                    put(buffers.exponents, j // BLOCK, s.n)
+                    if spread:
+                        u = fetch_target(t, t_start, w, j, n, options, classes, buffers.u, like)
+                        added, weight = linear_block(v, u, n, s.m, like)
+                        mass = get(table + MASS, i)
+                        distance = get(table + DISTANCE, i) + times(mass, s.m - m) + added
+                        put(table + DISTANCE, i, distance)
+                        put(table + MASS, i, mass + weight)
+                set_state(table, i, s)
+                if keeps:  # all for one reference; what underflows here does so in the result
+                    for j in range(0, classes, BLOCK):
+                        lift = get(buffers.exponents, j // BLOCK) - s.n
+                        if lift != 0.0:
+                            n = min(BLOCK, classes - j)
+                            at = group.terms + i * buffers.pitch + j * size
+                            scale_block(at, n, power(lift) if lift > -1023.0 else 0.0, like)
+                if sparse and kept:
+                    y = int(get(table + Y, i))
+                    v = fetch_capped(x, x_start, y, 1, cap, buffers.x, buffers.slope, like)
+                    put(table + X_Y, i, np.float64(read(v, like)))
+                    if cap != 0.0:
+                        put(table + SLOPE_Y, i, np.float64(read(buffers.slope, like)))
+            if i < before.count:
+                if pending.n > 0:
+                    write_rest(pending)
+                    if sparse:
+                        y = int(get(before.table + Y, i))
+                        write(pending.out + y * size, cast(get(before.table + G_Y, i), like))
+                else:
+                    write_row(
+                        x, t, w, out, log, sparse, spread, options, before, i, buffers, classes, like
+                    )
+        conclude(loss, lse, group, classes, sparse, options, like)
+        row += group.count
+        before = Group(table, group.outer, group.inner, group.count if writes else 0, group.terms)
+        half = 1 - half
+    if out.streamed:
+        stream_fence()
     release(memory)
 
 

@@ -144,6 +144,8 @@ maximum = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordere
 
 absolute = _operation(1, lambda builder, a: _intrinsic_call(builder, "fabs", a.type, (a,)))
 
+round_down = _operation(1, lambda builder, a: _intrinsic_call(builder, "floor", a.type, (a,)))
+
 
 @intrinsic
 def splat(typing_context, value):
@@ -167,6 +169,44 @@ def exponent_bits(typing_context, v):
         return builder.bitcast(builder.shl(bits, shift), v.ir)
 
     return v(v), codegen
+
+
+def _exponents(builder, x):
+    """n as whole numbers where x = 2**n f with sqrt(1/2) <= f < sqrt(2), of float64."""
+    i64 = ir.VectorType(ir.IntType(64), x.type.count)
+    bits = builder.bitcast(x, i64)
+    above = builder.sub(bits, ir.Constant(i64, [0x3FE6A09E667F3BCD] * i64.count))
+    return builder.ashr(above, ir.Constant(i64, [52] * i64.count))
+
+
+def _from_exponents(emit):
+    return _operation(1, lambda builder, x: emit(builder, _exponents(builder, x), x.type))
+
+
+def _as_float(builder, n, kind):
+    # 1.5 * 2**52 and a whole number leave that number in the low bits
+    bits = builder.add(n, ir.Constant(n.type, [0x4338000000000000] * n.type.count))
+    return builder.fsub(builder.bitcast(bits, kind), ir.Constant(kind, [1.5 * 2**52] * kind.count))
+
+
+def _downscale(builder, n, kind):
+    bits = builder.sub(ir.Constant(n.type, [1023] * n.type.count), n)
+    return builder.bitcast(builder.shl(bits, ir.Constant(n.type, [52] * n.type.count)), kind)
+
+
+#: n, and 2**-n, where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
+exponent = _from_exponents(_as_float)
+downscale = _from_exponents(_downscale)
+
+
+@intrinsic
+def first(typing_context, v):
+    """The first lane."""
+
+    def codegen(context, builder, signature, values):
+        return builder.extract_element(values[0], _I32(0))
+
+    return v.element(v), codegen
 
 
 @intrinsic
@@ -256,6 +296,45 @@ def _store_all(typing_context, address, v):
         return context.get_dummy_value()
 
     return types.none(types.int64, v), codegen
+
+
+@intrinsic
+def stream(typing_context, address, v):
+    """Write a vector past the caches: that reads nothing, where a plain store reads the line first.
+
+    The address is that of a line of the cache.
+    """
+
+    def codegen(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], v.ir.as_pointer())
+        store = builder.store(values[1], pointer, align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, v), codegen
+
+
+@intrinsic
+def stream_fence(typing_context):
+    """What was streamed is in memory before whatever is written next."""
+
+    def codegen(context, builder, signature, values):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+@intrinsic
+def power(typing_context, n):
+    """2**n for a whole number -1023 < n < 1024 in float64."""
+
+    def codegen(context, builder, signature, values):
+        i64 = ir.IntType(64)
+        whole = builder.fptosi(builder.fadd(values[0], ir.Constant(ir.DoubleType(), 1023.0)), i64)
+        return builder.bitcast(builder.shl(whole, i64(52)), ir.DoubleType())
+
+    return types.float64(n), codegen
 
 
 @intrinsic
