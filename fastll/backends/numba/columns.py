@@ -26,6 +26,7 @@ from fastll.backends.numba.blocks import (
     sum_exact,
     weighted_sum_exact,
 )
+from fastll.backends.numba.cache import cached
 from fastll.backends.numba.maths import (
     OUT_SHIFT,
     SUM_SHIFT,
@@ -418,6 +419,7 @@ def rows_of_tile(row, stop, inner_size):
     return row // inner_size, inner, min(WIDTH, min(inner_size - inner, stop - row))
 
 
+@cached
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     memory, tile_size = tiles(2, classes, like)
@@ -448,6 +450,7 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     release(vectors)
 
 
+@cached
 @njit(**KERNEL)
 def softmax(x, state, out, log, classes, inner_size, like, start, stop):
     memory, tile_size = tiles(2, classes, like)
@@ -480,6 +483,7 @@ def softmax(x, state, out, log, classes, inner_size, like, start, stop):
     release(vectors)
 
 
+@cached
 @njit(**KERNEL)
 def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)

@@ -30,6 +30,7 @@ from fastll.backends.numba.blocks import (
     target_block,
     target_of,
 )
+from fastll.backends.numba.cache import cached
 from fastll.backends.numba.maths import cast
 from fastll.backends.numba.state import (
     finish,
@@ -78,6 +79,7 @@ def store_lse(out, sign, weighted, outer, inner, m, e, k, like):
     write(start_of(out, outer, inner), cast(m + log_s, like))
 
 
+@cached
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     size = size_of(like)
@@ -105,6 +107,7 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     release(memory)
 
 
+@cached
 @njit(**KERNEL)
 def softmax(x, state, out, log, classes, inner_size, like, start, stop):
     memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
@@ -157,6 +160,7 @@ def fetch_target(t, start, w, j, n, options, classes, buffer, like):
     return buffer
 
 
+@cached
 @njit(**KERNEL)
 def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size, like, start, stop):
     size = size_of(like)
@@ -225,6 +229,7 @@ def cross_entropy(x, t, labels, w, options, loss, lse, grad, classes, inner_size
     release(memory)
 
 
+@cached
 @njit(**KERNEL)
 def check_labels(labels, classes, ignore_index, weight):
     """First position of a label outside [0, classes), or -1; the summed weight of the kept ones."""
