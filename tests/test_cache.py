@@ -136,10 +136,10 @@ def test_a_damaged_entry_is_replaced(compiled, tmp_path, damage):
     assert [compiled(), compiled()] == [True, False]
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no users on this system")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users on this system")
 def test_an_entry_of_someone_else_is_not_run(compiled, monkeypatch):
     compiled()
-    theirs = os.stat_result([0] * 4 + [os.getuid() + 12345] + [0] * 5)
+    theirs = os.stat_result([0] * 4 + [os.geteuid() + 12345] + [0] * 5)
     monkeypatch.setattr(os, "fstat", lambda handle: theirs)
     assert compiled()
 

@@ -122,7 +122,7 @@ def _hash(data):
 def _read(path):
     """The contents of an entry; `OSError` if they are damaged, or could be someone else's."""
     with open(path, "rb") as file:
-        if hasattr(os, "getuid") and os.fstat(file.fileno()).st_uid not in (0, os.getuid()):
+        if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
             raise PermissionError
         digest, data = file.read(_DIGEST), file.read()
     if digest != _hash(data):
@@ -156,5 +156,5 @@ def _prune(root):
 
 try:
     _IMPORTED = _version()  # before the kernels are imported, so that no older ones go by this name
-except OSError:
+except Exception:
     _IMPORTED = None
