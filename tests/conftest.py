@@ -1,6 +1,7 @@
 """What every test shares: the backends, and a seeded generator."""
 
 import os
+import tempfile
 
 import numpy as np
 import oracle
@@ -10,6 +11,10 @@ import fastll
 from fastll.dispatch import TABLE
 
 BACKENDS = TABLE["cpu"]
+
+#: An own cache, empty at first: the processes that tests start find what this one has compiled.
+_kernels = tempfile.TemporaryDirectory(prefix="fastll-")
+os.environ["NUMBA_CACHE_DIR"] = _kernels.name
 
 
 def require(name):

@@ -25,18 +25,25 @@ def exponentials(assembly):
 
 
 @x86
-@pytest.mark.parametrize("operation", ["logsumexp", "softmax", "cross_entropy"])
+@pytest.mark.parametrize("operation", ["logsumexp", "reduce"])
 @pytest.mark.parametrize("family", ["rows", "columns"])
 def test_numba_float32_loops(family, operation):
     require("numba")
+    from numba import njit
+
+    from fastll.backends.numba.rows import KERNEL
+
     fastll.warmup(["logsumexp", "softmax", "sparse_cross_entropy"], [np.float32])
     kernel = getattr(import_module(f"fastll.backends.numba.{family}"), operation)
     (signature,) = [s for s in kernel.signatures if any(str(t) == "float32" for t in s)]
+    if kernel.stats.cache_hits:  # a test's process was the first: what is loaded has no assembly
+        kernel = njit(**KERNEL)(kernel.py_func)
+        kernel.compile(signature)
     assembly = kernel.inspect_asm(signature)
     assert not re.search(r"\bv?p?gather\w+\s", assembly)
     blocks = exponentials(assembly)
     scalar = [block for block in blocks if re.search(SCALAR, block)]
-    assert len(scalar) <= (operation == "cross_entropy")  # the soft cap of the target's logit alone
+    assert len(scalar) <= (operation == "reduce")  # the soft cap of the label's logit alone
     blocks = [block for block in blocks if block not in scalar]
     assert blocks
     assert all(len(re.findall(PACKED, block)) >= 10 for block in blocks)

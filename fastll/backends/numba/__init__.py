@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+import fastll.backends.numba.cache  # noqa: F401  before the kernels: see its end
 from fastll.backends.numba import columns, elementwise, rows
 from fastll.backends.numba.blocks import NOTHING, Operand
 from fastll.backends.numba.convert import reader, writer

@@ -33,6 +33,7 @@ from fastll.backends.numba.blocks import (
     weighted_sum_exact,
     weighted_terms,
 )
+from fastll.backends.numba.cache import cached
 from fastll.backends.numba.maths import OUT_SHIFT, SUM_SHIFT, cast, constants, exponential, window
 from fastll.backends.numba.rows import (
     KERNEL,
@@ -418,6 +419,7 @@ def log_tile(tile, v, n, count, like):
             store(tile.out + at, lanes_of(like), (load(v + at, lanes_of(like), zero) - tops) - lowered)
 
 
+@cached
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     tile, memory = allocate_tile(classes, b.address != 0, like)
@@ -439,6 +441,7 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     release(memory)
 
 
+@cached
 @njit(**KERNEL)
 def reduce(
     x, t, labels, w, state, options, loss, lse, out, log, classes, inner_size, like, start, stop

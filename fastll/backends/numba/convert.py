@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
+from fastll.backends.numba.cache import cached_cfunc
 from fastll.backends.numba.vector import INLINE, read, write
 from fastll.dtypes import FORMATS
 
@@ -122,7 +123,7 @@ def reader(code, swapped, compute):
     decode = _decoder(name)
     number = np.dtype(compute).type
 
-    @cfunc(_SIGNATURE, error_model="numpy")
+    @cached_cfunc(_SIGNATURE, f"reader_{code}_{swapped}_{compute}")
     def convert(source, source_stride, destination, destination_stride, count):
         for i in range(count):
             bits = read(source + i * source_stride, stored)
@@ -140,7 +141,7 @@ def writer(code):
     encode = _encoder(name)
     like = np.float64(0) if name == "float64" else np.float32(0)
 
-    @cfunc(_SIGNATURE, error_model="numpy")
+    @cached_cfunc(_SIGNATURE, f"writer_{code}")
     def convert(source, source_stride, destination, destination_stride, count):
         for i in range(count):
             write(destination + i * destination_stride, encode(read(source + i * source_stride, like)))

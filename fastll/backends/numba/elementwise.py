@@ -18,6 +18,7 @@ from fastll.backends.numba.blocks import (
     target_of,
     until_line,
 )
+from fastll.backends.numba.cache import cached
 from fastll.backends.numba.maths import bce, cast, constants, log_sigmoid
 from fastll.backends.numba.maths import sigmoid as logistic
 from fastll.backends.numba.rows import KERNEL
@@ -48,6 +49,7 @@ def sigmoid_block(v, n, log, out, streamed, like):
             store(out + j * size, n - j, x)
 
 
+@cached
 @njit(**KERNEL)
 def sigmoid(x, out, log, length, units, like, start, stop):
     memory = np.empty(2 * BLOCK * size_of(like), np.uint8)
@@ -97,6 +99,7 @@ def bce_block(v, t, w, p, n, scale, loss, grad, like):
     return total(sums)
 
 
+@cached
 @njit(**KERNEL)
 def binary_cross_entropy(x, t, w, p, scale, loss, partial, grad, length, units, like, start, stop):
     size = size_of(like)

@@ -39,6 +39,7 @@ from fastll.backends.numba.blocks import (
     write_rest,
     write_vector,
 )
+from fastll.backends.numba.cache import cached
 from fastll.backends.numba.maths import OUT_SHIFT, SUM_SHIFT, cast, exponential, window
 from fastll.backends.numba.state import (
     DISTANCE,
@@ -226,6 +227,7 @@ def nothing_pending(like):
     return Pending(0, 0, 0, 0, False, False, zero, zero, zero, zero, zero)
 
 
+@cached
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
     buffers, memory = allocate(classes, 0, like)
@@ -339,6 +341,7 @@ def write_row(x, t, w, out, log, sparse, spread, options, group, i, buffers, cla
         deliver(out, start, j, n, buffers.out, like)
 
 
+@cached
 @njit(**KERNEL)
 def reduce(
     x, t, labels, w, state, options, loss, lse, out, log, classes, inner_size, like, start, stop
@@ -424,6 +427,7 @@ def reduce(
     release(memory)
 
 
+@cached
 @njit(**KERNEL)
 def check_labels(labels, classes, ignore_index, weight):
     """First position of a label outside [0, classes), or -1; the summed weight of the kept ones."""
