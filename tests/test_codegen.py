@@ -43,7 +43,8 @@ def test_numba_float32_loops(family, operation):
     assert not re.search(r"\bv?p?gather\w+\s", assembly)
     blocks = exponentials(assembly)
     scalar = [block for block in blocks if re.search(SCALAR, block)]
-    assert len(scalar) <= (operation == "reduce")  # the soft cap of the label's logit alone
+    # single numbers: the label's soft cap, and the exponential of a row's maximum
+    assert len(scalar) <= 3 * (operation == "reduce")
     blocks = [block for block in blocks if block not in scalar]
     assert blocks
     assert all(len(re.findall(PACKED, block)) >= 10 for block in blocks)

@@ -391,8 +391,8 @@ def reduce(
                         u = fetch_target(t, t_start, w, j, n, options, classes, buffers.u, like)
                         added, weight = linear_block(v, u, n, s.m, like)
                         mass = get(table + MASS, i)
-                        distance = get(table + DISTANCE, i) + times(mass, s.m - m) + added
-                        put(table + DISTANCE, i, distance)
+                        added += times(mass, s.m - m)
+                        put(table + DISTANCE, i, get(table + DISTANCE, i) + added)
                         put(table + MASS, i, mass + weight)
                 set_state(table, i, s)
                 if keeps:  # all for one reference; what underflows here does so in the result
