@@ -35,14 +35,14 @@ class _Group(click.Group):
             raise failure from error
 
 
-def _list_of(known: Collection[str]) -> Callable[[Any, Any, str | None], tuple[str, ...]]:
+def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | None], tuple[str, ...]]:
     """A callback that splits at commas."""
 
     def split(ctx: Any, option: Any, value: str | None) -> tuple[str, ...]:
         names = tuple(name.strip() for name in value.split(",")) if value else ()
         for name in names:
-            if name not in known:
-                raise click.BadParameter(f"{name!r} is none of {', '.join(known)}")
+            if name not in (*known, *others):
+                raise click.BadParameter(f"{name!r} is none of {', '.join((*known, *others))}")
         return names
 
     return split
@@ -66,7 +66,9 @@ def _custom(name: str, axis: int) -> Case:
     if not -len(shape) <= axis < len(shape):
         raise click.BadParameter(f"{axis} is no axis of {name}", param_hint="--axis")
     group = "calls" if prod(shape) < CALL_BELOW else "workloads"
-    return Case(name, shape, axis % len(shape), tuple(OPERATIONS), group=group)
+    axis %= len(shape)
+    label = name if axis == len(shape) - 1 else f"{name}-axis{axis}"
+    return Case(label, shape, axis, tuple(OPERATIONS), group=group)
 
 
 @click.group(
@@ -76,7 +78,7 @@ def _custom(name: str, axis: int) -> Case:
 @click.option(
     "--op",
     "operations",
-    callback=_list_of([*OPERATIONS, *measures()]),
+    callback=_list_of(OPERATIONS, *measures()),
     help="Operations, or OPERATION/VARIANT: value, gradient, in-place.",
 )
 @click.option("--shape", help=f"Cases, groups of them ({', '.join(GROUPS)}) or shapes: 2048x50257.")
@@ -85,7 +87,7 @@ def _custom(name: str, axis: int) -> Case:
 @click.option("--logits", callback=_list_of(LOGITS), help=", ".join(LOGITS))
 @click.option("--backend", "backends", callback=_list_of(fastll.backends()), help="Default: cython.")
 @click.option(
-    "--against", callback=_list_of([*PEERS, "none"]), help=f"{', '.join(PEERS)} (the default), or none."
+    "--against", callback=_list_of(PEERS, "none"), help=f"{', '.join(PEERS)} (the default), or none."
 )
 @click.option("--threads", type=click.IntRange(1), help="Of fastll and of every peer.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)

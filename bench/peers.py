@@ -168,7 +168,8 @@ def disagreement(ours: Any, theirs: Any) -> float:
         if not np.array_equal(a[~finite], b[~finite]):
             return float("inf")
         if finite.any():
-            worst = max(worst, float(np.max(np.abs(a - b)[finite]) / np.max(np.abs(a[finite]))))
+            a, b = a[finite], b[finite]
+            worst = max(worst, float(np.max(np.abs(a - b)) / np.max(np.abs(a))))
     return worst
 
 

@@ -73,7 +73,8 @@ def _peers(compared: list[Record]) -> Figure:
     for name in (name for name in STYLES if name in points):
         color, marker = STYLES[name]
         front = 3 if name == "fastll" else 2
-        axes.scatter(*zip(*points[name], strict=True), 36, color, marker, label=name, zorder=front)
+        x, y = zip(*points[name], strict=True)
+        axes.scatter(x, y, 36, color, marker=marker, label=name, zorder=front)
     axes.axvline(1, color="0.4", lw=1)
     axes.set(xscale="log", xlabel="time, in multiples of the floor (line: the floor)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

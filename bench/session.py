@@ -87,11 +87,19 @@ def environment(settings: Settings) -> dict[str, Any]:
 def measure(settings: Settings, path: Path) -> int:
     """Run the jobs and write their results; pytest's exit code."""
     session = Session(settings, Console(stderr=True))
-    options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-s"]
-    arguments = [str(Path(__file__).parent), *options, f"--benchmark-json={path}"]
+    options = [
+        "-o",
+        "addopts=",
+        "-o",
+        "filterwarnings=ignore",
+        "-p",
+        "no:cacheprovider",
+        "-s",
+        f"--benchmark-json={path}",
+    ]
     said = io.StringIO()
     with session.progress, redirect_stdout(said):
-        code = pytest.main(arguments, plugins=[session])
+        code = pytest.main([str(Path(__file__).parent), *options], plugins=[session])
     if not path.exists():  # no job got as far as a result
         reasons = "".join(f"\n{name}: {reason}" for name, reason in session.unmeasured.items())
         raise ReportError(f"nothing was measured{reasons or said.getvalue()}")
