@@ -213,6 +213,11 @@ def test_cases_name_operations() -> None:
     known = {*OPERATIONS, *jobs.measures()}
     for case in cases.CASES.values():
         assert known.issuperset((*case.operations, *case.quick))
+        everything, quick = (
+            {job.name for job in jobs.select(jobs.Settings(cases=(c,)))}
+            for c in (case, case._replace(operations=case.quick))
+        )
+        assert everything >= quick
         assert set(cases.LOGITS).issuperset(case.logits)
         assert 4 * np.prod(case.shape, dtype=float) <= cases.MAX_BYTES
 
