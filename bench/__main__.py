@@ -23,6 +23,11 @@ from bench.session import measure
 from fastll.operations import OPERATIONS
 
 Results = click.Path(path_type=Path)
+Folder = click.Path(path_type=Path, file_okay=False)
+
+
+class _Failure(click.ClickException):
+    exit_code = 2  # 1 is for regressions
 
 
 class _Group(click.Group):
@@ -30,9 +35,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except report.ReportError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2  # 1 is for regressions
-            raise failure from error
+            raise _Failure(str(error)) from error
 
 
 def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | None], tuple[str, ...]]:
@@ -92,9 +95,7 @@ def _custom(name: str, axis: int) -> Case:
 @click.option("--threads", type=click.IntRange(1), help="Of fastll and of every peer.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option(
-    "--output", type=Results, default="results", show_default=True, help="Folder to write to."
-)
+@click.option("--output", type=Folder, default="results", show_default=True, help="Folder to write to.")
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -170,7 +171,7 @@ def table(results: Path) -> None:
 
 @main.command()
 @click.argument("results", type=Results)
-@click.option("--output", type=Results, help="Folder to write to; default: that of RESULTS.")
+@click.option("--output", type=Folder, help="Folder to write to; default: that of RESULTS.")
 def plot(results: Path, output: Path | None) -> None:
     """Draw the plots of results again."""
     for written in draw(report.load(results), output or results.parent):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import cycle
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,7 @@ STYLES = {
     "jax": ("#009E73", "P"),
 }
 LINES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+DASHES = ("-", "--")
 LOOK = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +44,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     for record in records(results):
         by_group[record["group"]].append(record)
     compared = [r for r in by_group["workloads"] if r["times_the_floor"] and r["peers"]]
-    written = []
+    written: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(LOOK):
         if compared:
             written += _save(_peers(compared), folder / "peers")
@@ -115,11 +118,13 @@ def _scaling(rows: list[Record], classes: list[Record]) -> Figure:
 def _lines(
     axes: Axes, swept: list[Record], x: Callable[[Record], float], y: Callable[[Record], float]
 ) -> None:
-    """A line an operation."""
+    """A line an operation and backend."""
     lines = defaultdict(list)
     for record in swept:
         lines[title(record), record["backend"]].append((x(record), y(record)))
-    for i, ((name, backend), points) in enumerate(lines.items()):
-        color, marker = LINES[i % len(LINES)]
-        label = f"{name} ({backend})"
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, label=label)
+    styles = dict(zip(dict.fromkeys(name for name, _ in lines), cycle(LINES)))
+    dashes = dict(zip(dict.fromkeys(backend for _, backend in lines), cycle(DASHES)))
+    for (name, backend), points in lines.items():
+        color, marker = styles[name]
+        look = {"color": color, "marker": marker, "ms": 4, "ls": dashes[backend]}
+        axes.plot(*zip(*points, strict=True), label=f"{name} ({backend})", **look)

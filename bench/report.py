@@ -34,8 +34,9 @@ def load(path: Path) -> Results:
 def records(results: Results) -> Iterator[Record]:
     """One measurement each."""
     for benchmark in results["benchmarks"]:
-        median = {"name": benchmark["param"], "seconds": benchmark["stats"]["median"]}
-        yield benchmark["extra_info"] | median
+        if benchmark["extra_info"]:  # else it was interrupted
+            median = {"name": benchmark["param"], "seconds": benchmark["stats"]["median"]}
+            yield benchmark["extra_info"] | median
 
 
 def seconds(value: float) -> str:

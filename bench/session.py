@@ -20,6 +20,7 @@ from bench.jobs import Settings
 from bench.peers import PEERS
 from bench.report import ReportError, describe
 
+FOLDER = Path(__file__).parent
 SETTINGS = pytest.StashKey[Settings]()
 
 
@@ -31,7 +32,7 @@ class Session:
         self.unmeasured: dict[str, str] = {}
         self.progress = Progress(
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(10),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
             console=console,
@@ -46,8 +47,9 @@ class Session:
         self.progress.update(self.task, total=len(session.items), refresh=True)
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        description = escape(item.callspec.params["job"].name)
-        self.progress.update(self.task, description=description, refresh=True)
+        job = item.callspec.params["job"]
+        description = f"{job.operation}, {job.variant}, {job.case.name}"
+        self.progress.update(self.task, description=escape(description), refresh=True)
 
     def pytest_runtest_makereport(self, item: Any, call: pytest.CallInfo[None]) -> None:
         if call.when != "call":
@@ -87,19 +89,10 @@ def environment(settings: Settings) -> dict[str, Any]:
 def measure(settings: Settings, path: Path) -> int:
     """Run the jobs and write their results; pytest's exit code."""
     session = Session(settings, Console(stderr=True))
-    options = [
-        "-o",
-        "addopts=",
-        "-o",
-        "filterwarnings=ignore",
-        "-p",
-        "no:cacheprovider",
-        "-s",
-        f"--benchmark-json={path}",
-    ]
+    options = "-o addopts= -o filterwarnings=ignore -p no:cacheprovider -s".split()
     said = io.StringIO()
     with session.progress, redirect_stdout(said):
-        code = pytest.main([str(Path(__file__).parent), *options], plugins=[session])
+        code = pytest.main([str(FOLDER), *options, f"--benchmark-json={path}"], plugins=[session])
     if not path.exists():  # no job got as far as a result
         reasons = "".join(f"\n{name}: {reason}" for name, reason in session.unmeasured.items())
         raise ReportError(f"nothing was measured{reasons or said.getvalue()}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import timeit
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 import fastll
 from bench.jobs import Job, Settings, Workload, select, workload
-from bench.peers import PEERS, disagreement
+from bench.peers import PEERS, Call, disagreement
 from bench.session import SETTINGS
 
 #: Rounds of a small array are short and noisy: there are more of them.
@@ -26,6 +25,8 @@ CALLS = 200
 PATIENCE, LEAST_ROUNDS = 2.0, 3
 #: By the bytes of an element, relative to the largest value: peers may sum in the dtype itself.
 TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}
+
+Times = dict[str, list[float]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,38 +39,34 @@ def test_operation(benchmark: Any, job: Job) -> None:
     if not status.available:
         pytest.skip(f"backend {job.backend}: {status.reason}")
     work = workload(job)
-    case = {"case": job.case.name, "group": job.case.group, "shape": job.case.shape}
-    info = benchmark.extra_info
-    info |= {name: value for name, value in job._asdict().items() if name != "against"} | case
-    info |= {"axis": job.case.axis, "nbytes": work.nbytes, "floor": None, "times_the_floor": None}
     with fastll.use_backend(job.backend), warnings.catch_warnings(action="ignore"):
-        rivals, info["peers"] = bind_peers(job, work, work.call())
-        if work.floor is None:
-            benchmark.pedantic(work.call, rounds=job.rounds, iterations=CALLS, warmup_rounds=1)
-            times = {
-                name: [t / CALLS for t in timeit.repeat(call, repeat=job.rounds, number=CALLS)]
-                for name, call in rivals.items()
-            }
-        else:
-            times = in_rounds(benchmark, job, work, rivals)
+        rivals, reports = bind_peers(job, work, work.call())
+        measure = in_calls if work.floor is None else in_rounds
+        times = measure(benchmark, job, work, rivals)
     ours = benchmark.stats.stats.data
-    if "floor" in times:
-        floors = times.pop("floor")
-        info["floor"] = median(floors)
-        info["times_the_floor"] = ratio(ours, floors)
+    floors = times.pop("floor", None)
     for name, theirs in times.items():
-        info["peers"][name] |= {
-            "seconds": median(theirs),
-            "rounds": len(theirs),
-            "faster": ratio(theirs, ours),
-        }
+        rounds = {"seconds": median(theirs), "rounds": len(theirs)}
+        reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+    fields = ("operation", "variant", "dtype", "logits", "backend")
+    benchmark.extra_info |= {name: getattr(job, name) for name in fields} | {
+        "case": job.case.name,
+        "group": job.case.group,
+        "shape": job.case.shape,
+        "axis": job.case.axis,
+        "nbytes": work.nbytes,
+        "floor": median(floors) if floors else None,
+        "times_the_floor": ratio(ours, floors) if floors else None,
+        "peers": reports,
+    }
 
 
 def bind_peers(
     job: Job, work: Workload, result: Any
-) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
     """Calls of the peers, warm and compared with fastll's result; and what there is to say of each."""
-    calls, reports = {}, {}
+    calls: dict[str, Call] = {}
+    reports: dict[str, dict[str, Any]] = {}
     for name in filter(lambda name: PEERS[name].version, job.against):
         try:
             call = PEERS[name].bind(
@@ -87,11 +84,18 @@ def bind_peers(
     return calls, reports
 
 
-def in_rounds(
-    benchmark: Any, job: Job, work: Workload, rivals: dict[str, Callable[[], Any]]
-) -> dict[str, list[float]]:
+def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
+    """Seconds of one call of each peer, and fastll timed, by many calls in a row."""
+    benchmark.pedantic(work.call, rounds=job.rounds, iterations=CALLS, warmup_rounds=1)
+    return {
+        name: [t / CALLS for t in timeit.repeat(call, repeat=job.rounds, number=CALLS)]
+        for name, call in rivals.items()
+    }
+
+
+def in_rounds(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
     """Seconds of the peers and of the floor, with fastll timed last in each round."""
-    times: dict[str, list[float]] = defaultdict(list)
+    times: Times = defaultdict(list)
 
     def before_each() -> None:
         for name, call in rivals.items():
@@ -107,7 +111,7 @@ def in_rounds(
     return times
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Call) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start
