@@ -64,7 +64,9 @@ def _custom(name: str, axis: int) -> Case:
     sizes = name.split("x")
     if not all(size.isdecimal() and int(size) for size in sizes):
         known = ", ".join((*GROUPS, *(c.name for c in CASES.values() if c.group in GROUPS[:2])))
-        raise click.BadParameter(f"{name!r} is no shape such as 2048x50257, and none of {known}")
+        raise click.BadParameter(
+            f"{name!r} is no shape such as 2048x50257, and none of {known}", param_hint="--shape"
+        )
     shape = tuple(map(int, sizes))
     if not -len(shape) <= axis < len(shape):
         raise click.BadParameter(f"{axis} is no axis of {name}", param_hint="--axis")

@@ -19,9 +19,13 @@ import fastll
 from fastll.operations import OPERATIONS
 
 COMPILE = """
-import time, fastll
+import time, numpy as np, fastll
+from fastll.operations import OPERATIONS
+operation, x = OPERATIONS["{name}"], np.ones((2, 64), np.float32)
+arguments = operation.arguments(np.random.default_rng(0), x, 1)
 start = time.perf_counter()
-fastll.warmup(["{name}"], ["float32"], backend="numba")
+with fastll.use_backend("numba"):
+    operation.function(x, *arguments)
 print(time.perf_counter() - start)
 """
 

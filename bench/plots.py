@@ -97,7 +97,7 @@ def _sizes(swept: list[Record]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="elements of the logits", ylabel="speed, of what memory allows", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -111,7 +111,8 @@ def _scaling(rows: list[Record], classes: list[Record]) -> Figure:
             x, y = line.get_data()
             axes[i].plot(x, y[-1] * x / x[-1], color="0.6", lw=1, ls=":", zorder=1)
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend()
+    drawn = axes[0 if rows else 1].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside upper center", ncols=2)
     return figure
 
 

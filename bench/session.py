@@ -89,7 +89,7 @@ def environment(settings: Settings) -> dict[str, Any]:
 def measure(settings: Settings, path: Path) -> int:
     """Run the jobs and write their results; pytest's exit code."""
     session = Session(settings, Console(stderr=True))
-    options = "-o addopts= -o filterwarnings=ignore -p no:cacheprovider -s".split()
+    options = ["-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider", "-s"]
     said = io.StringIO()
     with session.progress, redirect_stdout(said):
         code = pytest.main([str(FOLDER), *options, f"--benchmark-json={path}"], plugins=[session])

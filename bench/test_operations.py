@@ -22,7 +22,7 @@ SMALL, MORE_ROUNDS = 1 << 22, 10
 #: Calls in a round of a small call.
 CALLS = 200
 #: Seconds after which a slow peer is measured no more, and rounds that it gets in any case.
-PATIENCE, LEAST_ROUNDS = 2.0, 3
+PATIENCE, LEAST_ROUNDS = 1.5, 3
 #: By the bytes of an element, relative to the largest value: peers may sum in the dtype itself.
 TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}
 
