@@ -75,9 +75,11 @@ def _peers(compared: list[Record]) -> Figure:
                 points[name].append((report["seconds"] / record["floor"], y))
     for name in (name for name in STYLES if name in points):
         color, marker = STYLES[name]
-        front = 3 if name == "fastll" else 2
         x, y = zip(*points[name], strict=True)
-        axes.scatter(x, y, 36, color, marker=marker, label=name, zorder=front)
+        look = {"c": color, "s": 36}
+        if name == "fastll":  # a ring, which hides no peer
+            look = {"c": "none", "edgecolors": color, "linewidths": 1.5, "s": 60}
+        axes.scatter(x, y, marker=marker, label=name, zorder=2, **look)
     axes.axvline(1, color="0.4", lw=1)
     axes.set(xscale="log", xlabel="time, in multiples of the floor (line: the floor)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
