@@ -1,9 +1,8 @@
-"""What memory allows: reading an array once, and reading one while writing another."""
+"""What memory allows: reading an array once, and reading one while writing another, on all threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,26 +13,24 @@ from fastll import threads
 Array = NDArray[Any]
 
 
-def median_time(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median seconds of a call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        call()
-        times.append(perf_counter() - start)
-    return float(np.median(times))
+def reader(*arrays: Array) -> Callable[[], None]:
+    """A call that reads each array once, by a maximum."""
+    words = [_words(x) for x in arrays]
+
+    def read() -> None:
+        for w in words:
+            threads.run(lambda a, b, w=w: w[a:b].max(), w.size, w.size)  # type: ignore[misc]
+
+    return read
 
 
-def read(x: Array) -> float:
-    """Seconds to read `x` once, by a maximum over all threads."""
-    flat = x.reshape(-1).view(np.dtype(f"f{x.itemsize}"))
-    return median_time(lambda: threads.run(lambda a, b: flat[a:b].max(), flat.size, flat.size))
+def copier(source: Array, target: Array) -> Callable[[], None]:
+    """A call that copies one array to another."""
+    s, t = _words(source), _words(target)
+    return lambda: threads.run(lambda a, b: np.copyto(t[a:b], s[a:b]), s.size, s.size)
 
 
-def copy(x: Array) -> float:
-    """Seconds to read `x` once and write as much into warm memory, over all threads."""
-    source, target = x.reshape(-1), np.zeros(x.size, x.dtype)
-    return median_time(
-        lambda: threads.run(lambda a, b: np.copyto(target[a:b], source[a:b]), x.size, x.size)
-    )
+def _words(x: Array) -> Array:
+    """The memory of `x`, whatever its dtype, as floats of 32 bits (an odd last element is left out)."""
+    raw = x.reshape(-1).view(np.uint8)
+    return raw[: raw.size // 4 * 4].view(np.float32)

@@ -1,52 +1,123 @@
-"""Every operation on every backend, in time and in multiples of its floor (`extra_info`)."""
+"""Each job in rounds: the peers, its floor, then fastll at once. Results in `extra_info`."""
 
 from __future__ import annotations
+
+import timeit
+import warnings
+from collections import defaultdict
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fastll
-from bench import floors
-from fastll.operations import OPERATIONS
+from bench.jobs import Job, Settings, Workload, select, workload
+from bench.peers import PEERS, Call, disagreement
+from bench.session import SETTINGS
 
-#: GPT-2's vocabulary, ImageNet's classes, digits; an axis that is not the last one.
-SHAPES = [((2048, 50257), 1), ((65536, 1000), 1), ((500_000, 10), 1), ((4096, 4096), 0)]
+#: Rounds of a small array are short and noisy: there are more of them.
+SMALL, MORE_ROUNDS = 1 << 22, 10
+#: Calls in a round of a small call.
+CALLS = 200
+#: Seconds after which a slow peer is measured no more, and rounds that it gets in any case.
+PATIENCE, LEAST_ROUNDS = 1.5, 3
+#: By the bytes of an element, relative to the largest value: peers may sum in the dtype itself.
+TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}
 
-
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda p: f"{p[0][0]}x{p[0][1]}-axis{p[1]}")
-def case(request):
-    """(x, axis)."""
-    shape, axis = request.param
-    return np.random.default_rng(0).standard_normal(shape, np.float32), axis
-
-
-def floor_of(x: np.ndarray, arrays: int, writes: bool) -> float:
-    """Each further input is one more read; a result in the shape of x is one write.
-
-    Measured for each operation anew, just before it: the speed of a shared machine drifts.
-    """
-    read = floors.read(x) if arrays > 1 or not writes else 0.0
-    return (floors.copy(x) if writes else read) + (arrays - 1) * read
+Times = dict[str, list[float]]
 
 
-@pytest.mark.parametrize("backend", ["numba", "cython"])
-@pytest.mark.parametrize("grad", [False, True], ids=["value", "grad"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(benchmark, case, name, grad, backend):
-    operation = OPERATIONS[name]
-    if grad and not operation.gradient:
-        pytest.skip("has no gradient")
-    if not fastll.backends()[backend].available:
-        pytest.skip(f"backend {backend} is not available")
-    x, axis = case
-    arguments = operation.arguments(np.random.default_rng(1), x, axis)
-    options: dict[str, object] = {} if operation.elementwise else {"axis": axis}
-    out = np.empty_like(x)
-    if grad:
-        options |= {"return_grad": True, "grad_out": out}
-    elif not (operation.reduces or operation.gradient):
-        options |= {"out": out}
-    floor = floor_of(x, 1 + sum(a.shape == x.shape for a in arguments), "out" in options or grad)
-    with fastll.use_backend(backend):
-        benchmark.pedantic(operation.function, (x, *arguments), options, rounds=5, warmup_rounds=1)
-    benchmark.extra_info["times_the_floor"] = benchmark.stats.stats.median / floor
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    jobs = select(metafunc.config.stash.get(SETTINGS, Settings()))
+    metafunc.parametrize("job", jobs, ids=lambda job: job.name)
+
+
+def test_operation(benchmark: Any, job: Job) -> None:
+    status = fastll.backends()[job.backend]
+    if not status.available:
+        pytest.skip(f"backend {job.backend}: {status.reason}")
+    work = workload(job)
+    with fastll.use_backend(job.backend), warnings.catch_warnings(action="ignore"):
+        rivals, reports = bind_peers(job, work, work.call())
+        measure = in_calls if work.floor is None else in_rounds
+        times = measure(benchmark, job, work, rivals)
+    ours = benchmark.stats.stats.data
+    floors = times.pop("floor", None)
+    for name, theirs in times.items():
+        rounds = {"seconds": median(theirs), "rounds": len(theirs)}
+        reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+    fields = ("operation", "variant", "dtype", "logits", "backend")
+    benchmark.extra_info |= {name: getattr(job, name) for name in fields} | {
+        "case": job.case.name,
+        "group": job.case.group,
+        "shape": job.case.shape,
+        "axis": job.case.axis,
+        "nbytes": work.nbytes,
+        "floor": median(floors) if floors else None,
+        "times_the_floor": ratio(ours, floors) if floors else None,
+        "peers": reports,
+    }
+
+
+def bind_peers(
+    job: Job, work: Workload, result: Any
+) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+    """Calls of the peers, warm and compared with fastll's result; and what there is to say of each."""
+    calls: dict[str, Call] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    for name in filter(lambda name: PEERS[name].version, job.against):
+        try:
+            call = PEERS[name].bind(
+                job.operation, job.variant == "gradient", work.x, job.case.axis, work.arguments
+            )
+            if call is None:
+                continue
+            off = disagreement(result, call())
+        except Exception as error:  # whatever goes wrong in a peer is a result
+            reports[name] = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        else:
+            calls[name] = call
+            agrees = off <= TOLERANCE[work.x.itemsize]
+            reports[name] = {"off_by": off, "agrees": agrees}
+    return calls, reports
+
+
+def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
+    """Seconds of one call of each peer, and fastll timed, by many calls in a row."""
+    benchmark.pedantic(work.call, rounds=job.rounds, iterations=CALLS, warmup_rounds=1)
+    return {
+        name: [t / CALLS for t in timeit.repeat(call, repeat=job.rounds, number=CALLS)]
+        for name, call in rivals.items()
+    }
+
+
+def in_rounds(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
+    """Seconds of the peers and of the floor, with fastll timed last in each round."""
+    times: Times = defaultdict(list)
+
+    def before_each() -> None:
+        for name, call in rivals.items():
+            if sum(times[name]) < PATIENCE or len(times[name]) < LEAST_ROUNDS:
+                floor()
+                times[name].append(seconds(call))
+        floor()
+        times["floor"].append(seconds(floor))
+
+    floor = work.floor  # also run before whatever is timed: all find the caches in the same state
+    rounds = job.rounds * (MORE_ROUNDS if work.x.size < SMALL else 1)
+    benchmark.pedantic(work.call, setup=before_each, rounds=rounds)
+    return times
+
+
+def seconds(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds that both had."""
+    n = min(len(above), len(below))
+    return float(np.median(np.divide(above[:n], below[:n])))

@@ -1,0 +1,191 @@
+"""``python -m bench``, from the root of the repository: measure, compare, tabulate, plot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from rich.console import Console
+
+import fastll
+from bench import report
+from bench.cases import CALL_BELOW, CASES, DTYPES, GROUPS, LOGITS, Case
+from bench.crossover import crossover as crossover_lines
+from bench.jobs import Settings, measures, select
+from bench.peers import PEERS
+from bench.plots import draw
+from bench.session import measure
+from fastll.operations import OPERATIONS
+
+Results = click.Path(path_type=Path)
+Folder = click.Path(path_type=Path, file_okay=False)
+
+
+class _Failure(click.ClickException):
+    exit_code = 2  # 1 is for regressions
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except report.ReportError as error:
+            raise _Failure(str(error)) from error
+
+
+def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | None], tuple[str, ...]]:
+    """A callback that splits at commas."""
+
+    def split(ctx: Any, option: Any, value: str | None) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in value.split(",")) if value else ()
+        for name in names:
+            if name not in (*known, *others):
+                raise click.BadParameter(f"{name!r} is none of {', '.join((*known, *others))}")
+        return names
+
+    return split
+
+
+def _cases(value: str | None, axis: int) -> tuple[Case, ...]:
+    """Cases by name or group, or of a shape such as 2048x50257."""
+    cases: list[Case] = []
+    for name in (part.strip() for part in value.split(",")) if value else ():
+        known = [case for case in CASES.values() if name in (case.name, case.group)]
+        cases += known or [_custom(name, axis)]
+    return tuple(cases)
+
+
+def _custom(name: str, axis: int) -> Case:
+    sizes = name.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        known = ", ".join((*GROUPS, *(c.name for c in CASES.values() if c.group in GROUPS[:2])))
+        raise click.BadParameter(
+            f"{name!r} is no shape such as 2048x50257, and none of {known}", param_hint="--shape"
+        )
+    shape = tuple(map(int, sizes))
+    if not -len(shape) <= axis < len(shape):
+        raise click.BadParameter(f"{axis} is no axis of {name}", param_hint="--axis")
+    group = "calls" if prod(shape) < CALL_BELOW else "workloads"
+    axis %= len(shape)
+    label = name if axis == len(shape) - 1 else f"{name}-axis{axis}"
+    return Case(label, shape, axis, tuple(OPERATIONS), group=group)
+
+
+@click.group(
+    cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option("--full", is_flag=True, help="Everything, instead of the quick set of about 2 minutes.")
+@click.option(
+    "--op",
+    "operations",
+    callback=_list_of(OPERATIONS, *measures()),
+    help="Operations, or OPERATION/VARIANT: value, gradient, in-place.",
+)
+@click.option("--shape", help=f"Cases, groups of them ({', '.join(GROUPS)}) or shapes: 2048x50257.")
+@click.option("--axis", default=-1, show_default=True, help="The axis of the classes, of such a shape.")
+@click.option("--dtype", "dtypes", callback=_list_of(DTYPES), help=", ".join(DTYPES))
+@click.option("--logits", callback=_list_of(LOGITS), help=", ".join(LOGITS))
+@click.option("--backend", "backends", callback=_list_of(fastll.backends()), help="Default: cython.")
+@click.option(
+    "--against", callback=_list_of(PEERS, "none"), help=f"{', '.join(PEERS)} (the default), or none."
+)
+@click.option("--threads", type=click.IntRange(1), help="Of fastll and of every peer.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--output", type=Folder, default="results", show_default=True, help="Folder to write to.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    shape: str | None,
+    axis: int,
+    against: tuple[str, ...],
+    threads: int | None,
+    output: Path,
+    **selected: Any,
+) -> None:
+    """Measure fastll beside the floor that memory sets, and beside its peers."""
+    if ctx.invoked_subcommand is not None:
+        return
+    peers = tuple(name for name in against or PEERS if name != "none")
+    settings = Settings(cases=_cases(shape, axis), against=peers, **selected)
+    if not select(settings):
+        raise click.UsageError("nothing to measure: no case has such operations, dtypes and logits")
+    if threads is not None:
+        _limit(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "results.json"
+    path.unlink(missing_ok=True)
+    code = measure(settings, path)
+    results = report.load(path)
+    console = Console(highlight=False)
+    console.print(report.table(results), "")
+    for note in report.notes(results):
+        console.print(note, markup=False)
+    for written in draw(results, output):
+        click.echo(f"Wrote {written}", err=True)
+    ctx.exit({pytest.ExitCode.OK: 0, pytest.ExitCode.INTERRUPTED: 130}.get(code, 1))
+
+
+def _limit(threads: int) -> None:
+    """To as many CPUs as threads: what libraries without a setting of their own go by."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    fastll.set_num_threads(threads)
+
+
+def _share(ctx: Any, option: Any, value: str) -> float:
+    try:
+        share = float(value.removesuffix("%")) / 100
+    except ValueError:
+        share = -1
+    if not share >= 0:
+        raise click.BadParameter(f"{value!r} is no percentage such as 10%")
+    return share
+
+
+@main.command()
+@click.argument("old", type=Results)
+@click.argument("new", type=Results)
+@click.option("--fail-over", callback=_share, default="10%", show_default=True, help="Slower by this.")
+@click.pass_context
+def compare(ctx: click.Context, old: Path, new: Path, fail_over: float) -> None:
+    """Compare results, in multiples of the floor where there is one; exit with 1 if NEW is slower."""
+    table, worse, only = report.compare(report.load(old), report.load(new), fail_over)
+    console = Console(highlight=False)
+    console.print(table, "")
+    for line in only:
+        console.print(line, markup=False)
+    console.print(f"{len(worse)} of {table.row_count} got slower by more than {fail_over:.0%}")
+    ctx.exit(1 if worse else 0)
+
+
+@main.command()
+@click.argument("results", type=Results)
+def table(results: Path) -> None:
+    """Print results as the Markdown tables that README carries."""
+    click.echo(report.markdown(report.load(results)))
+
+
+@main.command()
+@click.argument("results", type=Results)
+@click.option("--output", type=Folder, help="Folder to write to; default: that of RESULTS.")
+def plot(results: Path, output: Path | None) -> None:
+    """Draw the plots of results again."""
+    for written in draw(report.load(results), output or results.parent):
+        click.echo(f"Wrote {written}", err=True)
+
+
+@main.command()
+def crossover() -> None:
+    """Show where Numba overtakes Cython, and when its compilation has paid for itself."""
+    for line in crossover_lines():
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

@@ -1,0 +1,120 @@
+"""What is measured: shapes of real workloads, sweeps over sizes, and kinds of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log, log10
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Case(NamedTuple):
+    """A shape, and operations that make sense for it: `name`, or `name/variant` for one variant."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    operations: tuple[str, ...]
+    quick: tuple[str, ...] = ()  # those that the quick set measures
+    dtypes: tuple[str, ...] = ("float32",)  # the quick set takes the first one
+    logits: tuple[str, ...] = ("randn",)  # likewise
+    group: str = "workloads"
+
+
+BCE = "binary_cross_entropy_with_logits"
+ELEMENTWISE = ("sigmoid", "log_sigmoid", BCE)
+ROWWISE = ("logsumexp", "softmax", "log_softmax", "sparse_cross_entropy", "dense_cross_entropy")
+LOSSES = ("logsumexp", "sparse_cross_entropy")
+BOTH = ("logsumexp/value", "sparse_cross_entropy/gradient")
+SWEPT = (*BOTH, f"{BCE}/gradient")
+
+WORKLOADS = (
+    Case(
+        "gpt2",
+        (2048, 50257),
+        1,
+        (*ROWWISE, *ELEMENTWISE),
+        (*BOTH, "softmax/value"),
+        ("float32", "float64", "bfloat16", "float16"),
+        ("randn", "peaked", "offset", "masked", "ignored"),
+    ),
+    Case("llama2", (8192, 32000), 1, LOSSES),
+    Case("llama3", (1024, 128256), 1, LOSSES),
+    Case("gemma", (512, 256000), 1, LOSSES),
+    Case("imagenet", (65536, 1000), 1, ROWWISE, BOTH),
+    Case("imagenet21k", (4096, 21841), 1, LOSSES),
+    Case("hundred", (500_000, 100), 1, ROWWISE),
+    Case("ten", (2_000_000, 10), 1, ROWWISE, BOTH),
+    Case("criteo", (45_000_000,), 0, ELEMENTWISE, (f"{BCE}/value", f"{BCE}/gradient")),
+    Case("segmentation", (19, 1024, 2048), 0, LOSSES, BOTH[1:]),
+    Case("pixels", (8, 1000, 128, 128), 1, LOSSES),
+    Case("columns", (4096, 4096), 0, ROWWISE, BOTH),
+)
+
+#: Small calls: what counts is the time of a whole call from Python.
+CALLS = (
+    Case("10", (10,), 0, *[("logsumexp", f"{BCE}/value")] * 2, dtypes=("float64",), group="calls"),
+    Case("1x10", (1, 10), 1, *[("sparse_cross_entropy/value",)] * 2, group="calls"),
+    Case("32x1000", (32, 1000), 1, BOTH, BOTH[1:], group="calls"),
+)
+
+_DECADES = {
+    n: BOTH if log10(n).is_integer() else () for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+}
+SWEEPS = (
+    *(
+        Case(f"2^{k}", (2**k >> 10, 1024), 1, SWEPT, SWEPT if k % 3 == 0 else (), group="sizes")
+        for k in range(12, 28)
+    ),
+    *(
+        Case(f"{1000 * n}rows", (1000 * n, 100), 1, BOTH, quick, group="rows")
+        for n, quick in _DECADES.items()
+    ),
+    *(
+        Case(f"{100 * n}classes", (1000, 100 * n), 1, BOTH, quick, group="classes")
+        for n, quick in _DECADES.items()
+    ),
+)
+
+CASES = {case.name: case for case in (*WORKLOADS, *CALLS, *SWEEPS)}
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+#: Elements below which a shape from the command line is a small call, without a floor.
+CALL_BELOW = 100_000
+#: Of one array: with the result, the target and a peer's copies it must fit.
+MAX_BYTES = 1_100_000_000
+
+
+def _peaked(x: Array, labels: Array, axis: int) -> None:
+    """As after training: the label's probability is 0.99."""
+    np.put_along_axis(x, np.expand_dims(labels, axis), 5 + log(x.shape[axis]), axis)
+
+
+def _offset(x: Array, labels: Array, axis: int) -> None:
+    x += 1e4
+
+
+def _masked(x: Array, labels: Array, axis: int) -> None:
+    """Every other class is impossible, but never the label."""
+    np.moveaxis(x, axis, -1)[..., ::2] = -np.inf
+    np.put_along_axis(x, np.expand_dims(labels, axis), 0, axis)
+
+
+def _ignored(x: Array, labels: Array, axis: int) -> None:
+    flat = labels.reshape(-1)
+    flat[np.arange(flat.size) % 10 < 3] = -100
+
+
+#: What is done to standard normal logits and their labels, and the operations that it makes sense for.
+LOGITS: dict[str, tuple[Callable[[Array, Array, int], None], tuple[str, ...]]] = {
+    "randn": (lambda x, labels, axis: None, (*ROWWISE, *ELEMENTWISE)),
+    "peaked": (_peaked, ROWWISE),
+    "offset": (_offset, ROWWISE),
+    "masked": (_masked, ROWWISE[:-1]),
+    "ignored": (_ignored, ("sparse_cross_entropy",)),
+}

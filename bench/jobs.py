@@ -1,0 +1,158 @@
+"""Which measurements there are, and the arrays and calls of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
+import numpy as np
+
+from bench import floors
+from bench.cases import CASES, LOGITS, MAX_BYTES, Array, Case
+from bench.peers import PEERS
+from fastll.operations import OPERATIONS
+
+VARIANTS = ("value", "gradient", "in-place")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line selects; nothing selected is the quick set, or all of it with `full`."""
+
+    full: bool = False
+    operations: tuple[str, ...] = ()
+    cases: tuple[Case, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    logits: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    against: tuple[str, ...] = tuple(PEERS)
+    rounds: int = 7
+    device: str = "cpu"
+
+
+class Job(NamedTuple):
+    """One measurement."""
+
+    operation: str
+    variant: str
+    case: Case
+    dtype: str
+    logits: str
+    backend: str
+    against: tuple[str, ...]
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        parts = (self.operation, self.variant, self.case.name, self.dtype, self.logits, self.backend)
+        return "-".join(parts)
+
+
+def measures() -> list[str]:
+    """Everything that can be measured, as `operation/variant`."""
+    return [f"{name}/{variant}" for name in OPERATIONS for variant in VARIANTS if _has(name, variant)]
+
+
+def _has(name: str, variant: str) -> bool:
+    operation = OPERATIONS[name]
+    writes = operation.gradient or not operation.reduces
+    return {"value": True, "gradient": operation.gradient, "in-place": writes}[variant]
+
+
+def _expand(names: Iterable[str]) -> set[str]:
+    return {m for m in measures() for name in names if name in (m, m.partition("/")[0])}
+
+
+def select(settings: Settings) -> list[Job]:
+    """The jobs, in the order of the cases."""
+    backends = settings.backends or (("cython", "numba") if settings.full else ("cython",))
+    return [
+        Job(
+            *measure.split("/"),
+            case,
+            dtype,
+            logits,
+            backend,
+            # peers once, and where their users would do the same: they leave the logits alone
+            settings.against if _has_peers(case, measure) and backend == backends[0] else (),
+            settings.rounds,
+        )
+        for case in settings.cases or CASES.values()
+        for dtype, logits in _kinds(case, settings)
+        for measure in _measures(case, settings)
+        if measure.partition("/")[0] in LOGITS[logits][1]
+        if np.prod(case.shape, dtype=float) * np.dtype(dtype).itemsize <= MAX_BYTES
+        for backend in backends
+    ]
+
+
+def _has_peers(case: Case, measure: str) -> bool:
+    return case.group in ("workloads", "calls") and not measure.endswith("/in-place")
+
+
+def _measures(case: Case, settings: Settings) -> list[str]:
+    everything = settings.full or settings.cases or (settings.operations and case.quick)
+    wanted = _expand(case.operations if everything else case.quick)
+    if settings.operations:
+        wanted &= _expand(settings.operations)
+    return [measure for measure in measures() if measure in wanted]
+
+
+def _kinds(case: Case, settings: Settings) -> Iterator[tuple[str, str]]:
+    """Pairs of dtype and logits: unless asked for, no more than one of them is unusual."""
+    dtypes = settings.dtypes or (case.dtypes if settings.full else case.dtypes[:1])
+    kinds = settings.logits or (case.logits if settings.full else case.logits[:1])
+    for i, dtype in enumerate(dtypes):
+        for k, logits in enumerate(kinds):
+            if not (i and k) or (settings.dtypes and settings.logits):
+                yield dtype, logits
+
+
+class Workload(NamedTuple):
+    """The arrays of a job, a call of fastll on them, and its floor where it has one."""
+
+    x: Array
+    arguments: tuple[Array, ...]
+    call: Callable[[], Any]
+    floor: Callable[[], None] | None
+    nbytes: int  # that the floor reads and writes
+
+
+def workload(job: Job) -> Workload:
+    """Allocate and fill the arrays of a job."""
+    operation, (_, shape, axis, *_) = OPERATIONS[job.operation], job.case
+    rng = np.random.default_rng(0)
+    wide = np.float64 if job.dtype == "float64" else np.float32
+    x = rng.standard_normal(shape, wide).astype(job.dtype, copy=False)
+    labels = OPERATIONS["sparse_cross_entropy"].arguments(rng, x, axis)
+    LOGITS[job.logits][0](x, *labels, axis)
+    is_sparse = job.operation == "sparse_cross_entropy"
+    arguments = labels if is_sparse else operation.arguments(rng, x, axis)
+
+    options: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
+    writes = job.variant != "value" or not (operation.reduces or operation.gradient)
+    result = x
+    if writes:
+        result = np.zeros_like(x)
+        # in place, the floor's copy restores the logits too
+        source, target = (result, x) if job.variant == "in-place" else (x, result)
+        source[...] = x
+        options |= {"return_grad": True, "grad_out": target} if operation.gradient else {"out": target}
+    call = partial(operation.function, x, *arguments, **options)
+
+    others = [a for a in arguments if a.shape == x.shape]
+    nbytes = (1 + writes + len(others)) * x.nbytes
+    if job.case.group == "calls":
+        return Workload(x, arguments, call, None, nbytes)
+    read = floors.reader(*others, *(() if writes else (x,)))
+    copy = floors.copier(source, target) if writes else None
+
+    def floor() -> None:
+        read()
+        if copy is not None:
+            copy()
+
+    return Workload(x, arguments, call, floor, nbytes)

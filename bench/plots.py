@@ -1,0 +1,133 @@
+"""The plots: fastll beside its peers, the fraction of the floor against size, time against shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import cycle
+from math import prod
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from bench.report import Record, Results, place, records, title
+
+#: Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own.
+STYLES = {
+    "fastll": ("#000000", "o"),
+    "numpy": ("#E69F00", "s"),
+    "scipy": ("#56B4E9", "D"),
+    "torch": ("#D55E00", "^"),
+    "torch.compile": ("#CC79A7", "v"),
+    "jax": ("#009E73", "P"),
+}
+LINES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+DASHES = ("-", "--")
+LOOK = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "font.size": 9,
+    "svg.hashsalt": "fastll",  # the same results are the same file
+}
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """PNG and SVG of each plot that the results have records for."""
+    by_group = defaultdict(list)
+    for record in records(results):
+        by_group[record["group"]].append(record)
+    compared = [r for r in by_group["workloads"] if r["times_the_floor"] and r["peers"]]
+    written: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(LOOK):
+        if compared:
+            written += _save(_peers(compared), folder / "peers")
+        if by_group["sizes"]:
+            written += _save(_sizes(by_group["sizes"]), folder / "sizes")
+        if by_group["rows"] or by_group["classes"]:
+            written += _save(_scaling(by_group["rows"], by_group["classes"]), folder / "scaling")
+    return written
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for target in paths:
+        figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
+    return paths
+
+
+def _peers(compared: list[Record]) -> Figure:
+    """Dots: on a logarithmic axis, which starts nowhere, the length of a bar would mean nothing."""
+    figure = Figure((9, 1.4 + 0.3 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    points: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for y, record in enumerate(compared):
+        points["fastll"].append((record["times_the_floor"], y))
+        for name, report in record["peers"].items():
+            if "faster" in report:
+                points[name].append((report["seconds"] / record["floor"], y))
+    for name in (name for name in STYLES if name in points):
+        color, marker = STYLES[name]
+        x, y = zip(*points[name], strict=True)
+        look = {"c": color, "s": 36}
+        if name == "fastll":  # a ring, which hides no peer
+            look = {"c": "none", "edgecolors": color, "linewidths": 1.5, "s": 60}
+        axes.scatter(x, y, marker=marker, label=name, zorder=2, **look)
+    axes.axvline(1, color="0.4", lw=1)
+    axes.set(xscale="log", xlabel="time, in multiples of the floor (line: the floor)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid(axis="x")
+    labels = [f"{title(r)}\n{place(r)}, {r['dtype']}" for r in compared]
+    axes.set_yticks(range(len(compared)), labels, fontsize=7)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=len(points))
+    return figure
+
+
+def _sizes(swept: list[Record]) -> Figure:
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    _lines(axes, swept, lambda r: prod(r["shape"]), lambda r: 1 / r["times_the_floor"])
+    axes.axhline(1, color="0.4", lw=1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="elements of the logits", ylabel="speed, of what memory allows", ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def _scaling(rows: list[Record], classes: list[Record]) -> Figure:
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for i, (name, swept) in enumerate((("rows", rows), ("classes", classes))):
+        _lines(axes[i], swept, lambda r, i=i: r["shape"][i], lambda r: 1e3 * r["seconds"])  # type: ignore[misc]
+        axes[i].set(xscale="log", yscale="log", xlabel=name)
+        for line in axes[i].get_lines():  # straight up from the largest
+            x, y = line.get_data()
+            axes[i].plot(x, y[-1] * x / x[-1], color="0.6", lw=1, ls=":", zorder=1)
+    axes[0].set_ylabel("milliseconds")
+    drawn = axes[0 if rows else 1].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _lines(
+    axes: Axes, swept: list[Record], x: Callable[[Record], float], y: Callable[[Record], float]
+) -> None:
+    """A line an operation and backend."""
+    lines = defaultdict(list)
+    for record in swept:
+        lines[title(record), record["backend"]].append((x(record), y(record)))
+    styles = dict(zip(dict.fromkeys(name for name, _ in lines), cycle(LINES)))
+    dashes = dict(zip(dict.fromkeys(backend for _, backend in lines), cycle(DASHES)))
+    for (name, backend), points in lines.items():
+        color, marker = styles[name]
+        look = {"color": color, "marker": marker, "ms": 4, "ls": dashes[backend]}
+        axes.plot(*zip(*points, strict=True), label=f"{name} ({backend})", **look)

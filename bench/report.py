@@ -1,0 +1,194 @@
+"""Results into words: a line, a table in the terminal, one in Markdown, a comparison of two files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+Results = dict[str, Any]
+Record = dict[str, Any]
+
+
+class ReportError(Exception):
+    """What is wrong with a file, or with a run."""
+
+
+def load(path: Path) -> Results:
+    """The results in a file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        list(records(results)), results["environment"]["peers"], results["unmeasured"]
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ReportError(f"{path} has no results of python -m bench: {error!r}") from error
+    return results
+
+
+def records(results: Results) -> Iterator[Record]:
+    """One measurement each."""
+    for benchmark in results["benchmarks"]:
+        if benchmark["extra_info"]:  # else it was interrupted
+            median = {"name": benchmark["param"], "seconds": benchmark["stats"]["median"]}
+            yield benchmark["extra_info"] | median
+
+
+def seconds(value: float) -> str:
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if value * factor < 1000:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value:.3g} s"
+
+
+def multiple(value: float | None) -> str:
+    """Two digits, more of which no shared machine would repeat."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def faster(record: Record, peer: str) -> str:
+    """How many times as long the peer takes."""
+    report = record["peers"].get(peer, {})
+    if "failed" in report:
+        return "failed"
+    return multiple(report.get("faster")) + ("" if report.get("agrees", True) else " !")
+
+
+def describe(record: Record) -> str:
+    """A result in a line."""
+    said = [seconds(record["seconds"])]
+    if record["times_the_floor"]:
+        said.append(f"{multiple(record['times_the_floor'])} x floor")
+    said += [f"{peer} {faster(record, peer)}" for peer in record["peers"]]
+    return ", ".join(said)
+
+
+def title(record: Record) -> str:
+    """The operation and its variant."""
+    return record["operation"] + ("" if record["variant"] == "value" else f", {record['variant']}")
+
+
+def place(record: Record) -> str:
+    """The case, and its logits where they are unusual."""
+    return record["case"] + ("" if record["logits"] == "randn" else f", {record['logits']}")
+
+
+def _peers(results: Results) -> list[str]:
+    """Those that there is anything to say of."""
+    said = {peer for record in records(results) for peer in record["peers"]}
+    return [peer for peer in results["environment"]["peers"] if peer in said]
+
+
+def table(results: Results) -> Table:
+    """Everything but the sweeps, which are for the plots."""
+    peers = _peers(results)
+    result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("operation\ncase, dtype, backend", overflow="fold")
+    for name in ("time", "GB/s", "x floor", *peers):
+        result.add_column(name.replace(".", "\n."), justify="right", no_wrap=True, overflow="fold")
+    for record in records(results):
+        if record["group"] in ("workloads", "calls"):
+            large = record["times_the_floor"] is not None
+            result.add_row(
+                escape(f"{title(record)}\n{place(record)}, {record['dtype']}, {record['backend']}"),
+                seconds(record["seconds"]),
+                f"{record['nbytes'] / record['seconds'] / 1e9:.1f}" if large else "",
+                multiple(record["times_the_floor"]),
+                *(faster(record, peer) for peer in peers),
+            )
+    return result
+
+
+def notes(results: Results) -> Iterator[str]:
+    """Machine and versions, and everything that was not measured or does not agree."""
+    environment = results["environment"]
+    versions = {"fastll": environment["versions"]["fastll"]} | environment["peers"]
+    yield (
+        f"{environment['threads']} threads, {environment['cpu']}, {environment['instruction_set']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"; medians of {environment['rounds']} rounds or more, of slow peers of 3 or more. "
+        "Of a peer: how many times as long as fastll it takes (! where its result differs)."
+    )
+    missing = [name for name, version in environment["peers"].items() if version is None]
+    if missing:
+        yield f"Not installed: {', '.join(missing)}."
+    for name, reason in results["unmeasured"].items():
+        yield f"Not measured: {name}: {reason}"
+    for record in records(results):
+        for peer, report in record["peers"].items():
+            if "failed" in report:
+                yield f"{peer} failed: {record['name']}: {report['failed']}"
+            elif not report["agrees"]:
+                yield f"{peer} differs by {report['off_by']:.0e} of the largest value: {record['name']}"
+
+
+def markdown(results: Results) -> str:
+    """README's tables: multiples of the floor by operation and case; times, and ratios to each peer."""
+    usual = [r for r in records(results) if r["group"] in ("workloads", "calls")]
+    large = [r for r in usual if r["times_the_floor"] is not None]
+    cases = list(dict.fromkeys(_heading(r) for r in large))
+    multiples = {(_label(r), _heading(r)): multiple(r["times_the_floor"]) for r in large}
+    labels = dict.fromkeys(label for label, _ in multiples)
+    peers = _peers(results)
+    lines = [
+        *_header("multiples of the floor", *cases),
+        *(_line(label, *(multiples.get((label, case), "") for case in cases)) for label in labels),
+        "",
+        *_header("times as fast as", "logits", "time", *peers),
+    ]
+    for r in usual:
+        if r["peers"]:
+            ratios = (faster(r, peer) for peer in peers)
+            lines.append(_line(_label(r), _heading(r), seconds(r["seconds"]), *ratios))
+    return "\n".join((*lines, "", *notes(results)))
+
+
+def _label(record: Record) -> str:
+    name, _, variant = title(record).partition(", ")
+    other = [variant] if variant else []
+    other += [record["dtype"]] if record["dtype"] != "float32" else []
+    return ", ".join((f"`{name}`", *other, record["backend"]))
+
+
+def _heading(record: Record) -> str:
+    shape = " x ".join(map(str, record["shape"]))
+    last = record["axis"] == len(record["shape"]) - 1
+    unusual = "" if record["logits"] == "randn" else f", {record['logits']}"
+    return shape + ("" if last else f", axis {record['axis']}") + unusual
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _header(*cells: str) -> tuple[str, str]:
+    return _line(*cells), _line(*("---" for _ in cells))
+
+
+def compare(old: Results, new: Results, fail_over: float) -> tuple[Table, list[str], list[str]]:
+    """A table of new over old, the names of what got slower by more than a share, and notes."""
+    before, after = ({r["name"]: r for r in records(results)} for results in (old, new))
+    result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("measurement", overflow="fold")
+    for name in ("old", "new", "new / old"):
+        result.add_column(name, justify="right")
+    worse = []
+    for name in (name for name in before if name in after):
+        pair = (before[name], after[name])
+        # multiples of the floor where there are: they do not depend on how busy the machine was
+        measure = "times_the_floor" if all(r["times_the_floor"] for r in pair) else "seconds"
+        shown = [multiple(r[measure]) if measure != "seconds" else seconds(r[measure]) for r in pair]
+        change = pair[1][measure] / pair[0][measure]
+        if change > 1 + fail_over:
+            worse.append(name)
+        result.add_row(escape(name), *shown, f"{change:.2f}{' worse' if name in worse else ''}")
+    only = [f"Only in the old file: {name}" for name in before if name not in after]
+    only += [f"Only in the new file: {name}" for name in after if name not in before]
+    return result, worse, only
