@@ -26,7 +26,7 @@ NAMES = tuple(_PACKAGES)
 #: Elements of one call from which Numba's dearer launch (10 us) is lost in the work.
 NUMBA_FROM = 1 << 20
 #: Elements that an operation must have handled before its Numba kernel is worth compiling: 2 to 4 s,
-#: against a gain of at most 0.2 ns an element. Both are measured by `python -m bench.crossover`.
+#: against a gain of at most 0.2 ns an element. Both are measured by `python -m bench crossover`.
 NUMBA_PAYS_AFTER = 1 << 34
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
