@@ -146,59 +146,46 @@ cdef void write_rest(Pending* row, real like) noexcept nogil:
     row.j = row.n
 
 
-cdef double scan_block(
-    const real* v, Py_ssize_t n, const State* row, double* highest, real* terms, Pending* pending
-) noexcept nogil:
-    """Sum of exp(x) / 2**n, and the maximum, in one pass, for a block below the maximum of `row`."""
-    cdef real floor, magic
-    window(row.n, SUM_SHIFT, &floor, &magic)
-    cdef Vec[real] x, term, lowest = splat(-<real> INFINITY), sums = splat(<real> 0)
-    cdef Vec[real] top = lowest
-    cdef Py_ssize_t b, j, ready = vectors_left(pending, <real> 0)
-    cdef Pending old = pending[0]
-    for b in range(vectors_of(v, n)):
-        j = b * lanes_of(v)
-        x = load_ahead(v + j, n - j, lowest)
-        top = maximum(x, top)
-        term = exponential(x, splat(floor), splat(magic), floor)
-        sums = sums + term
-        if terms != NULL:
-            store_all(terms + j, term)
-        if b < ready:
-            write_vector(&old, old.j + j, <real> 0)
-    pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
-    highest[0] = largest(top)
-    return total(sums) * SUM_UNSHIFT
+cdef struct Ahead:
+    # What a pass over a block of a row does meanwhile, so that memory and arithmetic both are busy.
+    Pending* pending  # a row to write
+    void* next  # the row's next block, or NULL, whose maximum it finds
+    Py_ssize_t n
+    double top
 
 
-cdef void sum_block(
-    const real* v, Py_ssize_t n, State* row, real* terms, Pending* pending
+cdef inline void add_block(
+    const real* v, Py_ssize_t n, State* row, bint at_top, real* terms, Ahead* ahead
 ) noexcept nogil:
-    """Add the sum of exp(x) / 2**n over the elements other than m, and how many are equal to m."""
-    if not usable(row.m):
-        if terms != NULL:
-            fill_block(terms, n, <real> 0)  # right for -inf; of others nobody asks
-        sum_exact(v, 1, n, row)
-        return
+    """Add the sum of exp(x) / 2**n over a block; `at_top`: of the elements other than m, and count those."""
     cdef real floor, magic
     window(row.n, SUM_SHIFT, &floor, &magic)
     cdef Vec[real] x, term, zero = splat(<real> 0), one = splat(<real> 1), tops = splat(<real> row.m)
-    cdef Vec[real] sums = zero, counts = zero
-    cdef Py_ssize_t b, j, ready = vectors_left(pending, <real> 0)
-    cdef Pending old = pending[0]
+    cdef Vec[real] sums = zero, counts = zero, lowest = splat(-<real> INFINITY)
+    cdef Vec[real] top = lowest
+    cdef const real* next = <const real*> ahead.next
+    cdef Pending old = ahead.pending[0]
+    cdef Py_ssize_t b, j, ready = vectors_left(&old, <real> 0), further = vectors_of(next, ahead.n)
     for b in range(vectors_of(v, n)):
         j = b * lanes_of(v)
-        x = load_ahead(v + j, n - j, splat(-<real> INFINITY))
+        if b < further:
+            top = maximum(load_ahead(next + j, ahead.n - j, lowest), top)
+        x = load(v + j, n - j, lowest)
         term = exponential(x, splat(floor), splat(magic), floor)
-        sums = sums + where_eq(x, tops, zero, term)
-        counts = counts + where_eq(x, tops, one, zero)
+        if at_top:
+            sums = sums + where_eq(x, tops, zero, term)
+            counts = counts + where_eq(x, tops, one, zero)
+        else:
+            sums = sums + term
         if terms != NULL:
             store_all(terms + j, term)
         if b < ready:
             write_vector(&old, old.j + j, <real> 0)
-    pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
+    ahead.pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
+    ahead.top = largest(top)
     row.added += total(sums) * SUM_UNSHIFT
-    row.k += total(counts)
+    if at_top:
+        row.k += total(counts)
 
 
 cdef void sum_exact(const real* v, Py_ssize_t step, Py_ssize_t n, State* row) noexcept nogil:
@@ -222,20 +209,23 @@ cdef void sum_exact(const real* v, Py_ssize_t step, Py_ssize_t n, State* row) no
 
 
 cdef void fold_block(
-    const real* v, Py_ssize_t n, State* row, real* terms, Pending* pending
+    const real* v, Py_ssize_t n, double top, State* row, real* terms, Ahead* ahead
 ) noexcept nogil:
-    """Add a block to the state of a row. Leave its terms, exp(x) / 2**(n - SUM_SHIFT), if not NULL."""
-    cdef double below, top
-    if usable(row.m):
-        below = scan_block(v, n, row, &top, terms, pending)
-        if top < row.m:
-            row.added += below
-            return
-    else:
-        top = max_block(v, n)
+    """Add a block with maximum `top` to the state of a row.
+
+    Leave its terms, exp(x) / 2**(n - SUM_SHIFT), if they are not NULL.
+    """
     if top > row.m:
         raise_maximum(row, top)
-    sum_block(v, n, row, terms, pending)
+    if not usable(row.m):
+        if terms != NULL:
+            fill_block(terms, n, <real> 0)  # right for -inf; of others nobody asks
+        sum_exact(v, 1, n, row)
+        ahead.top = max_block(<const real*> ahead.next, ahead.n)
+    elif top < row.m:
+        add_block(v, n, row, False, terms, ahead)
+    else:
+        add_block(v, n, row, True, terms, ahead)
 
 
 cdef void mask_block(const real* v, const real* b, Py_ssize_t n, real* out) noexcept nogil:

@@ -35,6 +35,7 @@ cdef Py_ssize_t rows_of_group(const Call* call, real like) noexcept nogil:
 cdef struct Buffers:
     # BLOCK elements of the compute dtype
     void* x
+    void* next
     void* u
     void* slope
     void* out
@@ -50,6 +51,7 @@ cdef Py_ssize_t lay_out_buffers(
     cdef Py_ssize_t rows = 2 * rows_of_group(call, like) if keeps_terms(call, like) else 0
     cdef char* at = memory
     buffers.x, at = at, at + BLOCK * sizeof(real)
+    buffers.next, at = at, at + BLOCK * sizeof(real)
     buffers.u, at = at, at + BLOCK * sizeof(real)
     buffers.slope, at = at, at + BLOCK * sizeof(real)
     buffers.out, at = at, at + BLOCK * sizeof(real)
@@ -152,6 +154,19 @@ cdef void write_rows(
         complete_row(call, buffers, group, i, &row, like)
 
 
+cdef inline void fetch_next(
+    const Call* call, Buffers* buffers, char* start, Py_ssize_t j, Ahead* ahead, real like
+) noexcept nogil:
+    """The block of elements from j on; the one before it stays where it is."""
+    buffers.x, buffers.next = buffers.next, buffers.x
+    ahead.n = min(BLOCK, call.classes - j)
+    ahead.next = NULL
+    if ahead.n > 0:
+        ahead.next = <void*> fetch_capped(
+            call, start, j, ahead.n, <real*> buffers.next, <real*> NULL
+        )
+
+
 cdef void fold_rows(
     const Call* call, Buffers* buffers, Group* group, const Group* before, real like
 ) noexcept nogil:
@@ -159,7 +174,6 @@ cdef void fold_rows(
 
     Meanwhile, write the rows of the group before.
     """
-    cdef real* buffer = <real*> buffers.x
     cdef real* other = <real*> buffers.u
     cdef real* terms
     cdef char* x_start
@@ -168,9 +182,11 @@ cdef void fold_rows(
     cdef const real* v
     cdef const real* b
     cdef Py_ssize_t i, j, n, block
-    cdef double m, added, weight
+    cdef double m, top, added, weight
     cdef Pending pending
+    cdef Ahead ahead
     cdef State row
+    ahead.pending = &pending
     for i in range(group.count):
         pending = pending_row(call, buffers, before, i, like)
         if group.kept[i] == 0.0 and call.lse.address == NULL:
@@ -181,16 +197,17 @@ cdef void fold_rows(
         t_start = start_of(&call.target, group.outer, group.inner + i)
         terms = terms_of(call, buffers, group, i, like)
         row = state_of(group, i)
+        fetch_next(call, buffers, x_start, 0, &ahead, like)
+        ahead.top = max_block(<const real*> ahead.next, ahead.n)
         for block in range(blocks_of(call.classes)):
             j = block * BLOCK
-            n = min(BLOCK, call.classes - j)
-            v = fetch_capped(call, x_start, j, n, buffer, <real*> NULL)
-            m = row.m
+            v, n, top, m = <const real*> ahead.next, ahead.n, ahead.top, row.m
+            fetch_next(call, buffers, x_start, j + n, &ahead, like)
             if call.b.address != NULL:
                 b = fetch(&call.b, b_start, j, n, other)
                 fold_weighted_block(v, b, n, &row, <real*> buffers.out)
             else:
-                fold_block(v, n, &row, terms + j if terms != NULL else NULL, &pending)
+                fold_block(v, n, top, &row, terms + j if terms != NULL else NULL, &ahead)
                 buffers.exponents[block] = row.n
             if call.spread:
                 b = fetch_target(call, t_start, j, n, other)
@@ -205,7 +222,7 @@ cdef void fold_rows(
                     n = min(BLOCK, call.classes - j)
                     scale_block(terms + j, n, <real> power(buffers.exponents[block] - row.n))
         if call.sparse and group.kept[i] != 0.0:
-            group.x_y[i] = fetch_capped(call, x_start, group.y[i], 1, buffer, other)[0]
+            group.x_y[i] = fetch_capped(call, x_start, group.y[i], 1, <real*> buffers.x, other)[0]
             group.slope_y[i] = other[0] if call.capped else 1.0
         complete_row(call, buffers, before, i, &pending, like)
     write_rows(call, buffers, before, group.count, like)

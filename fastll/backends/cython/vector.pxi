@@ -10,7 +10,7 @@ ctypedef fused real:
 
 cdef enum:
     LANES = 32  # the most a vector has; see lanes_of
-    AHEAD = 1024  # bytes from what is read or written to what is prefetched
+    AHEAD = 2048  # bytes from what is read or written to what is prefetched
 
 cdef extern from "vector.hpp" nogil:
     cdef cppclass Vec[T]:

@@ -217,36 +217,13 @@ def write_rest(row):
 
 
 @njit(**INLINE)
-def scan_block(v, n, row, terms, pending, like):
-    """(sum of exp(x) / 2**n, maximum) in one pass, for a block below the maximum of `row`."""
-    size, count = size_of(like), lanes_of(like)
-    lowest = splat(-constants(like).infinity)
-    floor, magic = window(row.n, float(SUM_SHIFT), like)
-    floors, magics = splat(floor), splat(magic)
-    top = lowest
-    sums = splat(constants(like).zero)
-    ready = vectors_left(pending) * count
-    for j in range(0, n, count):
-        x = load_ahead(v + j * size, n - j, lowest)
-        top = maximum(x, top)
-        term = exponential(x, floors, magics)
-        sums = sums + term
-        if terms != 0:
-            store(terms + j * size, count, term)
-        if j < ready:
-            write_vector(pending, pending.j + j, count, True)
-    return total(sums) * 2.0**-SUM_SHIFT, np.float64(largest(top))
+def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
+    """The state with a block added, what is left of the pending row, and the next block's maximum.
 
-
-@njit(**INLINE)
-def sum_block(v, n, row, terms, pending, like):
-    """Add the sum of exp(x) / 2**n over the elements other than m, and how many are equal to m."""
+    Adds the sum of exp(x) / 2**n; `at_top`: of the elements other than m, and counts those. The row
+    that is pending is written and the next block read meanwhile: memory and arithmetic both are busy.
+    """
     size, count = size_of(like), lanes_of(like)
-    if not usable(row.m):
-        if terms != 0:
-            fill_block(terms, n, 0.0, like)  # right for -inf; of others nobody asks
-        e, k = sum_exact(v, size, n, row.m, like)
-        return State(row.m, row.e + e, row.k + k, row.n, row.added)
     c = constants(like)
     lowest, zero, one = splat(-c.infinity), splat(c.zero), splat(c.one)
     tops = splat(cast(row.m, like))
@@ -254,18 +231,25 @@ def sum_block(v, n, row, terms, pending, like):
     floors, magics = splat(floor), splat(magic)
     sums = zero
     counts = zero
+    top = lowest
     ready = vectors_left(pending) * count
     for j in range(0, n, count):
-        x = load_ahead(v + j * size, n - j, lowest)
+        if j < next_n:
+            top = maximum(load_ahead(next_v + j * size, next_n - j, lowest), top)
+        x = load(v + j * size, n - j, lowest)
         term = exponential(x, floors, magics)
-        sums = sums + where_eq(x, tops, zero, term)
-        counts = counts + where_eq(x, tops, one, zero)
+        if at_top:
+            sums = sums + where_eq(x, tops, zero, term)
+            counts = counts + where_eq(x, tops, one, zero)
+        else:
+            sums = sums + term
         if terms != 0:
             store(terms + j * size, count, term)
         if j < ready:
             write_vector(pending, pending.j + j, count, True)
-    added = row.added + total(sums) * 2.0**-SUM_SHIFT
-    return State(row.m, row.e, row.k + total(counts), row.n, added)
+    row = State(row.m, row.e, row.k + total(counts), row.n, row.added + total(sums) * 2.0**-SUM_SHIFT)
+    written = min(ready, (n + count - 1) // count * count)
+    return row, advanced(pending, written), np.float64(largest(top))
 
 
 @njit
@@ -290,29 +274,20 @@ def sum_exact(v, step, n, m, like):
 
 
 @njit(**INLINE)
-def progress(pending, n, like):
-    """What is left of a pending row after a pass over n elements."""
-    vectors = (n + lanes_of(like) - 1) // lanes_of(like)
-    return advanced(pending, min(vectors_left(pending), vectors) * lanes_of(like))
-
-
-@njit(**INLINE)
-def fold_block(v, n, row, terms, pending, like):
-    """The state with a block added, and what is left of the pending row.
+def fold_block(v, n, top, row, terms, pending, next_v, next_n, like):
+    """`add_block` for a block with maximum `top`.
 
     Leaves the block's terms, exp(x) / 2**(n - SUM_SHIFT), unless their address is 0.
     """
-    if usable(row.m):
-        below, top = scan_block(v, n, row, terms, pending, like)
-        pending = progress(pending, n, like)
-        if top < row.m:
-            return State(row.m, row.e, row.k, row.n, row.added + below), pending
-    else:
-        top = max_block(v, n, like)
     if top > row.m:
         row = raise_maximum(row, top)
-    row = sum_block(v, n, row, terms, pending, like)
-    return row, progress(pending, n, like) if usable(row.m) else pending
+    if usable(row.m):
+        return add_block(v, n, row, top == row.m, terms, pending, next_v, next_n, like)
+    if terms != 0:
+        fill_block(terms, n, 0.0, like)  # right for -inf; of others nobody asks
+    e, k = sum_exact(v, size_of(like), n, row.m, like)
+    row = State(row.m, row.e + e, row.k + k, row.n, row.added)
+    return row, pending, max_block(next_v, next_n, like)
 
 
 @njit(**INLINE)

@@ -27,6 +27,7 @@ from fastll.backends.numba.blocks import (
     fold_block,
     fold_weighted_block,
     linear_block,
+    max_block,
     multiply_block,
     release,
     scale_block,
@@ -105,8 +106,8 @@ class Group(NamedTuple):
 class Buffers(NamedTuple):
     """Addresses of memory for one call."""
 
-    x: int  # BLOCK elements of the compute dtype
-    u: int
+    x: int  # BLOCK elements of the compute dtype, twice
+    u: int  # BLOCK elements
     slope: int
     out: int
     exponents: int  # float64: of the reference of each block of a row's exponentials
@@ -121,12 +122,14 @@ def allocate(classes, groups_of_terms, like):
     size = size_of(like)
     block, blocks = BLOCK * size, (classes + BLOCK - 1) // BLOCK
     pitch = (classes * size + 127) // 128 * 128
-    memory = np.empty(4 * block + blocks * 8 + 2 * END + 2 * groups_of_terms * pitch + 64, np.uint8)
+    memory = np.empty(5 * block + blocks * 8 + 2 * END + 2 * groups_of_terms * pitch + 64, np.uint8)
     at = (address_of(memory) + 63) // 64 * 64
-    tables = at + 4 * block
+    tables = at + 5 * block
     terms = tables + 2 * END
     exponents = terms + 2 * groups_of_terms * pitch
-    buffers = Buffers(at, at + block, at + 2 * block, at + 3 * block, exponents, tables, terms, pitch)
+    buffers = Buffers(
+        at, at + 2 * block, at + 3 * block, at + 4 * block, exponents, tables, terms, pitch
+    )
     return buffers, memory
 
 
@@ -227,6 +230,31 @@ def nothing_pending(like):
     return Pending(0, 0, 0, 0, False, False, zero, zero, zero, zero, zero)
 
 
+@njit(**INLINE)
+def fetch_capped(x, start, j, n, cap, buffer, slope, like):
+    """`fetch`, then the soft cap where there is one; its derivative into `slope` unless that is 0."""
+    v = fetch(x, start, j, n, buffer, like)
+    if cap != 0.0:
+        cap_block(v, n, cap, buffer, slope, like)
+        return buffer
+    return v
+
+
+@njit(**INLINE)
+def next_block(x, start, j, cap, buffers, classes, like):
+    """(address, length) of the block of elements from j on; the one before it stays where it is."""
+    n = min(BLOCK, classes - j)
+    buffer = buffers.x + j // BLOCK % 2 * BLOCK * size_of(like)
+    return fetch_capped(x, start, j, n, cap, buffer, 0, like) if n > 0 else 0, n
+
+
+@njit(**INLINE)
+def first_block(x, start, cap, buffers, classes, like):
+    """(address, length, maximum) of a row's first block."""
+    v, n = next_block(x, start, 0, cap, buffers, classes, like)
+    return v, n, max_block(v, n, like)
+
+
 @cached
 @njit(**KERNEL)
 def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
@@ -240,29 +268,20 @@ def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
         for i in range(group.count):
             x_start = start_of(x, group.outer, group.inner + i)
             s = state_of(group.table, i)
+            v, n, top = first_block(x, x_start, 0.0, buffers, classes, like)
             for j in range(0, classes, BLOCK):
-                n = min(BLOCK, classes - j)
-                v = fetch(x, x_start, j, n, buffers.x, like)
+                next_v, next_n = next_block(x, x_start, j + n, 0.0, buffers, classes, like)
                 if b.address == 0:
-                    s, pending = fold_block(v, n, s, 0, pending, like)
+                    s, pending, top = fold_block(v, n, top, s, 0, pending, next_v, next_n, like)
                 else:
                     weights = start_of(b, group.outer, group.inner + i)
                     weights = fetch(b, weights, j, n, buffers.u, like)
                     s = fold_weighted_block(v, weights, n, s, buffers.out, like)
+                v, n = next_v, next_n
             set_state(group.table, i, s)
         conclude_logsumexp(state, out, sign, b.address != 0, group, like)
         row += group.count
     release(memory)
-
-
-@njit(**INLINE)
-def fetch_capped(x, start, j, n, cap, buffer, slope, like):
-    """`fetch`, then the soft cap where there is one; its derivative into `slope` unless that is 0."""
-    v = fetch(x, start, j, n, buffer, like)
-    if cap != 0.0:
-        cap_block(v, n, cap, buffer, slope, like)
-        return buffer
-    return v
 
 
 @njit(**INLINE)
@@ -380,12 +399,12 @@ def reduce(
                 x_start = start_of(x, group.outer, group.inner + i)
                 t_start = start_of(t, group.outer, group.inner + i)
                 s = state_of(table, i)
+                v, n, top = first_block(x, x_start, cap, buffers, classes, like)
                 for j in range(0, classes, BLOCK):
-                    n = min(BLOCK, classes - j)
-                    v = fetch_capped(x, x_start, j, n, cap, buffers.x, 0, like)
+                    next_v, next_n = next_block(x, x_start, j + n, cap, buffers, classes, like)
                     m = s.m
                     at = group.terms + i * buffers.pitch + j * size if keeps else 0
-                    s, pending = fold_block(v, n, s, at, pending, like)
+                    s, pending, top = fold_block(v, n, top, s, at, pending, next_v, next_n, like)
                     put(buffers.exponents, j // BLOCK, s.n)
                     if spread:
                         u = fetch_target(t, t_start, w, j, n, options, classes, buffers.u, like)
@@ -394,6 +413,7 @@ def reduce(
                         added += times(mass, s.m - m)
                         put(table + DISTANCE, i, get(table + DISTANCE, i) + added)
                         put(table + MASS, i, mass + weight)
+                    v, n = next_v, next_n
                 set_state(table, i, s)
                 if keeps:  # all for one reference; what underflows here does so in the result
                     for j in range(0, classes, BLOCK):

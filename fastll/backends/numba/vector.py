@@ -23,7 +23,7 @@ from numba.extending import intrinsic, models, overload, register_model
 INLINE = {"forceinline": True, "error_model": "numpy"}
 
 #: Bytes from what is read or written to what is prefetched.
-AHEAD = 1024
+AHEAD = 2048
 
 LANES = {types.float32: 32, types.float64: 16}
 
