@@ -12,7 +12,7 @@ FOLDER = "fastll/backends/cython"
 #: IEEE arithmetic: nothing is reordered or contracted.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing", "-std=c++17", "-Wno-psabi", "-Wno-ignored-attributes"]
-V3 = [*FLAGS, "-mavx2", "-mfma", "-mbmi2"]
+V3 = [*FLAGS, "-mavx2", "-mfma", "-mbmi2", "-mf16c"]
 V4 = [*V3, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
 
 #: What is small enough to be inline is so because its vectors must stay in registers.

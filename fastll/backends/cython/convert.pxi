@@ -99,7 +99,7 @@ cdef inline uint32_t to_bfloat(float value) noexcept nogil:
     return quiet if value != value else (bits + 0x7FFF + odd) >> 16
 
 
-cdef inline void read_numbers(
+cdef void read_numbers(
     const char* source, Py_ssize_t step, Py_ssize_t n, bint swapped, real* out, stored like
 ) noexcept nogil:
     cdef Py_ssize_t i
@@ -111,14 +111,16 @@ cdef inline void read_numbers(
             out[i] = <real> element(source + i * step, swapped, like)
 
 
-cdef inline void read_halves(
+cdef void read_halves(
     const char* source, Py_ssize_t step, Py_ssize_t n, bint swapped, real* out, bint brain
 ) noexcept nogil:
     """float16, or bfloat16 if `brain`."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done = 0
     cdef uint16_t bits
     if step == 2 and not swapped:
-        for i in range(n):
+        if real is float and not brain:
+            done = from_halves(source, out, n)
+        for i in range(done, n):
             bits = element(source + i * 2, False, <uint16_t> 0)
             out[i] = from_bfloat(bits) if brain else from_half(bits)
     else:
@@ -127,7 +129,7 @@ cdef inline void read_halves(
             out[i] = from_bfloat(bits) if brain else from_half(bits)
 
 
-cdef inline void write_numbers(
+cdef void write_numbers(
     const real* numbers, char* out, Py_ssize_t step, Py_ssize_t n
 ) noexcept nogil:
     cdef Py_ssize_t i
@@ -135,13 +137,14 @@ cdef inline void write_numbers(
         memcpy(out + i * step, numbers + i, sizeof(real))
 
 
-cdef inline void write_halves(
+cdef void write_halves(
     const float* numbers, char* out, Py_ssize_t step, Py_ssize_t n, bint brain
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, done
     cdef uint16_t bits
     if step == 2:
-        for i in range(n):
+        done = 0 if brain else to_halves(numbers, out, n)
+        for i in range(done, n):
             bits = <uint16_t> (to_bfloat(numbers[i]) if brain else to_half(numbers[i]))
             memcpy(out + i * 2, &bits, 2)
     else:

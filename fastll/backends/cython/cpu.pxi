@@ -5,7 +5,7 @@ cdef extern from *:
     #if defined(__x86_64__) && defined(__GNUC__)
         __builtin_cpu_init();
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-            !__builtin_cpu_supports("bmi2"))
+            !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("f16c"))
             return 1;
         if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
             !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl") ||

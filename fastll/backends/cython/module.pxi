@@ -115,20 +115,17 @@ cdef class Kernel:
         return 0
 
     cdef int bind_output(self, cnp.ndarray a) except -1:
-        """Write what is larger than the caches past them, unless it is there already: as the input."""
+        """Write what is larger than the caches past them."""
         cdef Operand* out = &self.call.out
-        out.streamed = (
-            out.address != self.call.x.address
-            and not (self.call.spread or self.call.capped)  # which need it once more
-            and out.format == IN_PLACE
-            and a is not None
-            and cnp.PyArray_NBYTES(a) >= STREAM_FROM
-        )
-        # pieces of lines are not worth it
-        if self.call.across:
-            out.streamed = out.streamed and (out.outer | out.classes) % 64 == 0
-        else:
-            out.streamed = out.streamed and self.call.classes >= STREAM_CLASSES
+        cdef bint pays
+        if a is None:
+            return 0
+        if self.call.across:  # pieces of lines do not pay
+            pays = (out.outer | out.classes) % 64 == 0
+        else:  # nor what is in the cache: as the input, or because it is needed once more
+            pays = out.address != self.call.x.address and self.call.classes >= STREAM_CLASSES
+            pays = pays and not (self.call.spread or self.call.capped)
+        out.streamed = pays and out.format == IN_PLACE and cnp.PyArray_NBYTES(a) >= STREAM_FROM
         return 0
 
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:

@@ -98,32 +98,41 @@ cdef const real* fetch_target(
     return buffer
 
 
-cdef Pending pending_row(
+cdef Pending result_of(
     const Call* call, const Buffers* buffers, const Group* group, Py_ssize_t i, real like
 ) noexcept nogil:
-    """Row i of a group as it is to be written; nothing of it if that takes more than a factor."""
+    """Row i of a group as it is to be written; nothing of it if that takes new exponentials."""
     cdef Pending row
     cdef real floor, magic
     cdef double unshift = OUT_SHIFT - SUM_SHIFT
     row.j = row.n = 0
-    if i >= group.count or not interleaves(call, like) or group.kept[i] == 0.0:
-        return row
-    row.scale = group.scale[i] * power(unshift)
-    if not call.log and not (usable(group.m[i]) and fabs(row.scale) > SMALL_SCALE):
-        return row
-    row.n = call.classes
     row.log, row.streamed = call.log, call.out.streamed
     row.out = start_of(&call.out, group.outer, group.inner + i)
     row.factor, row.top, row.lowered = group.factor[i], group.m[i], group.log_s[i]
+    row.scale = group.scale[i] * power(unshift)
     if call.log:
         row.source = start_of(&call.x, group.outer, group.inner + i)
-    else:
+        row.n = call.classes
+    elif buffers.terms != NULL and usable(row.top) and fabs(row.scale) > SMALL_SCALE:
         row.source = terms_of(call, buffers, group, i, like)
+        row.n = call.classes
         window(group.n[i], SUM_SHIFT, &floor, &magic)
-        row.same = first(exponential(splat(<real> group.m[i]), splat(floor), splat(magic), floor))
-    if row.streamed:
-        write_part(&row, min(row.n, until_line(<real*> row.out)), like)
-        row.j = min(row.n, until_line(<real*> row.out))
+        row.same = first(exponential(splat(<real> row.top), splat(floor), splat(magic), floor))
+    return row
+
+
+cdef Pending pending_row(
+    const Call* call, const Buffers* buffers, const Group* group, Py_ssize_t i, real like
+) noexcept nogil:
+    """`result_of` a row that may be written while another one is read."""
+    cdef Pending row = result_of(call, buffers, group, i, like)
+    cdef Py_ssize_t head
+    if not interleaves(call, like) or group.kept[i] == 0.0:
+        row.n = 0
+    elif row.streamed:
+        head = min(row.n, until_line(<real*> row.out))
+        write_part(&row, head, like)
+        row.j = head
     return row
 
 
@@ -187,8 +196,10 @@ cdef void fold_rows(
     cdef Ahead ahead
     cdef State row
     ahead.pending = &pending
+    pending.j = pending.n = 0
     for i in range(group.count):
-        pending = pending_row(call, buffers, before, i, like)
+        if i < before.count:
+            pending = pending_row(call, buffers, before, i, like)
         if group.kept[i] == 0.0 and call.lse.address == NULL:
             complete_row(call, buffers, before, i, &pending, like)
             continue
@@ -239,6 +250,7 @@ cdef void write_row(
     cdef const real* v
     cdef real* y
     cdef Pending part
+    cdef Pending row = result_of(call, buffers, group, i, like)
     cdef Py_ssize_t j, n, block
     for block in range(blocks_of(call.classes)):
         j = block * BLOCK
@@ -248,14 +260,17 @@ cdef void write_row(
             fill_block(y, n, <real> 0)
             deliver(&call.out, start, j, n, out_buffer)
             continue
-        v = fetch_capped(call, x_start, j, n, <real*> buffers.x, <real*> buffers.slope)
+        part = row
         if call.log:
-            part.source, part.out, part.j, part.n = <void*> v, y, 0, n
-            part.log, part.streamed = True, False
-            part.top, part.lowered = group.m[i], group.log_s[i]
-            write_rest(&part, like)
+            part.source = <void*> fetch(&call.x, x_start, j, n, <real*> buffers.x)
+        elif row.n > 0:
+            part.source = <real*> row.source + j
         else:
+            v = fetch_capped(call, x_start, j, n, <real*> buffers.x, <real*> buffers.slope)
             exp_block(v, n, group, i, y)
+        if row.n > 0:
+            part.out, part.n, part.streamed = y, n, False
+            write_rest(&part, like)
         if call.spread:
             v = fetch_target(call, t_start, j, n, <real*> buffers.u)
             subtract_block(y, v, n, call.options.scale)

@@ -516,3 +516,28 @@ LANES_OF_VECTOR round_down(Lanes<T, B> x) {
         return x;
     }
 }
+
+// float16 and float32, by the CPU where it can. Returns how many numbers it did.
+INLINE int64_t from_halves(const void *source, float *to, int64_t n) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((__m256i *) source + i / 16)));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((__m128i *) source + i / 8)));
+#endif
+    return i;
+}
+
+INLINE int64_t to_halves(const float *source, void *to, int64_t n) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *) to + i / 16, _mm512_cvtps_ph(_mm512_loadu_ps(source + i), 0));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *) to + i / 8, _mm256_cvtps_ph(_mm256_loadu_ps(source + i), 0));
+#endif
+    return i;
+}

@@ -42,6 +42,8 @@ cdef extern from "vector.hpp" nogil:
     Vec[T] round_down[T](Vec[T])
     void exponents(Vec[double], Vec[double]*, Vec[double]*)
     double double_of(int64_t)
+    int64_t from_halves(const void*, float*, int64_t)
+    int64_t to_halves(const float*, void*, int64_t)
 
 
 cdef inline int lanes_of(const real* v) noexcept nogil:

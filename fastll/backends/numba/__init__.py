@@ -80,7 +80,7 @@ class Backend:
         return partial(
             elementwise.sigmoid,
             _operand(x, like, 1),
-            _output(out, x, like, 1),
+            _operand(out, like, 1)._replace(streamed=_streams(x, out)),
             log,
             *_units(x),
             like,
@@ -121,13 +121,13 @@ class _Rows:
         if a is None:
             return NOTHING
         if self.swap:
-            a, x = a.transpose(2, 1, 0), x.transpose(2, 1, 0)
-        out = _output(a, x, self.like, self.axis)
-        if self.kernels is columns:  # pieces of lines are not worth it
+            a = a.transpose(2, 1, 0)
+        out = _operand(a, self.like, self.axis)
+        if self.kernels is columns:  # pieces of lines do not pay
             pays = (out.outer | out.classes) % 64 == 0
-        else:
-            pays = simple and a.shape[1] >= STREAM_CLASSES
-        return out if pays else out._replace(streamed=False)
+        else:  # nor what is in the cache: as the input, or because it is needed once more
+            pays = simple and a.ctypes.data != x.ctypes.data and a.shape[1] >= STREAM_CLASSES
+        return out._replace(streamed=pays and out.write == 0 and a.nbytes >= STREAM_FROM)
 
     def row(self, a):
         if a is None:
@@ -160,11 +160,10 @@ def _operand(a, like, axis):
     return Operand(a.ctypes.data, *strides, read, write, False)
 
 
-def _output(a, x, like, axis):
-    """An array that is written: past the caches if it is larger, and is not there already as `x`."""
-    out = _operand(a, like, axis)
-    streamed = out.write == 0 and a.nbytes >= STREAM_FROM and a.ctypes.data != x.ctypes.data
-    return out._replace(streamed=streamed)
+def _streams(x, out):
+    """Whether to write past the caches: what is larger, and not there already, as the input."""
+    native = out.dtype == kind_of(out.dtype).compute and out.strides[1] == out.itemsize
+    return native and out.nbytes >= STREAM_FROM and out.ctypes.data != x.ctypes.data
 
 
 def _units(x):

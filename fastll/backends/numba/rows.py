@@ -299,33 +299,43 @@ def fetch_target(t, start, w, j, n, options, classes, buffer, like):
 
 
 @njit(**INLINE)
+def result_of(x, out, log, group, i, pitch, classes, like):
+    """Row i of a group as it is to be written; nothing of it if that takes new exponentials."""
+    table, zero = group.table, cast(0.0, like)
+    m, scale = get(table + M, i), get(table + SCALE, i) * 2.0 ** (OUT_SHIFT - SUM_SHIFT)
+    source = start_of(x, group.outer, group.inner + i)
+    n, same = classes, zero
+    if not log:
+        source = group.terms + i * pitch
+        if group.terms == 0 or not usable(m) or not abs(scale) > SMALL_SCALE:
+            n = 0
+        floor, magic = window(get(table + N, i), float(SUM_SHIFT), like)
+        same = first(exponential(splat(cast(m, like)), splat(floor), splat(magic)))
+    start = start_of(out, group.outer, group.inner + i)
+    factor, lowered = cast(get(table + FACTOR, i), like), cast(get(table + LOG_S, i), like)
+    scale = cast(scale, like)
+    return Pending(source, start, 0, n, log, out.streamed, scale, same, factor, cast(m, like), lowered)
+
+
+@njit(**INLINE)
 def pending_row(x, out, log, group, i, pitch, classes, like):
-    """Row i of a group as it is to be written; nothing of it if that takes more than a factor."""
-    pending = nothing_pending(like)
-    if i >= group.count or get(group.table + KEPT, i) == 0.0:
-        return pending
-    m, scale = get(group.table + M, i), get(group.table + SCALE, i) * 2.0 ** (OUT_SHIFT - SUM_SHIFT)
-    if not log and not (usable(m) and abs(scale) > SMALL_SCALE):
-        return pending
-    floor, magic = window(get(group.table + N, i), float(SUM_SHIFT), like)
-    pending = Pending(
-        start_of(x, group.outer, group.inner + i) if log else group.terms + i * pitch,
-        start_of(out, group.outer, group.inner + i),
-        0,
-        classes,
-        log,
-        out.streamed,
-        cast(scale, like),
-        first(exponential(splat(cast(m, like)), splat(floor), splat(magic))),
-        cast(get(group.table + FACTOR, i), like),
-        cast(m, like),
-        cast(get(group.table + LOG_S, i), like),
+    """`result_of` a row that may be written while another one is read."""
+    if get(group.table + KEPT, i) == 0.0:
+        return nothing_pending(like)
+    row = result_of(x, out, log, group, i, pitch, classes, like)
+    if row.streamed:
+        head = min(row.n, until_line(row.out, like))
+        write_vector(row, 0, head, False)
+        row = advanced(row, head)
+    return row
+
+
+@njit(**INLINE)
+def part_of(row, source, out, n):
+    """The same for n elements elsewhere."""
+    return Pending(
+        source, out, 0, n, row.log, False, row.scale, row.same, row.factor, row.top, row.lowered
     )
-    if out.streamed:
-        head = min(classes, until_line(pending.out, like))
-        write_vector(pending, 0, head, False)
-        pending = advanced(pending, head)
-    return pending
 
 
 @njit(**INLINE)
@@ -335,6 +345,7 @@ def write_row(x, t, w, out, log, sparse, spread, options, group, i, buffers, cla
     x_start = start_of(x, group.outer, group.inner + i)
     t_start = start_of(t, group.outer, group.inner + i)
     start = start_of(out, group.outer, group.inner + i)
+    row = result_of(x, out, log, group, i, buffers.pitch, classes, like)
     y = int(get(table + Y, i))
     for j in range(0, classes, BLOCK):
         n = min(BLOCK, classes - j)
@@ -343,12 +354,13 @@ def write_row(x, t, w, out, log, sparse, spread, options, group, i, buffers, cla
             fill_block(g, n, 0.0, like)
             deliver(out, start, j, n, buffers.out, like)
             continue
-        v = fetch_capped(x, x_start, j, n, cap, buffers.x, buffers.slope, like)
         if log:
-            zero = cast(0.0, like)
-            top, lowered = cast(get(table + M, i), like), cast(get(table + LOG_S, i), like)
-            write_rest(Pending(v, g, 0, n, True, False, zero, zero, zero, top, lowered))
+            v = fetch(x, x_start, j, n, buffers.x, like)
+            write_rest(part_of(row, v, g, n))
+        elif row.n > 0:
+            write_rest(part_of(row, row.source + j * size_of(like), g, n))
         else:
+            v = fetch_capped(x, x_start, j, n, cap, buffers.x, buffers.slope, like)
             exp_block(v, n, table, i, g, like)
         if spread:
             u = fetch_target(t, t_start, w, j, n, options, classes, buffers.u, like)
@@ -392,7 +404,7 @@ def reduce(
         read_labels(labels, w, options.ignore_index, group, like)
         for i in range(max(group.count, before.count)):
             pending = nothing_pending(like)
-            if interleaves:
+            if interleaves and i < before.count:
                 pending = pending_row(x, out, log, before, i, buffers.pitch, classes, like)
             kept = get(table + KEPT, i) != 0.0
             if i < group.count and not folded and (kept or lse.address != 0):
