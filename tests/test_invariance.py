@@ -1,10 +1,15 @@
 """Bits: a row's result depends on that row alone, not on the batch, the threads or the layout."""
 
+from importlib import import_module
+
+import ml_dtypes
 import numpy as np
 import pytest
-from table import DTYPES, LAYOUTS
+from conftest import require
+from table import DTYPES, LAYOUTS, eps
 
 import fastll
+from fastll import dispatch
 from fastll.operations import OPERATIONS
 
 ROWWISE = [name for name, operation in OPERATIONS.items() if not operation.elementwise]
@@ -92,8 +97,6 @@ def test_elements(backend, case, threads, name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiled_backends_agree_to_the_bit(name, case, request):
     """Numba and Cython hold the same numbers and the same order of sums (where there is an FMA)."""
-    from conftest import require
-
     require("numba")
     require("cython")
     from fastll.backends.cython import backend as cython
@@ -110,3 +113,38 @@ def test_compiled_backends_agree_to_the_bit(name, case, request):
                 else:
                     results.append(rows_of(name, x, arguments, 1))
         assert_same(*results)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("module", ["_v1", "_v3"])
+def test_instruction_sets(monkeypatch, module, name):
+    """What is compiled for older CPUs gives the same bits; without an FMA, nearly so."""
+    require("cython")
+    best = dispatch._load("cython")
+    try:
+        other = import_module(f"fastll.backends.cython.{module}").backend
+    except ImportError:
+        pytest.skip("not built")
+    if module == "_v3" and best.instruction_set == "baseline":
+        pytest.skip("this CPU is older")
+    operation, rng = OPERATIONS[name], np.random.default_rng(0)
+    for dtype in DTYPES.values():
+        for shape, axis in (((70, 301), 1), ((301, 70), 0), ((150, 10), 1), ((3, 5000), 1)):
+            x = (3 * rng.standard_normal(shape)).astype(dtype)
+            arguments = operation.arguments(rng, x, axis)
+            options = {} if operation.elementwise else {"axis": axis}
+            if operation.gradient:
+                options["return_grad"] = True
+            results = []
+            for backend in (best, other):
+                monkeypatch.setattr(dispatch, "_load", lambda _, backend=backend: backend)
+                result = operation.function(x, *arguments, **options)
+                results.append(result if isinstance(result, tuple) else (result,))
+            for expected, actual in zip(*results, strict=True):
+                rtol = 50 * eps(dtype) + 2 * float(ml_dtypes.finfo(actual.dtype).eps)
+                np.testing.assert_allclose(
+                    np.asarray(actual, np.float64),
+                    np.asarray(expected, np.float64),
+                    rtol=rtol if module == "_v1" else 0,
+                    atol=1e-9 * (module == "_v1"),
+                )
