@@ -63,28 +63,39 @@ cdef double bce_block(
     real* loss,
     real* grad,
 ) noexcept nogil:
-    """Losses and gradients where they are not NULL; the sum of the losses."""
-    cdef Vec[real] target, weight, pos_weight, value, slope
+    """Losses and gradients where they are not NULL; the sum of the losses.
+
+    Where that is all, and nothing is weighted, the sum of log1p(e) is the log1p of one number a lane,
+    q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
+    where every e is tiny.
+    """
+    cdef Vec[real] target, weight, pos_weight, value, slope, e
     cdef Vec[real] zero = splat(<real> 0), one = splat(<real> 1)
-    cdef Vec[real] sums = zero
+    cdef Vec[real] sums = zero, q = zero
+    cdef bint together = w == NULL and p == NULL and loss == NULL
     cdef Py_ssize_t b, j
     weight = pos_weight = one
     for b in range(vectors_of(v, n)):
         j = b * lanes_of(v)
         target = load_ahead(t + j, n - j, zero)
-        if w != NULL:
-            weight = load_ahead(w + j, n - j, zero)
-        if p != NULL:
-            pos_weight = load_ahead(p + j, n - j, one)
         # with a target of 0, lanes beyond the end are 0
         value = load_ahead(v + j, n - j, splat(-<real> INFINITY))
-        value = bce(value, target * pos_weight, one - target, &slope, v[0]) * weight
-        sums = sums + value
+        if together:
+            sums = sums + bce_parts(value, target, one - target, &e, &slope, v[0])
+            q = q + fma(q, e, e)
+        else:
+            if w != NULL:
+                weight = load_ahead(w + j, n - j, zero)
+            if p != NULL:
+                pos_weight = load_ahead(p + j, n - j, one)
+            value = bce(value, target * pos_weight, one - target, &slope, v[0]) * weight
+            sums = sums + value
+            slope = slope * weight
         if loss != NULL:
             store(loss + j, n - j, value)
         if grad != NULL:
-            store(grad + j, n - j, (slope * weight) * splat(<real> scale))
-    return total(sums)
+            store(grad + j, n - j, slope * splat(<real> scale))
+    return total(sums) + total(log1p_sum(widen_lower(q)) + log1p_sum(widen_upper(q)))
 
 
 cdef const real* fetch_unit(

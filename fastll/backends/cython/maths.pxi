@@ -212,6 +212,20 @@ cdef inline Vec[real] softcap(
     return where_gt(zero, x, zero - upper, upper)
 
 
+cdef inline Vec[real] bce_parts(
+    Vec[real] x, Vec[real] positive, Vec[real] negative, Vec[real]* e, Vec[real]* derivative, real like
+) noexcept nogil:
+    """The linear part of `bce`, exp(-|x|), and the derivative."""
+    cdef Vec[real] scaled, zero = splat(<real> 0), one = splat(<real> 1)
+    tails(x, &scaled, e, like)
+    cdef Vec[real] slope = where_gt(x, zero, negative, positive)
+    cdef Vec[real] share = one / (e[0] + one)
+    cdef Vec[real] upper = where_ge(x, zero, share, e[0] * share)
+    cdef Vec[real] lower = where_ge(x, zero, e[0] * share, share)
+    derivative[0] = negative * upper - positive * lower
+    return where_eq(slope, zero, zero, slope * absolute(x))
+
+
 cdef inline Vec[real] bce(
     Vec[real] x, Vec[real] positive, Vec[real] negative, Vec[real]* derivative, real like
 ) noexcept nogil:
@@ -219,12 +233,6 @@ cdef inline Vec[real] bce(
 
     A coefficient of 0 annuls an infinite x.
     """
-    cdef Vec[real] scaled, e, zero = splat(<real> 0), one = splat(<real> 1)
-    tails(x, &scaled, &e, like)
-    cdef Vec[real] slope = where_gt(x, zero, negative, positive)
-    cdef Vec[real] linear = where_eq(slope, zero, zero, slope * absolute(x))
-    cdef Vec[real] share = one / (e + one)
-    cdef Vec[real] upper = where_ge(x, zero, share, e * share)
-    cdef Vec[real] lower = where_ge(x, zero, e * share, share)
-    derivative[0] = negative * upper - positive * lower
+    cdef Vec[real] e
+    cdef Vec[real] linear = bce_parts(x, positive, negative, &e, derivative, like)
     return linear + (positive + negative) * log1p_unit(e, like)

@@ -440,6 +440,23 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen_(Lanes<T, B> x) {
 #endif
 }
 
+// The lower half of the lanes, and the upper one, or zeros where all lanes fit into the lower one.
+template <class T>
+INLINE Vec<double> widen_lower(Vec<T> x) {
+    if constexpr (sizeof(T) == 8)
+        return x;
+    else
+        return widen_(x).lo;
+}
+
+template <class T>
+INLINE Vec<double> widen_upper(Vec<T> x) {
+    if constexpr (sizeof(T) == 8)
+        return splat(0.0);
+    else
+        return widen_(x).hi;
+}
+
 // The sum of the lanes, in float64, by halves.
 template <int B>
 INLINE double total_(Lanes<double, B> x) {

@@ -35,6 +35,8 @@ cdef extern from "vector.hpp" nogil:
     Vec[T] load_strided[T](const T*, int64_t)
     void store_strided[T](T*, int64_t, Vec[T])
     void stream_fence()
+    Vec[double] widen_lower[T](Vec[T])
+    Vec[double] widen_upper[T](Vec[T])
     double total[T](Vec[T])
     double largest[T](Vec[T])
     void prefetch(const void*)

@@ -19,11 +19,19 @@ from fastll.backends.numba.blocks import (
     until_line,
 )
 from fastll.backends.numba.cache import cached
-from fastll.backends.numba.maths import bce, cast, constants, log_sigmoid
+from fastll.backends.numba.maths import (
+    bce,
+    bce_parts,
+    cast,
+    constants,
+    log1p_sum,
+    log_sigmoid,
+)
 from fastll.backends.numba.maths import sigmoid as logistic
 from fastll.backends.numba.rows import KERNEL
 from fastll.backends.numba.vector import (
     INLINE,
+    fma,
     lanes_of,
     load_ahead,
     splat,
@@ -31,6 +39,8 @@ from fastll.backends.numba.vector import (
     stream,
     stream_fence,
     total,
+    widen_lower,
+    widen_upper,
     write,
 )
 from fastll.contract import CHUNK
@@ -75,28 +85,39 @@ def sigmoid(x, out, log, length, units, like, start, stop):
 
 @njit(**INLINE)
 def bce_block(v, t, w, p, n, scale, loss, grad, like):
-    """Losses and gradients where their address is not 0; the sum of the losses."""
+    """Losses and gradients where their address is not 0; the sum of the losses.
+
+    Where that is all, and nothing is weighted, the sum of log1p(e) is the log1p of one number a lane,
+    q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
+    where every e is tiny.
+    """
     size = size_of(like)
     c = constants(like)
     lowest, zero, one = splat(-c.infinity), splat(c.zero), splat(c.one)
     scales = splat(cast(scale, like))
+    together = w == 0 and p == 0 and loss == 0
     sums = zero
+    q = zero
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, lowest)  # with a target of 0, lanes beyond the end are 0
         target = load_ahead(t + j * size, n - j, zero)
-        positive = target
-        if p != 0:
-            positive = target * load_ahead(p + j * size, n - j, one)
-        value, slope = bce(x, positive, one - target)
-        if w != 0:
-            weight = load_ahead(w + j * size, n - j, zero)
-            value, slope = value * weight, slope * weight
+        if together:
+            value, e, slope = bce_parts(x, target, one - target)
+            q = q + fma(q, e, e)
+        else:
+            positive = target
+            if p != 0:
+                positive = target * load_ahead(p + j * size, n - j, one)
+            value, slope = bce(x, positive, one - target)
+            if w != 0:
+                weight = load_ahead(w + j * size, n - j, zero)
+                value, slope = value * weight, slope * weight
         if loss != 0:
             store(loss + j * size, n - j, value)
         if grad != 0:
             store(grad + j * size, n - j, slope * scales)
         sums = sums + value
-    return total(sums)
+    return total(sums) + total(log1p_sum(widen_lower(q)) + log1p_sum(widen_upper(q)))
 
 
 @cached

@@ -286,18 +286,24 @@ def softcap(x, cap):
 
 
 @njit(**INLINE)
-def bce(x, positive, negative):
-    """positive softplus(-x) + negative softplus(x), and its derivative.
-
-    softplus(x) = max(x, 0) + log1p(exp(-|x|)). A coefficient of 0 annuls an infinite x.
-    """
+def bce_parts(x, positive, negative):
+    """The linear part of `bce`, exp(-|x|), and the derivative."""
     c = constants(x)
     zero, one = splat(c.zero), splat(c.one)
     _, e = tails(x)
     slope = where_gt(x, zero, negative, positive)
     linear = where_eq(slope, zero, zero, slope * absolute(x))
-    loss = linear + (positive + negative) * log1p(e)
     share = one / (e + one)
     upper = where_ge(x, zero, share, e * share)
     lower = where_ge(x, zero, e * share, share)
-    return loss, negative * upper - positive * lower
+    return linear, e, negative * upper - positive * lower
+
+
+@njit(**INLINE)
+def bce(x, positive, negative):
+    """positive softplus(-x) + negative softplus(x), and its derivative.
+
+    softplus(x) = max(x, 0) + log1p(exp(-|x|)). A coefficient of 0 annuls an infinite x.
+    """
+    linear, e, derivative = bce_parts(x, positive, negative)
+    return linear + (positive + negative) * log1p(e), derivative

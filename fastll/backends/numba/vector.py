@@ -220,6 +220,30 @@ def widen(typing_context, v):
     return wide(v), codegen
 
 
+@intrinsic
+def widen_lower(typing_context, v):
+    """The lower half of the lanes in float64; all of them where they are."""
+    return _widen_half(v, range(16))
+
+
+@intrinsic
+def widen_upper(typing_context, v):
+    """The upper half of the lanes in float64; zeros where all are in the lower one."""
+    return _widen_half(v, range(v.lanes - 16, v.lanes) if v.lanes > 16 else None)
+
+
+def _widen_half(v, numbers):
+    wide = Vector(types.float64, 16)
+
+    def codegen(context, builder, signature, values):
+        if numbers is None:
+            return ir.Constant(wide.ir, [0.0] * 16)
+        half = builder.shuffle_vector(values[0], values[0], _lanes(numbers))
+        return half if v.element == types.float64 else builder.fpext(half, wide.ir)
+
+    return wide(v), codegen
+
+
 def _halves(builder, v, combine):
     """Fold the upper half of the lanes onto the lower until one is left."""
     count = v.type.count
