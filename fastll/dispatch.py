@@ -47,9 +47,13 @@ def choose(operation: str, dtype: str, elements: int) -> Backend:
     name = _forced.get() or _environment
     if name is not None:
         return _load_forced(name)
-    for name in TABLE["cpu"]:
-        if name == "numba" and not _numba_pays(operation, dtype, elements):
-            continue
+    return _first(elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements))
+
+
+@cache
+def _first(numba_pays: bool) -> Backend:
+    """The first backend of the table that is available, Cython before Numba until that pays."""
+    for name in TABLE["cpu"] if numba_pays else ("cython", *TABLE["cpu"]):
         backend = _load(name)
         if not isinstance(backend, str):
             return backend
@@ -58,10 +62,6 @@ def choose(operation: str, dtype: str, elements: int) -> Backend:
 
 def _numba_pays(operation: str, dtype: str, elements: int) -> bool:
     """Whether Numba is worth its launch, and by now its compilation, against Cython."""
-    if isinstance(_load("cython"), str):
-        return True
-    if elements < NUMBA_FROM:
-        return False
     handled = _handled.get((operation, dtype), 0) + elements
     _handled[operation, dtype] = handled
     return handled >= NUMBA_PAYS_AFTER
