@@ -58,7 +58,7 @@ def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
     """A shape without some of its axes: that of the rows of a reduction over them."""
-    return tuple(n for i, n in enumerate(shape) if i not in axes)
+    return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def axis_of(axis: int, ndim: int) -> int:
