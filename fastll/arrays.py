@@ -63,7 +63,7 @@ def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
 
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, as a number from 0."""
-    if not hasattr(axis, "__index__") or isinstance(axis, bool):
+    if type(axis) is not int and (not hasattr(axis, "__index__") or isinstance(axis, bool)):
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
 

@@ -38,14 +38,23 @@ def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[P
     """
     shape = full[0].shape
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first == len(axes) and _contiguous(full) and _contiguous(row):
-        outer, classes, inner = prod(shape[:first]), prod(shape[first:last]), prod(shape[last:])
-        extra = len(shape) - len(axes)
-        piece = [None if a is None else a.reshape(outer, classes, inner) for a in full]
-        for a in row:
-            piece.append(None if a is None else a.reshape(outer, inner, *a.shape[extra:]))
-        return (piece,), 1
+    if last - first != len(axes) or not _contiguous((*full, *row)):
+        return _strided_rows(axes, full, row)
+    kept = prod(shape[:first]), prod(shape[last:])
+    whole = kept[0], prod(shape[first:last]), kept[1]
+    ndim = len(shape) - len(axes)
+    piece = []
+    for a in full:
+        piece.append(None if a is None else a.reshape(whole))
+    for a in row:
+        if a is not None:
+            a = a.reshape(kept if a.ndim == ndim else kept + a.shape[ndim:])
+        piece.append(a)
+    return (piece,), 1
 
+
+def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
+    shape = full[0].shape
     kept_axes = [axis for axis in range(len(shape)) if axis not in axes]
     if any(shape[axis] == 0 for axis in kept_axes):
         return (), 1
@@ -85,7 +94,10 @@ def elementwise(operands: Operands) -> Iterable[Piece]:
 
 
 def _contiguous(operands: Operands) -> bool:
-    return False not in [a is None or a.flags.c_contiguous for a in operands]
+    for a in operands:  # noqa: SIM110  a generator takes as long as all else here
+        if a is not None and not a.flags.c_contiguous:
+            return False
+    return True
 
 
 def _strides(operands: Operands, axis: int) -> tuple[int, ...]:

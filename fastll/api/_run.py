@@ -8,26 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastll import dispatch, layout, threads
+from fastll import layout, threads
 from fastll.contract import Backend, Floats, Kernel, units_of
-from fastll.dtypes import kind_of
 
 Array = NDArray[Any]
 
 
-def backend_for(operation: str, x: Array) -> Backend:
-    """The backend for an operation on an array."""
-    return dispatch.choose(operation, kind_of(x.dtype).compute.char, x.size)
-
-
 def rows(kernel: Kernel, x: Array) -> None:
     """Run a kernel over the rows of a (outer, classes, inner) piece."""
-    threads.run(kernel, x.shape[0] * x.shape[2], x.size)
+    outer, _, inner = x.shape
+    threads.run(kernel, outer * inner, x.size)
 
 
 def elements(kernel: Kernel, x: Array) -> None:
     """Run a kernel over the units of a (outer, n) piece."""
-    threads.run(kernel, x.shape[0] * units_of(x.shape[1]), x.size)
+    outer, length = x.shape
+    threads.run(kernel, outer * units_of(length), x.size)
 
 
 def new_state(shape: tuple[int, ...]) -> Floats:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastll import layout
+from fastll import dispatch, layout
 from fastll.api import _run
 from fastll.arrays import as_array, axis_of, broadcast, check_output
 from fastll.contract import CrossEntropyOptions, units_of
@@ -247,7 +247,8 @@ def _cross_entropy(
     if x.ndim == 0:
         raise ValueError("logits has no axis of classes; expected at least one dimension")
     axis = axis_of(axis, x.ndim)
-    classes, kept = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
+    shape = x.shape
+    classes, kept = shape[axis], shape[:axis] + shape[axis + 1 :]
     value = kind_of(x.dtype).compute
     weights = None if weight is None else _class_weight(weight, classes, value)
     _check_reduction(reduction)
@@ -255,15 +256,16 @@ def _cross_entropy(
     smoothing = _number(label_smoothing, "label_smoothing", 0.0, 1.0)
     z = _number(z_loss, "z_loss", 0.0, math.inf)
     cap = 0.0 if softcap is None else _number(softcap, "softcap", 0.0, math.inf, open_below=True)
-    if dense is not None and dense.shape != x.shape:
-        raise ValueError(f"target has shape {dense.shape}; expected that of logits, {x.shape}")
+    if dense is not None and dense.shape != shape:
+        raise ValueError(f"target has shape {dense.shape}; expected that of logits, {shape}")
     if labels is not None:
         labels = _labels(labels, kept)
     grad = _gradient(x, return_grad, grad_out, (dense, labels, weights))
 
-    backend = _run.backend_for("cross_entropy", x)
-    denominator = float(math.prod(kept))
-    if labels is not None:
+    backend = dispatch.choose("cross_entropy", value, x.size)
+    if labels is None:
+        denominator = float(math.prod(kept))
+    else:
         bad, denominator = backend.check_labels(labels.reshape(-1), classes, ignored, weights)
         if bad >= 0:
             place = tuple(int(i) for i in np.unravel_index(bad, kept))
@@ -366,7 +368,7 @@ def binary_cross_entropy_with_logits(
 
     scale = 1 / x.size if reduction == "mean" and x.size else 1.0
     loss = np.empty_like(x, dtype=value, subok=False) if reduction == "none" else None
-    backend = _run.backend_for("binary_cross_entropy", x)
+    backend = dispatch.choose("binary_cross_entropy", value, x.size)
     summed = 0.0
     for x_, t_, w_, p_, loss_, grad_ in layout.elementwise((x, t, w, p, loss, grad)):
         sums = np.empty((x_.shape[0], units_of(x_.shape[1]))) if loss is None else None
@@ -430,7 +432,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _integer(value: Any, name: str) -> int:
-    if not hasattr(value, "__index__") or isinstance(value, bool):
+    if type(value) is not int and (not hasattr(value, "__index__") or isinstance(value, bool)):
         raise TypeError(f"{name} is {value!r}; expected an integer")
     if not -_INT64_MAX - 1 <= value <= _INT64_MAX:
         raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
