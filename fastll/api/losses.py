@@ -17,7 +17,7 @@ from fastll.dtypes import kind_of
 Array = NDArray[Any]
 Reduction = Literal["mean", "sum", "none"]
 
-_INT64_MAX = (1 << 63) - 1
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class DenseOptions(TypedDict, total=False):
@@ -266,7 +266,7 @@ def _cross_entropy(
     if labels is None:
         denominator = float(math.prod(kept))
     else:
-        bad, denominator = backend.check_labels(labels.reshape(-1), classes, ignored, weights)
+        bad, denominator = backend.check_labels(labels.ravel(), classes, ignored, weights)
         if bad >= 0:
             place = tuple(int(i) for i in np.unravel_index(bad, kept))
             raise IndexError(
@@ -434,7 +434,7 @@ def _check_reduction(reduction: str) -> None:
 def _integer(value: Any, name: str) -> int:
     if type(value) is not int and (not hasattr(value, "__index__") or isinstance(value, bool)):
         raise TypeError(f"{name} is {value!r}; expected an integer")
-    if not -_INT64_MAX - 1 <= value <= _INT64_MAX:
+    if not _INT64_MIN <= value <= _INT64_MAX:
         raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
     return int(value)
 
