@@ -58,12 +58,12 @@ def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
     """A shape without some of its axes: that of the rows of a reduction over them."""
-    return tuple(n for i, n in enumerate(shape) if i not in axes)
+    return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, as a number from 0."""
-    if not hasattr(axis, "__index__") or isinstance(axis, bool):
+    if type(axis) is not int and (not hasattr(axis, "__index__") or isinstance(axis, bool)):
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
 

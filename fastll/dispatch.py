@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -31,7 +31,7 @@ NUMBA_PAYS_AFTER = 1 << 34
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
 _environment = os.environ.get("FASTLL_BACKEND") or None
-_handled: dict[tuple[str, str], int] = {}
+_handled: dict[tuple[str, Hashable], int] = {}
 
 
 class Status(NamedTuple):
@@ -42,26 +42,26 @@ class Status(NamedTuple):
     version: str | None  # of the package it is built on
 
 
-def choose(operation: str, dtype: str, elements: int) -> Backend:
+def choose(operation: str, dtype: Hashable, elements: int) -> Backend:
     """The backend for a call on CPU arrays; `RuntimeError` where the one asked for is not available."""
     name = _forced.get() or _environment
     if name is not None:
         return _load_forced(name)
-    for name in TABLE["cpu"]:
-        if name == "numba" and not _numba_pays(operation, dtype, elements):
-            continue
+    return _first(elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements))
+
+
+@cache
+def _first(numba_pays: bool) -> Backend:
+    """The first backend of the table that is available, Cython before Numba until that pays."""
+    for name in TABLE["cpu"] if numba_pays else ("cython", *TABLE["cpu"]):
         backend = _load(name)
         if not isinstance(backend, str):
             return backend
     raise RuntimeError("no backend is available")  # unreachable: numpy is a dependency
 
 
-def _numba_pays(operation: str, dtype: str, elements: int) -> bool:
+def _numba_pays(operation: str, dtype: Hashable, elements: int) -> bool:
     """Whether Numba is worth its launch, and by now its compilation, against Cython."""
-    if isinstance(_load("cython"), str):
-        return True
-    if elements < NUMBA_FROM:
-        return False
     handled = _handled.get((operation, dtype), 0) + elements
     _handled[operation, dtype] = handled
     return handled >= NUMBA_PAYS_AFTER

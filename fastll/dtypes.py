@@ -29,6 +29,7 @@ class Kind(NamedTuple):
     """How the elements of one dtype are stored, computed with and returned."""
 
     code: int  # index into FORMATS
+    floating: bool
     swapped: bool  # stored in the other byte order
     compute: np.dtype[Any]  # arithmetic; also the dtype of values (losses, log-sum-exp)
     element: np.dtype[Any]  # of element-wise results (softmax, gradients)
@@ -56,14 +57,10 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
         element = stored if floating else _FLOAT64
         kind = Kind(
             code=FORMATS.index(format_name),
+            floating=floating,
             swapped=not dtype.isnative,
             compute=_FLOAT32 if element.itemsize < 8 else _FLOAT64,
             element=element,
         )
         _known[dtype] = kind
     return kind
-
-
-def is_floating(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is one of the floating ones (bfloat16 is none to NumPy)."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"

@@ -8,7 +8,7 @@ not merge into these, the smallest groups, is iterated here. Nothing is ever cop
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-class Layout(NamedTuple):
-    """The pieces of one call; each holds one view per operand, in the order they were given."""
-
-    pieces: Iterator[tuple[Array, ...]]
-    folds: int  # pieces that every row is spread over: beyond 1, rows need a running state
+#: Arrays, of which the first is there; None for one that is not, which stays None in every piece.
+Operands = Sequence[Any]
+#: One view per operand, in the order they were given.
+Piece = Sequence[Any]
 
 
 class _Group(NamedTuple):
@@ -31,58 +30,84 @@ class _Group(NamedTuple):
     strides: tuple[int, ...]  # one per operand; 0 where an operand does not have the axis
 
 
-def rows(axes: Sequence[int], full: Sequence[Array], row: Sequence[Array] = ()) -> Layout:
-    """Pieces for a reduction over `axes`, in ascending order.
+def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
+    """Pieces for a reduction over `axes`, in ascending order, and how many every row is spread over.
 
     `full` operands share one shape. `row` operands have that shape less `axes`, and may have further
-    axes at the end, which stay as they are.
+    axes at the end, which stay as they are. Rows spread over more than one piece need a running state.
     """
     shape = full[0].shape
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first == len(axes) and all(a.flags.c_contiguous for a in (*full, *row)):
-        outer, classes, inner = prod(shape[:first]), prod(shape[first:last]), prod(shape[last:])
-        extra = len(shape) - len(axes)
-        piece = (
-            *(a.reshape(outer, classes, inner) for a in full),
-            *(a.reshape(outer, inner, *a.shape[extra:]) for a in row),
-        )
-        return Layout(iter((piece,)), 1)
+    if last - first != len(axes) or not _contiguous((*full, *row)):
+        return _strided_rows(axes, full, row)
+    kept = prod(shape[:first]), prod(shape[last:])
+    whole = kept[0], prod(shape[first:last]), kept[1]
+    ndim = len(shape) - len(axes)
+    piece = []
+    for a in full:
+        piece.append(None if a is None else a.reshape(whole))
+    for a in row:
+        if a is not None:
+            a = a.reshape(kept if a.ndim == ndim else kept + a.shape[ndim:])
+        piece.append(a)
+    return (piece,), 1
 
+
+def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
+    shape = full[0].shape
     kept_axes = [axis for axis in range(len(shape)) if axis not in axes]
     if any(shape[axis] == 0 for axis in kept_axes):
-        return Layout(iter(()), 1)
+        return (), 1
     position = {axis: i for i, axis in enumerate(kept_axes)}
 
     def strides(axis: int) -> tuple[int, ...]:
-        of_rows = (a.strides[position[axis]] if axis in position else 0 for a in row)
-        return (*(a.strides[axis] for a in full), *of_rows)
+        of_rows = (0 if a is None or axis not in position else a.strides[position[axis]] for a in row)
+        return (*_strides(full, axis), *of_rows)
 
     (class_group,), reduced_rest = _largest(_merge(axes, shape, strides), 1)
     (outer_group, inner_group), kept_rest = _largest(_merge(kept_axes, shape, strides), 2)
     rest = [*kept_rest, *reduced_rest]
 
-    def view(i: int, a: Array) -> Array:
+    def view(i: int, a: Array | None) -> Array | None:
+        if a is None:
+            return None
         if i < len(full):
             return _view(a, i, [*rest, outer_group, class_group, inner_group], a.ndim)
         return _view(a, i, [*rest, outer_group, inner_group], len(kept_axes))
 
     views = [view(i, a) for i, a in enumerate((*full, *row))]
-    pieces = (tuple(v[at] for v in views) for at in np.ndindex(*(g.size for g in rest)))
-    return Layout(pieces, prod(g.size for g in reduced_rest))
+    return _pieces(views, rest), prod(g.size for g in reduced_rest)
 
 
-def elementwise(operands: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
+def elementwise(operands: Operands) -> Iterable[Piece]:
     """Pieces (outer, n) for an operation on each element; the operands share one shape."""
-    shape = operands[0].shape
-    if all(a.flags.c_contiguous for a in operands):
-        return iter((tuple(a.reshape(1, a.size) for a in operands),))
-    if 0 in shape:
-        return iter(())
-    groups = _merge(range(len(shape)), shape, lambda axis: tuple(a.strides[axis] for a in operands))
+    shape, size = operands[0].shape, operands[0].size
+    if _contiguous(operands):
+        return ([None if a is None else a.reshape(1, size) for a in operands],)
+    if size == 0:
+        return ()
+    groups = _merge(range(len(shape)), shape, lambda axis: _strides(operands, axis))
     kept, rest = _largest(groups, 2)
     order = [*rest, *kept]
-    views = [_view(a, i, order, a.ndim) for i, a in enumerate(operands)]
-    return (tuple(v[at] for v in views) for at in np.ndindex(*(g.size for g in rest)))
+    views = [None if a is None else _view(a, i, order, a.ndim) for i, a in enumerate(operands)]
+    return _pieces(views, rest)
+
+
+def _contiguous(operands: Operands) -> bool:
+    for a in operands:  # noqa: SIM110  a generator takes as long as all else here
+        if a is not None and not a.flags.c_contiguous:
+            return False
+    return True
+
+
+def _strides(operands: Operands, axis: int) -> tuple[int, ...]:
+    return tuple(0 if a is None else a.strides[axis] for a in operands)
+
+
+def _pieces(views: Operands, rest: list[_Group]) -> Iterable[Piece]:
+    """The views at each place of the groups that kernels do not walk."""
+    for at in np.ndindex(*(g.size for g in rest)):
+        yield [None if v is None else v[at] for v in views]
 
 
 def _view(a: Array, i: int, groups: list[_Group], extra: int) -> Array:

@@ -268,3 +268,16 @@ def test_inputs_are_never_written(backend, rng, name):
     getattr(fastll, name)(x, t, return_grad=True)
     np.testing.assert_array_equal(x, kept_x)
     np.testing.assert_array_equal(t, kept_t)
+
+
+@pytest.mark.parametrize("dtype", [">u8", ">i8", "u1", ">u2"])
+def test_labels_of_any_integer_dtype(backend, dtype):
+    assert fastll.cross_entropy(X, Y.astype(dtype)) == fastll.cross_entropy(X, Y)
+
+
+def test_unsigned_labels_beyond_int64_are_out_of_range(backend):
+    for order in "<>":
+        # as int64 the last one would be -100, the default ignore_index
+        y = np.array([0, 1, 2**64 - 100], order + "u8")
+        with pytest.raises(IndexError, match=r"at \(2,\)"):
+            fastll.cross_entropy(X, y)

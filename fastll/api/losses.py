@@ -8,15 +8,16 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastll import dispatch, layout
 from fastll.api import _run
 from fastll.arrays import as_array, axis_of, broadcast, check_output
 from fastll.contract import CrossEntropyOptions, units_of
-from fastll.dtypes import is_floating, kind_of
+from fastll.dtypes import kind_of
 
 Array = NDArray[Any]
 Reduction = Literal["mean", "sum", "none"]
 
-_INT64 = np.iinfo(np.int64)
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class DenseOptions(TypedDict, total=False):
@@ -143,23 +144,24 @@ def cross_entropy(
     """
     x = as_array(logits, "logits")
     t = _target(target)
-    options: SparseOptions = {
-        "axis": axis,
-        "weight": weight,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "reduction": reduction,
-        "return_lse": return_lse,
-        "return_grad": return_grad,
-        "grad_out": grad_out,
-    }
-    if not is_floating(t.dtype):
-        return _cross_entropy(x, None, t, **options)
-    if _integer(ignore_index, "ignore_index") >= 0:
+    dense = kind_of(t.dtype).floating
+    if dense and _integer(ignore_index, "ignore_index") >= 0:
         raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
-    return _cross_entropy(x, t, None, **options)
+    return _cross_entropy(
+        x,
+        t if dense else None,
+        None if dense else t,
+        axis=axis,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+        return_lse=return_lse,
+        return_grad=return_grad,
+        grad_out=grad_out,
+    )
 
 
 def sparse_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[SparseOptions]) -> Any:
@@ -245,51 +247,44 @@ def _cross_entropy(
     if x.ndim == 0:
         raise ValueError("logits has no axis of classes; expected at least one dimension")
     axis = axis_of(axis, x.ndim)
-    classes, kept = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
+    shape = x.shape
+    classes, kept = shape[axis], shape[:axis] + shape[axis + 1 :]
     value = kind_of(x.dtype).compute
     weights = None if weight is None else _class_weight(weight, classes, value)
     _check_reduction(reduction)
-    options = CrossEntropyOptions(
-        ignore_index=_integer(ignore_index, "ignore_index"),
-        label_smoothing=_number(label_smoothing, "label_smoothing", 0.0, 1.0),
-        z_loss=_number(z_loss, "z_loss", 0.0, math.inf),
-        softcap=0.0 if softcap is None else _number(softcap, "softcap", 0.0, math.inf, open_below=True),
-        scale=1.0,
-    )
-    if dense is not None and dense.shape != x.shape:
-        raise ValueError(f"target has shape {dense.shape}; expected that of logits, {x.shape}")
+    ignored = _integer(ignore_index, "ignore_index")
+    smoothing = _number(label_smoothing, "label_smoothing", 0.0, 1.0)
+    z = _number(z_loss, "z_loss", 0.0, math.inf)
+    cap = 0.0 if softcap is None else _number(softcap, "softcap", 0.0, math.inf, open_below=True)
+    if dense is not None and dense.shape != shape:
+        raise ValueError(f"target has shape {dense.shape}; expected that of logits, {shape}")
     if labels is not None:
         labels = _labels(labels, kept)
     grad = _gradient(x, return_grad, grad_out, (dense, labels, weights))
 
-    backend = _run.backend_for("cross_entropy", x)
-    denominator = float(math.prod(kept))
-    if labels is not None:
-        bad, denominator = backend.check_labels(
-            labels.reshape(-1), classes, options.ignore_index, weights
-        )
+    backend = dispatch.choose("cross_entropy", value, x.size)
+    if labels is None:
+        denominator = float(math.prod(kept))
+    else:
+        bad, denominator = backend.check_labels(labels.ravel(), classes, ignored, weights)
         if bad >= 0:
             place = tuple(int(i) for i in np.unravel_index(bad, kept))
             raise IndexError(
                 f"target has label {labels[place]} at {place}; "
-                f"expected 0 <= label < {classes} or ignore_index = {options.ignore_index}"
+                f"expected 0 <= label < {classes} or ignore_index = {ignored}"
             )
-    if reduction == "mean":
-        options = options._replace(scale=1 / denominator if denominator else math.nan)
+    scale = _mean(1.0, denominator) if reduction == "mean" else 1.0
+    options = CrossEntropyOptions(ignored, smoothing, z, cap, scale)
 
     loss = np.empty(kept, value)
     lse = np.empty(kept, value) if return_lse else None
-    _run.each_row(
-        (axis,),
-        (x, dense, grad),
-        (labels, loss, lse),
-        lambda x, dense, grad, labels, loss, lse: backend.cross_entropy(
-            x, dense, labels, weights, options, loss, lse, grad
-        ),
-    )
+    pieces, _ = layout.rows((axis,), (x, dense, grad), (labels, loss, lse))
+    for x_, dense_, grad_, labels_, loss_, lse_ in pieces:
+        kernel = backend.cross_entropy(x_, dense_, labels_, weights, options, loss_, lse_, grad_)
+        _run.rows(kernel, x_)
     result: Any = loss[()]
     if reduction != "none":
-        summed = np.sum(loss, dtype=np.float64)
+        summed = _sum(loss)
         result = value.type(summed if reduction == "sum" else _mean(summed, denominator))
     return _outputs(result, lse[()] if lse is not None else None, grad if return_grad else None)
 
@@ -373,13 +368,13 @@ def binary_cross_entropy_with_logits(
 
     scale = 1 / x.size if reduction == "mean" and x.size else 1.0
     loss = np.empty_like(x, dtype=value, subok=False) if reduction == "none" else None
-    backend = _run.backend_for("binary_cross_entropy", x)
+    backend = dispatch.choose("binary_cross_entropy", value, x.size)
     summed = 0.0
-    for x_, t_, w_, p_, loss_, grad_ in _run.each_element((x, t, w, p, loss, grad)):
+    for x_, t_, w_, p_, loss_, grad_ in layout.elementwise((x, t, w, p, loss, grad)):
         sums = np.empty((x_.shape[0], units_of(x_.shape[1]))) if loss is None else None
         kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
         _run.elements(kernel, x_)
-        summed += 0.0 if sums is None else float(sums.sum())
+        summed += 0.0 if sums is None else _sum(sums)
     result: Any = loss[()] if loss is not None else None
     if loss is None:
         result = value.type(summed if reduction == "sum" else _mean(summed, float(x.size)))
@@ -388,10 +383,9 @@ def binary_cross_entropy_with_logits(
 
 def _target(target: ArrayLike) -> Array:
     """A target as an array: labels or, for a floating dtype, a dense one."""
-    t = np.asarray(target) if isinstance(target, list | tuple | int) else as_array(target, "target")
-    if t.size == 0 and isinstance(target, list | tuple):
+    t = as_array(target, "target")
+    if t.size == 0 and isinstance(target, (list, tuple)):
         return t.astype(np.int64)  # nothing in it says otherwise
-    kind_of(t.dtype, "target")
     if t.dtype.kind == "b":
         raise TypeError("target has dtype bool; expected integers (labels) or floats (a dense target)")
     return t
@@ -399,15 +393,16 @@ def _target(target: ArrayLike) -> Array:
 
 def _labels(labels: Array, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """Labels as contiguous int64 in the shape of the rows."""
-    if labels.dtype.kind not in "iu":
+    kind = labels.dtype.kind
+    if kind not in "iu":
         raise TypeError(f"target has dtype {labels.dtype}; expected integers (labels)")
     if labels.shape != shape:
         raise ValueError(
             f"target has shape {labels.shape}; expected that of logits without axis, {shape}"
         )
-    if labels.dtype == np.uint64:
+    if kind == "u":
         # beyond int64 a label is out of range for certain, and stays so at its limit
-        labels = np.minimum(labels, np.uint64(_INT64.max))
+        labels = np.minimum(labels, np.uint64(_INT64_MAX))
     return np.asarray(labels, dtype=np.int64, order="C")
 
 
@@ -422,11 +417,13 @@ def _gradient(
     x: Array, wanted: bool, out: Array | None, inputs: tuple[Array | None, ...]
 ) -> Array | None:
     """`out` once it is checked, or a new array, or nothing if no gradient is wanted."""
+    if out is None and not wanted:
+        return None
     element = kind_of(x.dtype).element
     if out is not None:
         check_output(out, "grad_out", x.shape, element, x, (a for a in inputs if a is not None))
         return out
-    return np.empty_like(x, dtype=element, subok=False) if wanted else None
+    return np.empty_like(x, dtype=element, subok=False)
 
 
 def _check_reduction(reduction: str) -> None:
@@ -435,9 +432,9 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _integer(value: Any, name: str) -> int:
-    if not hasattr(value, "__index__") or isinstance(value, bool):
+    if type(value) is not int and (not hasattr(value, "__index__") or isinstance(value, bool)):
         raise TypeError(f"{name} is {value!r}; expected an integer")
-    if not _INT64.min <= value <= _INT64.max:
+    if not _INT64_MIN <= value <= _INT64_MAX:
         raise ValueError(f"{name} is {value}; expected an integer of 64 bits")
     return int(value)
 
@@ -460,7 +457,13 @@ def _mean(summed: float, count: float) -> float:
     return summed / count if count else math.nan
 
 
+def _sum(a: Array) -> float:
+    """The sum in float64; that of one element without NumPy's reductions, which take a microsecond."""
+    return float(a.item() if a.size == 1 else np.add.reduce(a, axis=None, dtype=np.float64))
+
+
 def _outputs(loss: Any, lse: Any, grad: Array | None) -> Any:
     """The loss alone, or a tuple of what there is."""
-    extras = tuple(extra for extra in (lse, grad) if extra is not None)
-    return (loss, *extras) if extras else loss
+    if grad is None:
+        return loss if lse is None else (loss, lse)
+    return (loss, grad) if lse is None else (loss, lse, grad)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastll import dispatch, layout
 from fastll.api import _run
 from fastll.arrays import as_array, axes_of, broadcast, check_output, kept_shape
 from fastll.dtypes import kind_of
@@ -110,18 +111,18 @@ def logsumexp(
 
     result = np.empty(kept, value)
     sign = np.empty(kept, value) if return_sign else None
-    backend = _run.backend_for("logsumexp", x)
-    if not _run.each_row(
-        axes,
-        (x, weights),
-        (result, sign),
-        lambda x, b, out, sign: backend.logsumexp(x, b, None, out, sign),
-    ):
+    backend = dispatch.choose("logsumexp", value, x.size)
+    pieces, folds = layout.rows(axes, (x, weights), (result, sign))
+    if folds == 1:
+        for x_, b_, out_, sign_ in pieces:
+            _run.rows(backend.logsumexp(x_, b_, None, out_, sign_), x_)
+    else:
         state = _run.new_state(kept)
         _run.fold(backend, x, weights, axes, state)
         _run.finish(backend, state, weights is not None, result, sign)
 
-    result = result.reshape(shape)
+    if keepdims:
+        result = result.reshape(shape)
     if out is not None:
         np.copyto(out, result, casting="same_kind")
     returned = out if out is not None else result[()]
@@ -222,16 +223,17 @@ def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
     result = _output(x, out)
     full = x.reshape(1) if x.ndim == 0 else x
     axes = axes_of(axis, full.ndim)
-    backend = _run.backend_for("softmax", x)
+    backend = dispatch.choose("softmax", kind_of(x.dtype).compute, x.size)
     target = result.reshape(full.shape)
-    if x.size and not _run.each_row(
-        axes, (full, target), (), lambda x, out: backend.softmax(x, None, out, log)
-    ):
-        state = _run.new_state(kept_shape(full.shape, axes))
-        _run.fold(backend, full, None, axes, state)
-        _run.each_piece(
-            axes, (full, target), (state,), lambda x, out, state: backend.softmax(x, state, out, log)
-        )
+    if x.size:
+        state = None
+        pieces, folds = layout.rows(axes, (full, target), (state,))
+        if folds > 1:
+            state = _run.new_state(kept_shape(full.shape, axes))
+            _run.fold(backend, full, None, axes, state)
+            pieces, _ = layout.rows(axes, (full, target), (state,))
+        for x_, out_, state_ in pieces:
+            _run.rows(backend.softmax(x_, state_, out_, log), x_)
     return result if out is not None else result[()]
 
 
@@ -312,8 +314,8 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
     x = as_array(x, "x")
     result = _output(x, out)
-    backend = _run.backend_for("sigmoid", x)
-    for x_, out_ in _run.each_element((x, result)):
+    backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size)
+    for x_, out_ in layout.elementwise((x, result)):
         _run.elements(backend.sigmoid(x_, out_, log), x_)
     return result if out is not None else result[()]
 

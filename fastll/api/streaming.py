@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastll import dispatch
 from fastll.api import _run
 from fastll.api.reductions import Axis
 from fastll.arrays import as_array, axes_of, kept_shape
@@ -105,7 +106,8 @@ class LogSumExp:
                 f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"
             )
         if x.size:
-            _run.fold(_run.backend_for("logsumexp", x), x, None, axes, self._state)
+            backend = dispatch.choose("logsumexp", kind_of(x.dtype).compute, x.size)
+            _run.fold(backend, x, None, axes, self._state)
         return self
 
     def merge(self, other: LogSumExp) -> Self:
@@ -147,7 +149,8 @@ class LogSumExp:
     def value(self) -> Any:
         """The log-sum-exp of all elements so far, -inf before the first."""
         out = np.empty(self.shape, self._dtype)
-        _run.finish(_run.backend_for("logsumexp", out), self._state, False, out, None)
+        backend = dispatch.choose("logsumexp", self._dtype, out.size)
+        _run.finish(backend, self._state, False, out, None)
         return out[()]
 
     @property
