@@ -15,7 +15,7 @@ def _best() -> ModuleType:
         baseline = import_module("fastll.backends.cython._v1")
     except ImportError as error:
         raise ImportError(
-            "fastll was installed without its cython backend, which needs a C compiler at install "
+            "fastll was installed without its cython backend, which needs a C++ compiler at install "
             "time; reinstall it with FASTLL_REQUIRE_EXT=1 in the environment to see what fails"
         ) from error
     for level in (4, 3):

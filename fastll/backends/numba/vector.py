@@ -438,13 +438,6 @@ def load_ahead(address, count, pad):
     return load(address, count, pad)
 
 
-@njit(**INLINE)
-def store_ahead(address, count, v):
-    """`store` in a walk through memory."""
-    prefetch_vector(address + AHEAD)
-    store(address, count, v)
-
-
 @intrinsic
 def read(typing_context, address, like):
     """The scalar of the type of `like` at `address`."""
