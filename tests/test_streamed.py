@@ -14,9 +14,10 @@ ROWS, CLASSES = 500, 20_011
 
 def unaligned(shape, offset):
     """Memory whose first element is `offset` elements after a line of the cache."""
-    raw = np.empty(np.prod(shape) + 32, np.float32)
-    start = -raw.ctypes.data % 64 // 4 + offset
-    return raw[start : start + np.prod(shape)].reshape(shape)
+    size = 4 * np.prod(shape)
+    raw = np.empty(size + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + int(4 * offset)
+    return raw[start : start + size].view(np.float32).reshape(shape)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def results(x, y, axis, out):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize("offset", [0, 5, 0.25])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_bits_are_those_of_small_calls(compiled, logits, layout, offset):
     y = np.random.default_rng(1).integers(0, CLASSES, ROWS)
@@ -78,8 +79,9 @@ def test_in_place(compiled, logits):
     np.testing.assert_array_equal(x, fastll.softmax(logits, axis=1))
 
 
-def test_sigmoid(compiled, logits):
-    out = unaligned(logits.shape, 3)
+@pytest.mark.parametrize("offset", [0, 3, 0.25])
+def test_sigmoid(compiled, logits, offset):
+    out = unaligned(logits.shape, offset)
     for operation in (fastll.sigmoid, fastll.log_sigmoid):
         operation(logits, out=out)
         np.testing.assert_array_equal(out[SAMPLE], operation(logits[SAMPLE]))

@@ -77,10 +77,12 @@ class Backend:
 
     def sigmoid(self, x, out, log):
         like = _like(x)
+        result = _operand(out, like, 1)
+        pays = out.ctypes.data != x.ctypes.data and out.nbytes >= STREAM_FROM
         return partial(
             elementwise.sigmoid,
             _operand(x, like, 1),
-            _operand(out, like, 1)._replace(streamed=_streams(x, out)),
+            result._replace(streamed=pays and result.write == 0),
             log,
             *_units(x),
             like,
@@ -158,12 +160,6 @@ def _operand(a, like, axis):
     if a.flags.writeable and kind.element == a.dtype:
         write = writer(kind.code).address
     return Operand(a.ctypes.data, *strides, read, write, False)
-
-
-def _streams(x, out):
-    """Whether to write past the caches: what is larger, and not there already, as the input."""
-    native = out.dtype == kind_of(out.dtype).compute and out.strides[1] == out.itemsize
-    return native and out.nbytes >= STREAM_FROM and out.ctypes.data != x.ctypes.data
 
 
 def _units(x):
