@@ -189,7 +189,7 @@ def advanced(row, count):
 def write_vector(row, j, count, whole):
     """Elements j to j + count of a row; `whole` vectors may be streamed."""
     size = size_of(row.scale)
-    x = load(row.source + j * size, count, splat(row.scale))
+    x = load(row.source + j * size, count, splat(constants(row.scale).zero))
     if row.log:  # both parts are at most 0, so that nothing cancels
         x = (x - splat(row.top)) - splat(row.lowered)
     else:
