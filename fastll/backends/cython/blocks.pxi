@@ -102,9 +102,11 @@ cdef struct Pending:
     double lowered
 
 
-cdef inline void write_vector(const Pending* row, Py_ssize_t j, real like) noexcept nogil:
-    """Elements j and on of a row, a whole vector."""
-    cdef Vec[real] x = load_all(<const real*> row.source + j)
+cdef inline void write_vector(
+    const Pending* row, Py_ssize_t j, Py_ssize_t count, real like
+) noexcept nogil:
+    """Elements j to j + count of a row, at most a vector; a whole one may be streamed."""
+    cdef Vec[real] x = load(<const real*> row.source + j, count, splat(<real> 0))
     cdef real* out = <real*> row.out + j
     if row.log:  # both parts are at most 0, so that nothing cancels
         x = (x - splat(<real> row.top)) - splat(<real> row.lowered)
@@ -112,24 +114,10 @@ cdef inline void write_vector(const Pending* row, Py_ssize_t j, real like) noexc
         x = where_eq(
             x, splat(<real> row.same), splat(<real> row.factor), x * splat(<real> row.scale)
         )
-    if row.streamed:
+    if row.streamed and count >= lanes_of(out):
         stream_all(out, x)
     else:
-        store_all(out, x)
-
-
-cdef void write_part(const Pending* row, Py_ssize_t stop, real like) noexcept nogil:
-    """Elements up to `stop`, one by one."""
-    cdef const real* v = <const real*> row.source
-    cdef real* out = <real*> row.out
-    cdef real scale = <real> row.scale, same = <real> row.same, factor = <real> row.factor
-    cdef real top = <real> row.top, lowered = <real> row.lowered
-    cdef Py_ssize_t j
-    for j in range(row.j, stop):
-        if row.log:
-            out[j] = (v[j] - top) - lowered
-        else:
-            out[j] = factor if v[j] == same else v[j] * scale
+        store(out, count, x)
 
 
 cdef inline Py_ssize_t vectors_left(const Pending* row, real like) noexcept nogil:
@@ -138,11 +126,11 @@ cdef inline Py_ssize_t vectors_left(const Pending* row, real like) noexcept nogi
 
 cdef void write_rest(Pending* row, real like) noexcept nogil:
     """All that is left of a row."""
-    cdef Py_ssize_t i, lanes = lanes_of(&like), count = vectors_left(row, like)
-    for i in range(count):
-        write_vector(row, row.j + i * lanes, like)
-    row.j += count * lanes
-    write_part(row, row.n, like)
+    cdef Py_ssize_t lanes = lanes_of(&like)
+    while row.j + lanes <= row.n:
+        write_vector(row, row.j, lanes, like)
+        row.j += lanes
+    write_vector(row, row.j, row.n - row.j, like)
     row.j = row.n
 
 
@@ -180,7 +168,7 @@ cdef inline void add_block(
         if terms != NULL:
             store_all(terms + j, term)
         if b < ready:
-            write_vector(&old, old.j + j, <real> 0)
+            write_vector(&old, old.j + j, lanes_of(v), <real> 0)
     ahead.pending.j += min(ready, vectors_of(v, n)) * lanes_of(v)
     ahead.top = largest(top)
     row.added += total(sums) * SUM_UNSHIFT

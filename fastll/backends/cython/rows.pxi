@@ -131,7 +131,7 @@ cdef Pending pending_row(
         row.n = 0
     elif row.streamed:
         head = min(row.n, until_line(<real*> row.out))
-        write_part(&row, head, like)
+        write_vector(&row, 0, head, like)
         row.j = head
     return row
 
