@@ -136,8 +136,9 @@ cdef int reduce(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) 
                 fold_rows(call, &buffers, group, before, like)
             conclude(call, group, like)
             if not interleaves(call, like):
-                write_rows(call, &buffers, group, 0, like)
-                group.count = 0
+                if call.out.address != NULL:
+                    write_rows(call, &buffers, group, 0, like)
+                group.count = 0  # nothing is left of it
             half = 1 - half
     if not call.across:
         write_rows(call, &buffers, &groups[1 - half], 0, like)

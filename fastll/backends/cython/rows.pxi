@@ -141,7 +141,7 @@ cdef void complete_row(
 ) noexcept nogil:
     """What is left of row i of a group."""
     cdef real* out
-    if i >= group.count or call.out.address == NULL:
+    if i >= group.count:
         return
     if row.n == 0:
         write_row(call, buffers, group, i, like)
