@@ -177,7 +177,7 @@ cdef inline void add_block(
 
 
 cdef void sum_exact(const real* v, Py_ssize_t step, Py_ssize_t n, State* row) noexcept nogil:
-    """`sum_block` by the library's exp, for a maximum that is infinite or enormous.
+    """`add_block` by the library's exp, for a maximum that is infinite or enormous.
 
     One term after the other, but with Kahan's compensation.
     """

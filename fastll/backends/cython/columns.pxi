@@ -60,7 +60,6 @@ cdef void gather(
     """Classes j to j + n of the rows into a tile: class by class, WIDTH rows apart."""
     cdef const char* source = start_of(x, group.outer, group.inner) + j * x.classes
     cdef Py_ssize_t i, w
-    cdef int line
     for i in range(n):
         if x.format != IN_PLACE and x.native and group.count == WIDTH:
             for w in range(WIDTH // lanes_of(tile)):
@@ -69,8 +68,8 @@ cdef void gather(
         elif x.format != IN_PLACE:
             read_block(x.format, x.swapped, source, x.inner, group.count, tile)
         elif group.count == WIDTH:
-            for line in range(<int> (WIDTH * sizeof(real) // 128)):
-                prefetch_vector(source + LINES_AHEAD * x.classes + line * 128)
+            for w in range(WIDTH // lanes_of(tile)):
+                prefetch_vector(source + LINES_AHEAD * x.classes + w * 128)
             memcpy(tile, source, WIDTH * sizeof(real))
         else:
             memcpy(tile, source, group.count * sizeof(real))

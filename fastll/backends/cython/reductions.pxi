@@ -74,9 +74,10 @@ cdef void conclude(const Call* call, Group* group, real like) noexcept nogil:
             weigh(call, group)
         if call.state.address != NULL:
             store_states(call, group)
-        for i in range(group.count):
-            values[i] = sign_of(group.e[i] + group.k[i])
-        put_rows(&call.sign, group, values, like)
+        if call.sign.address != NULL:
+            for i in range(group.count):
+                values[i] = sign_of(group.e[i] + group.k[i])
+            put_rows(&call.sign, group, values, like)
     elif call.operation == CROSS_ENTROPY:
         finish(group, call.classes, call.sparse, &call.options)
         put_rows(&call.loss, group, group.loss, like)

@@ -75,7 +75,7 @@ cdef const real* fetch_capped(
 ) noexcept nogil:
     """`fetch`, then the soft cap where there is one; its derivative into `slope` unless NULL."""
     cdef const real* v = fetch(&call.x, start, j, n, buffer)
-    if call.options.softcap == 0.0:
+    if not call.capped:
         return v
     cap_block(v, n, <real> call.options.softcap, buffer, slope)
     return buffer

@@ -56,7 +56,6 @@ using Vec = Lanes<T, 128>;
 namespace on_register {
 
 #if !FUSED
-  #define FMA(T, bytes, instruction)
 template <class R>
 INLINE R fma(R a, R b, R c) {
     return a * b + c;

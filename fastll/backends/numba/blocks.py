@@ -254,7 +254,7 @@ def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
 
 @njit
 def sum_exact(v, step, n, m, like):
-    """`sum_block` by the library's exp, for a maximum that is infinite or enormous.
+    """`add_block` by the library's exp, for a maximum that is infinite or enormous.
 
     One term after the other, but with Kahan's compensation.
     """
