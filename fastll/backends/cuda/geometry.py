@@ -1,0 +1,86 @@
+"""How many threads do what: every launch's shape, from the number of classes and the card alone.
+
+So the order of a row's sums depends on nothing else. What the number of rows decides is how many
+blocks there are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastll.backends.cuda.primitives import WARP, lanes_of
+
+#: Threads of a block of several short teams, and of kernels over rows of any strides.
+BLOCK = 256
+#: Threads of a team, and the most there can be. Fewer threads leave room for a second block beside the
+#: first, so that one computes while the other one reads.
+TEAM, LARGEST_TEAM = 512, 1024
+#: Vectors that a thread holds: 64 bytes of one input, or half as much of each of two.
+VECTORS = 4
+#: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.
+CLUSTERS = (1, 2, 4, 8)
+
+#: Up to this many classes, a row has one thread.
+SHORT = 128
+#: Bytes of shared memory that a block may use without asking.
+SHARED = 48 * 1024
+
+
+class Team(NamedTuple):
+    """The threads that share a row."""
+
+    vectors: int  # that each holds
+    threads: int
+    teams: int  # of a block
+    cluster: int  # blocks that share a row
+    segment: int  # classes of each of them
+    capacity: int  # classes of a chunk
+    chunked: bool  # whether a segment has several
+
+    @property
+    def bound(self) -> int:
+        """Threads of a block that the kernel is compiled for."""
+        return TEAM if self.threads <= TEAM else LARGEST_TEAM
+
+
+def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> Team:
+    """The team for rows of contiguous classes of a format, with one input or two."""
+    lanes = lanes_of(name)
+    vectors = VECTORS // inputs
+    # a row that is no multiple of a vector may begin anywhere in one
+    slack = lanes if classes % lanes else 0
+    clusters = CLUSTERS if capability >= (9, 0) else CLUSTERS[:1]
+
+    def threads_for(elements: int) -> int:
+        return _up(-(-(elements + slack) // (lanes * vectors)), WARP)
+
+    while vectors > 1 and classes + slack <= WARP * lanes * vectors // 2:
+        vectors //= 2
+    threads = threads_for(classes)
+    if threads <= BLOCK:  # a block of several teams: one warp finishes the rows of all
+        return Team(vectors, threads, BLOCK // threads, 1, classes, classes, False)
+    for largest, blocks in [(TEAM, n) for n in clusters] + [(LARGEST_TEAM, clusters[-1])]:
+        segment = _up(-(-classes // blocks), lanes)
+        if threads_for(segment) <= largest:
+            return Team(vectors, threads_for(segment), 1, blocks, segment, segment, False)
+    segment = _up(-(-classes // clusters[-1]), lanes)
+    capacity = lanes * vectors * TEAM - slack
+    return Team(vectors, TEAM, 1, clusters[-1], segment, capacity, True)
+
+
+def lanes_of_row(classes: int) -> int:
+    """Threads of a row of any strides."""
+    if classes <= SHORT:
+        return 1
+    return 8 if classes <= 1024 else 32 if classes <= 16384 else BLOCK
+
+
+def staged_rows(classes: int, size: int) -> int:
+    """Rows of a block that go through shared memory together."""
+    fitting = SHARED // ((classes | 1) * size) // WARP * WARP
+    return min(BLOCK, fitting)
+
+
+def _up(number: int, step: int) -> int:
+    """The next multiple."""
+    return -(-number // step) * step
