@@ -7,9 +7,9 @@
 It checks what a GPU would not: accesses outside of allocations, misaligned or of bytes never written,
 threads that wait for each other, shuffles from threads that take no part, races in shared memory.
 
-What it cannot see is what ptxas does: that may contract a `mul.f32` and an `add.f32` without .rn to a fused
-operation. Chunks of blocks run one after the other: a block cannot wait for one of a later chunk. Lanes run by
-the smallest program counter, so that a thread must not spin until another one has written.
+What it cannot see is what ptxas does: that may contract a `mul.f32` and an `add.f32` without .rn to a
+fused operation. Chunks of blocks run one after the other: a block cannot wait for one of a later chunk.
+Of the threads, those with the smallest program counter run: one cannot spin until another has written.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ __all__ = ["Memory", "Module", "PTXError", "Stats"]
 
 def triple(value):
     value = tuple(value) if isinstance(value, tuple | list) else (value,)
-    return tuple(map(int, value + (1, 1, 1)))[:3]
+    return tuple(map(int, (*value, 1, 1, 1)))[:3]
 
 
 class Module:
@@ -48,20 +48,33 @@ class Module:
 
     @property
     def uses_local(self):
-        """Whether a kernel has local memory: arrays of a thread's own, spilled by the compiler of PTX."""
+        """Whether a kernel has local memory: arrays of a thread's own that did not fit in registers."""
         return any(kernel.uses_local for kernel in self.kernels.values())
 
     def launch(
-        self, name, grid, block, args, memory, shared=0, cluster=1, *, perturb=0, racecheck=False,
-        strict=True, track=False, lanes=4096, limit=10**8,
+        self,
+        name,
+        grid,
+        block,
+        args,
+        memory,
+        shared=0,
+        cluster=1,
+        *,
+        perturb=0,
+        racecheck=False,
+        strict=True,
+        track=False,
+        lanes=4096,
+        limit=10**8,
     ):
         """Run a kernel; returns what it did, as Stats.
 
-        grid, block, cluster: a number or up to three. shared: bytes of dynamic shared memory. perturb: a seed
-        for errors of the approximate functions up to their bounds, 0 for none. racecheck: look for races in
-        shared memory. strict: loads of bytes never written are errors. track: count how often each byte of
-        global memory is read and written. lanes: about as many threads run side by side. limit: basic blocks
-        times their lengths, after which a chunk is taken to loop for ever.
+        grid, block, cluster: a number or up to three. shared: bytes of dynamic shared memory.
+        perturb: a seed for errors of the approximate functions up to their bounds, 0 for none.
+        racecheck: look for races in shared memory. strict: loads of bytes never written are errors.
+        track: count how often each byte of global memory is read and written. lanes: about as many
+        threads run side by side. limit: of instructions; more are taken for a loop without end.
         """  # fmt: skip
         kernel = self.kernel(name)
         grid, block, cluster = triple(grid), triple(block), triple(cluster)
@@ -81,6 +94,7 @@ class Module:
         for first in range(0, total, each):
             machine.limit = limit
             machine.run(first, grid)
+        machine.finish()
         self.machines[key] = machine  # decoding takes longer than a small launch; not after an error
         return stats
 
@@ -90,7 +104,12 @@ class Module:
 
         if len(args) != len(kernel.params):
             refuse(f"takes {len(kernel.params)} arguments, not {len(args)}")
-        if min(grid + block + cluster) < 1 or max(grid[1:]) > 65535 or np.prod(block) > 1024 or block[2] > 64:
+        if (
+            min(grid + block + cluster) < 1
+            or max(grid[1:]) > 65535
+            or np.prod(block) > 1024
+            or block[2] > 64
+        ):
             refuse(f"no such launch: grid {grid}, block {block}")
         if any(g % c for g, c in zip(grid, cluster, strict=True)) or np.prod(cluster) > 16:
             refuse(f"grid {grid} is not made of clusters {cluster}")

@@ -1,6 +1,6 @@
 """What instructions compute, on arrays: functions of the sources that return the result.
 
-Floating point is that of the host, which rounds as a GPU does; a NaN in float32 has the bits 0x7fffffff.
+Floating point is that of the host, which rounds as a GPU does; a NaN of float32 is 0x7fffffff.
 """
 
 import numba
@@ -33,6 +33,11 @@ def flush(x):
     return np.multiply(x, np.abs(x) >= TINY)
 
 
+def saturated(x):
+    """Into [0, 1]; 0 for a NaN, and for -0."""
+    return np.fmin(np.fmax(x, x.dtype.type(0)), x.dtype.type(1)) + x.dtype.type(0)
+
+
 def finished(function, kind, ftz=False, sat=False):
     """function(*sources, out) with what float32 adds to it: .ftz, .sat, one NaN."""
     if kind not in ("f32", "f64"):
@@ -49,7 +54,7 @@ def finished(function, kind, ftz=False, sat=False):
             out[...] = flush(out)
         canonical(out)
         if sat:
-            np.fmin(np.fmax(out, np.float32(0), out), np.float32(1), out)
+            out[...] = saturated(out)
 
     return run
 
@@ -62,7 +67,7 @@ def returning(function):
 
 
 def directed(mode, nearest, excess):
-    """The value rounded by `mode`, from its neighbour `nearest`; `excess`: the sign of value - nearest."""
+    """A value rounded by `mode`, from a neighbour and the sign of what it exceeds that by."""
     down, up = nearest.dtype.type(-np.inf), nearest.dtype.type(np.inf)
     low = (excess < 0) & ((mode == "rm") | (mode == "rz") & (nearest > 0))
     high = (excess > 0) & ((mode == "rp") | (mode == "rz") & (nearest < 0))
@@ -209,7 +214,9 @@ def to_integer(x, dtype, mode, nan_as_top):
     x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](x)
     info = np.iinfo(dtype)
     with np.errstate(invalid="ignore"):
-        y = np.where((x >= float(info.min)) & (x < float(info.max) + (info.bits < 54)), x, 0).astype(dtype)
+        y = np.where((x >= float(info.min)) & (x < float(info.max) + (info.bits < 54)), x, 0).astype(
+            dtype
+        )
     y = np.where(x >= float(info.max), dtype(info.max), y)
     y = np.where(x <= float(info.min), dtype(info.min), y)
     top = np.array(1 << (info.bits - 1), f"u{info.bits // 8}").view(dtype)[()]
@@ -255,16 +262,20 @@ def converter(to, source, mode, sat, ftz):
     elif mode == "rn":
         change = lambda x: x.astype(goal)  # noqa: E731
     elif mode and source[1:] != "64" and to == "f32":
-        change = lambda x: directed(mode, x.astype(goal), x - x.astype(goal).astype(np.float64))  # noqa: E731
+
+        def change(x):
+            nearest = x.astype(goal)
+            return directed(mode, nearest, x - nearest.astype(np.float64))
+
     else:
         return None
 
     def run(x):
         y = change(flush(x) if ftz and source == "f32" else x)
         y = flush(y) if ftz and to == "f32" else y
-        if to == "f32" and source != to:
+        if to == "f32" and (source != to or mode):
             y = np.where(np.isnan(y), NAN32, y)
-        return np.fmin(np.fmax(y, goal(0)), goal(1)) if sat else y
+        return saturated(y) if sat else y
 
     return run
 

@@ -8,7 +8,7 @@ from .parse import SIZES, Address, Register, Variable
 
 HANDLERS = {}  # opcode up to the first dot -> (decoder, modifiers that it knows)
 ROUNDING = ("rn", "rz", "rm", "rp")
-CACHE = "weak volatile relaxed acquire release acq_rel cta cluster gpu sys nc ca cg cs lu cv wb wt unified mmio"
+CACHE = "weak volatile relaxed acquire release acq_rel cta cluster gpu sys nc ca cg cs lu cv wb wt"
 SPACES = "param global shared shared::cta shared::cluster const local"
 COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan"
 CONTROL = {"bra": "branch", "brx": "branch", "ret": "exit", "exit": "exit", "trap": "exit"}
@@ -38,7 +38,9 @@ def classify(ins):
         return ins.base
     if "approx" in ins.mods:
         return "special"
-    return ins.kind if ins.kind and ins.kind[0] == "f" else "bf16" if "bf" in str(ins.kind) else "integer"
+    return (
+        ins.kind if ins.kind and ins.kind[0] == "f" else "bf16" if "bf" in str(ins.kind) else "integer"
+    )
 
 
 def handles(bases, modifiers=""):
@@ -91,10 +93,16 @@ def simple(m, ins, function, kinds=None, result=None):
 FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": f.fma, "neg": np.negative}
 FLOAT |= {"abs": np.abs, "div": np.divide, "mad": f.fma}
 INTEGER = {"add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "rem": np.fmod}
-INTEGER |= {"min": np.minimum, "max": np.maximum, "div": f.returning(f.quotient)}
+INTEGER |= {
+    "min": f.returning(np.minimum),
+    "max": f.returning(np.maximum),
+    "div": f.returning(f.quotient),
+}
 
 
-@handles("add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full")
+@handles(
+    "add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full"
+)
 def arithmetic(m, ins):
     kind, base, mods = ins.kind, ins.base, ins.mods
     d = ins.operands[0]
@@ -102,7 +110,7 @@ def arithmetic(m, ins):
         return integer(m, ins)
     mode = one(ins, ROUNDING) or "rn"
     args = sources(m, ins)
-    if set(mods) & {"lo", "hi", "wide"} or "sat" in mods and kind != "f32":
+    if set(mods) & {"lo", "hi", "wide"} or ("sat" in mods and kind != "f32"):
         unknown(ins)
     if base in ("min", "max"):
         nan = "NaN" in mods
@@ -110,7 +118,11 @@ def arithmetic(m, ins):
     elif base == "div" and mode == "rn" and set(mods) & {"approx", "full"}:
         function = f.returning(f.approximate("div.full" if "full" in mods else "div", m))
     elif mode != "rn":
-        if kind not in ("f32", "f64") or base not in ("add", "sub", "mul", "fma") or kind + base == "f64fma":
+        if (
+            kind not in ("f32", "f64")
+            or base not in ("add", "sub", "mul", "fma")
+            or kind + base == "f64fma"
+        ):
             unknown(ins)
         function = f.returning(f.rounded(base, mode, kind))
     else:
@@ -160,7 +172,14 @@ def unary(m, ins):
         function = np.sqrt if ins.base == "sqrt" else np.reciprocal
     else:
         unknown(ins)
-    return [m.alu(ins.operands[0], ins.kind, f.finished(function, ins.kind, "ftz" in ins.mods), *sources(m, ins))]
+    return [
+        m.alu(
+            ins.operands[0],
+            ins.kind,
+            f.finished(function, ins.kind, "ftz" in ins.mods),
+            *sources(m, ins),
+        )
+    ]
 
 
 @handles("and or xor not")
@@ -239,7 +258,9 @@ def setp(m, ins):
     args = [m.read(o, ins.kind) for o in (a, b)]
     if len(targets) == 1 and not third:
         return [m.alu(d, "pred", function, *args)]
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(one(ins, ("and", "or", "xor")))
+    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(
+        one(ins, ("and", "or", "xor"))
+    )
     if (combine is None) != (not third):
         unknown(ins)
     other = m.predicate(third[0]) if third else None
@@ -263,7 +284,11 @@ def setp(m, ins):
 def set_(m, ins):
     kind, source = ins.kinds
     function = comparison(ins, source)
-    true = np.float32(1) if kind == "f32" else np.array(-1, np.int32).view(m.read(ins.operands[0], kind).dtype)[()]
+    true = (
+        np.float32(1)
+        if kind == "f32"
+        else np.array(-1, np.int32).view(m.read(ins.operands[0], kind).dtype)[()]
+    )
 
     def run(a, b):
         result = np.empty(m.lanes, bool)
@@ -319,7 +344,9 @@ def cvt(m, ins):
     kinds, d, args = ins.kinds, ins.operands[0], ins.operands[1:]
     mode = one(ins, (*ROUNDING, "rni", "rzi", "rmi", "rpi"))
     if kinds[0] in ("f16x2", "bf16x2"):
-        half = f.converter(kinds[0][:-2], kinds[1], mode, "sat" in ins.mods, "ftz" in ins.mods) or unknown(ins)
+        half = f.converter(
+            kinds[0][:-2], kinds[1], mode, "sat" in ins.mods, "ftz" in ins.mods
+        ) or unknown(ins)
 
         def pack(high, low, out):
             out.view(np.uint16)[1::2] = np.asarray(half(high)).view(np.uint16)
@@ -381,7 +408,9 @@ def ld(m, ins):
     targets, where = elements(ins.operands[0]), ins.operands[1]
     space, kind, count = place(ins, where), ins.kind, len(targets)
     dtype = m.dtype(kind)
-    if (f"v{count}" if count > 1 else None) != one(ins, ("v2", "v4", "v8")) or not isinstance(where, Address):
+    if (f"v{count}" if count > 1 else None) != one(ins, ("v2", "v4", "v8")) or not isinstance(
+        where, Address
+    ):
         unknown(ins)
     if space == "param" and isinstance(where.base, Variable) and count == 1:
         start = where.base.address + where.offset
@@ -421,7 +450,10 @@ def st(m, ins):
 
 @handles("atom red", f"{CACHE} {SPACES} add min max and or xor exch cas inc dec")
 def atomic(m, ins):
-    operation, kind = one(ins, "add min max and or xor exch cas inc dec".split()), ins.kind
+    operation, kind = (
+        one(ins, ["add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"]),
+        ins.kind,
+    )
     target, where, *values = ([None] if ins.base == "red" else []) + ins.operands
     space, address, dtype = place(ins, where), m.address(where), m.dtype(kind)
     b, c = [np.broadcast_to(m.read(v, kind), m.lanes) for v in (values * 2)[:2]]
@@ -496,7 +528,7 @@ def shfl(m, ins):
 def vote(m, ins):
     d, a, members = ins.operands
     members = np.broadcast_to(m.read(members, "u32"), m.lanes)
-    operation = one(ins, "any all uni ballot add min max and or xor".split())
+    operation = one(ins, ["any", "all", "uni", "ballot", "add", "min", "max", "and", "or", "xor"])
     ballot = ins.base == "vote"
     value = m.predicate(a) if ballot else m.read(a, ins.kind)
     out = m.target(d, ins.kind or "pred")[1]
@@ -507,13 +539,20 @@ def vote(m, ins):
         index = active.index
         if not ballot:
             full = np.broadcast_to(value, m.lanes)
-            for key in {(int(w), int(k)) for w, k in zip(m.warp_of[index], members[index], strict=True)}:
+            for key in {
+                (int(w), int(k)) for w, k in zip(m.warp_of[index], members[index], strict=True)
+            }:
                 there = 32 * key[0] + np.flatnonzero([key[1] >> k & 1 for k in range(32)])
                 out[there] = ufunc[operation].reduce(full[there], dtype=full.dtype)
             return
         votes = np.broadcast_to(value(), m.lanes) & (True if active.full else active.mask)
         yes = m.ballots(votes) & members
-        result = {"ballot": yes, "any": yes != 0, "all": yes == members, "uni": (yes == 0) | (yes == members)}
+        result = {
+            "ballot": yes,
+            "any": yes != 0,
+            "all": yes == members,
+            "uni": (yes == 0) | (yes == members),
+        }
         out[index] = result[operation][index]
 
     return [m.stepwise(step, ins)]

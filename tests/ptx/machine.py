@@ -12,7 +12,7 @@ from .races import Races
 
 WINDOW = 56  # a generic address: the upper byte tells the window, the rest the address in it
 WINDOWS = {"global": 0, "const": 0, "shared": 1, "local": 2, "param": 3}
-RANK = 24  # a shared address in a cluster: one more than the rank of the block above this bit, 0 is one's own
+RANK = 24  # a shared address in a cluster: its block's rank plus one; 0: one's own
 NUMPY = {"pred": "?", "f16x2": "f2", "bf16x2": "u2", "bf16": "u2"}
 NUMPY |= {k: {"b": "u", "s": "i"}.get(k[0], k[0]) + str(n) for k, n in SIZES.items() if k not in NUMPY}
 POISON = {1: 0, 2: 0x7FED, 4: 0x7FEDCBA9, 8: 0x7FFDCBA987654321}  # of registers: a NaN in a float
@@ -70,7 +70,7 @@ class Stats:
 
 
 class Block:
-    """Instructions that are executed together: a basic block, or what a synchronisation leaves of one."""
+    """Instructions that are executed together: a basic block, or a part that synchronisation ends."""
 
     def __init__(self, code, start, stop):
         self.start, self.stop = start, stop
@@ -78,7 +78,9 @@ class Block:
         self.role = role(self.last)
         self.gate = code[start] if role(code[start]) == "meet" else None
         self.classes = Counter(map(classify, code[start:stop]))
-        self.body = code[start : stop - 1] if self.role in ("branch", "exit", "wait") else code[start:stop]
+        self.body = (
+            code[start : stop - 1] if self.role in ("branch", "exit", "wait") else code[start:stop]
+        )
         self.warps = self.threads = 0
         self.full = self.masked = None
 
@@ -109,7 +111,9 @@ class Machine:
         self.kernel, self.shape, self.blocks, self.cluster = kernel, shape, blocks, cluster
         self.dynamic = dynamic
         self.threads = int(np.prod(shape))
-        self.padded = -(-self.threads // 32) * 32  # a warp's lanes are 32 neighbours, the last may be idle
+        self.padded = (
+            -(-self.threads // 32) * 32
+        )  # a warp's lanes are 32 neighbours, the last may be idle
         self.lanes = lanes = blocks * self.padded
         self.cluster_size = int(np.prod(cluster))
         lane = np.arange(lanes)
@@ -123,6 +127,7 @@ class Machine:
         self.params = np.zeros(8192, np.uint8)
         self.program = {}
         self.perturb = 0
+        self.memory = None  # but during a launch
         self.layout(dynamic)
         code = kernel.code
         leaders = {0, len(code)}
@@ -139,7 +144,7 @@ class Machine:
     # memory
 
     def layout(self, dynamic):
-        """Places of the shared and the local variables, apart from each other to see who goes astray."""
+        """Places of the shared and the local variables, with gaps to see who goes astray."""
         self.places = {}
         spaces = {}
         for name, start, gap in (("shared", 1024, 16), ("local", 64, 16)):
@@ -174,7 +179,7 @@ class Machine:
         self.windows = [spaces[n] for n in ("global", "shared::cluster", "local", "param")]
 
     def grouped(self, address, index, access):
-        """access(space, address, index, which of the lanes) for each window that generic addresses are in."""
+        """access(space, address, index, which of the lanes) for each window of generic addresses."""
         windows = address >> np.uint64(WINDOW)
         low = address & np.uint64((1 << WINDOW) - 1)
         lanes = np.arange(self.lanes)[index]
@@ -229,7 +234,7 @@ class Machine:
         return self.storage[register]
 
     def read(self, operand, kind):
-        """The array of a source: a register seen as `kind`, or of no dimension where all threads agree."""
+        """The array of a source: a register seen as `kind`, or one value for all threads."""
         dtype = np.dtype(NUMPY[kind])
         if isinstance(operand, Register):
             raw = self.raw(operand)
@@ -254,15 +259,23 @@ class Machine:
                 self.special(operand.name)
             return self.specials[operand.name].view(dtype)
         if isinstance(operand, Variable):
-            return self.symbol(operand).astype(dtype) if operand in self.places else self.symbol(operand)
+            return (
+                self.symbol(operand).astype(dtype) if operand in self.places else self.symbol(operand)
+            )
         raise TypeError(f"no source: {operand}")
 
     def symbol(self, variable):
         """The address of a variable in its space."""
         if variable in self.places:
             return np.array(self.places[variable], np.uint64)
-        value = variable.address if variable.space == "param" else 0
-        return self.symbols.setdefault(variable, np.array(value, np.uint64))
+        if variable not in self.symbols:
+            self.symbols[variable] = np.array(variable.address, np.uint64)
+            self.place(variable)
+        return self.symbols[variable]
+
+    def place(self, variable):
+        if variable.space in ("global", "const") and self.memory:
+            self.symbols[variable][...] = variable_address(self.memory, variable)
 
     def dtype(self, kind):
         return np.dtype(NUMPY[kind])
@@ -387,9 +400,9 @@ class Machine:
         self.stats, self.limit, self.perturb = stats, limit, perturb
         for register in self.storage:
             self.storage[register].fill(POISON[self.storage[register].itemsize])
-        for variable, address in self.symbols.items():
-            if variable.space in ("global", "const"):
-                address[...] = variable_address(memory, variable)
+        self.memory = memory
+        for variable in self.symbols:
+            self.place(variable)
         self.params[: len(arguments)] = arguments
         self.spaces["global"].attach(memory.data, memory.shadow, memory.base)
         self.spaces["global"].size = memory.size
@@ -401,6 +414,11 @@ class Machine:
             self.spaces[name].observe = self.races and self.races.observe
         if track:
             stats.reads, stats.writes = np.zeros((2, memory.size), np.int32)
+
+    def finish(self):
+        """Hold on to nothing of the launch."""
+        self.memory = self.stats = self.races = None
+        self.spaces["global"].attach(*np.zeros((2, 8), np.uint8))
 
     def traffic(self, kind, offset, index, width):
         stats = self.stats
@@ -595,7 +613,9 @@ class Machine:
             masks = {k: np.ones(self.lanes, bool) if a.full else a.mask for k, a in here.items()}
             waiting = np.logical_or.reduce([np.zeros(self.lanes, bool), *masks.values()])
             if scope == "block":
-                ready = np.repeat((waiting | self.exited).reshape(self.blocks, -1).all(axis=1), self.padded)
+                ready = np.repeat(
+                    (waiting | self.exited).reshape(self.blocks, -1).all(axis=1), self.padded
+                )
                 self.converged({k: m & ready for k, m in masks.items()})
             else:
                 arrived = np.where(self.exited, np.iinfo(np.int64).max, self.arrivals)
@@ -630,7 +650,7 @@ class Machine:
             seen |= warps
 
     def meet(self, block, active):
-        """Who may execute a .sync instruction of warps: those whose mask names nobody who is not here."""
+        """Who may execute a .sync instruction of warps: those whose mask names only who is here."""
         ins = block.gate
         active = self.merge(self.stalled.pop(("warp", block.start), None), active)
         members = np.broadcast_to(self.read(ins.operands[-1], "u32"), self.lanes)
@@ -640,7 +660,10 @@ class Machine:
         stranger = (members[here] >> self.lane[here]) & np.uint32(1) == 0
         missing = members[here] & ~active.ballots[here]
         gone = missing & ballots(self.exited)[here]
-        for bad, reason in ((stranger, "a thread that its mask does not name"), (gone, "exited threads")):
+        for bad, reason in (
+            (stranger, "a thread that its mask does not name"),
+            (gone, "exited threads"),
+        ):
             if bad.any():
                 lane = np.arange(self.lanes)[here][np.argmax(bad != 0)]
                 raise self.error(ins, f"the mask and who is there differ: {reason}", lane)

@@ -2,7 +2,11 @@
 
 import numpy as np
 
-FREE, RAW, READY = 0, 1, 3  # not allocated; allocated, never written; written. Bits: 1 may write, 2 may read
+FREE, RAW, READY = (
+    0,
+    1,
+    3,
+)  # not allocated; allocated, never written; written. Bits: 1 may write, 2 may read
 GUARD = 256
 
 
@@ -11,7 +15,7 @@ class PTXError(Exception):
 
 
 class Fault(Exception):  # noqa: N818
-    """A bad access, before the instruction and the thread are known: `position` among the active lanes."""
+    """A bad access by the lane at `position` among the active ones, of an instruction not yet known."""
 
     def __init__(self, reason, position, address):
         super().__init__(reason)
@@ -21,8 +25,8 @@ class Fault(Exception):  # noqa: N818
 class Space:
     """A state space: the bytes of all its threads in one array.
 
-    A thread sees the addresses from `base` to `base + size`, size a power of two. `origin` says where in the
-    array those of each lane start; None: all threads see the same bytes. `observe` hears of every access.
+    A thread sees the addresses from `base` to `base + size`, size a power of two. `origin` says where
+    in the array those of each lane start; None: all see the same bytes. `observe` hears of every access.
     """
 
     def __init__(self, name, data, shadow, size, base=0, origin=None):
@@ -101,7 +105,7 @@ class Space:
         marks[at] = 3 * one
 
     def exchange(self, address, index, dtype, function):
-        """Atomics: lane after lane, in the order of the lanes; function(position, old) gives the new value."""
+        """Atomics, lane after lane: function(position, old) gives the new value."""
         offset = self.locate(address, index, np.dtype(dtype).itemsize)
         words, marks, one = self.words(dtype)
         at = offset // words.itemsize
@@ -131,7 +135,7 @@ class Memory:
         self.modules = {}  # what modules keep here: their .global variables
 
     def alloc(self, nbytes):
-        """An address aligned to 256 bytes, with at least as many bytes around it that nobody may touch."""
+        """An address aligned to 256 bytes, with at least as many around it that nobody may touch."""
         room = -(-nbytes // GUARD) * GUARD + 2 * GUARD
         taken = sorted((a - GUARD, a + -(-n // GUARD) * GUARD + GUARD) for a, n in self.sizes.items())
         for start in (self.cursor, self.base):  # what was freed is used again as late as can be

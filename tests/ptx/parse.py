@@ -18,10 +18,12 @@ SPECIAL = re.compile(
 )
 NAME = r"[\w$%.]+"
 STATEMENT = re.compile(
-    rf"\s*(?:(?P<brace>[{{}}])|(?P<label>{NAME})\s*:(?!:)|(?P<text>[^\s;{{}}][^;{{}}]*(?:{{[^{{}}]*}}[^;{{}}]*)*);)"
+    rf"\s*(?:(?P<brace>[{{}}])|(?P<label>{NAME})\s*:(?!:)"
+    r"|(?P<text>[^\s;{}][^;{}]*(?:{[^{}]*}[^;{}]*)*);)"
 )
 VARIABLE = re.compile(
-    rf"((?:\.\w+\s+)*?)\.(global|const|shared|local|param|reg)\s+((?:\.\w+\s+|\d+\s+)*)({NAME})(.*)", re.S
+    rf"((?:\.\w+\s+)*?)\.(global|const|shared|local|param|reg)\s+((?:\.\w+\s+|\d+\s+)*)({NAME})(.*)",
+    re.S,
 )
 HEADER = re.compile(rf"[^;{{]*?\.(entry|func)\s*(\([^)]*\))?\s*({NAME})\s*(\([^)]*\))?([^;{{]*)", re.S)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s]+")
@@ -142,10 +144,8 @@ class Program:
     def __init__(self, text):
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         text = re.sub(r"//[^\n]*", "", text)
-        text = re.sub(r"^\s*\.(version|target|address_size|file|loc)\b[^\n]*", "", text, flags=re.M)
-        text = re.sub(
-            r"\.section\s[^{]*\{[^}]*\}", lambda m: "\n" * m[0].count("\n"), text, flags=re.S
-        )
+        text = re.sub(r"^[ \t]*\.(version|target|address_size|file|loc)\b[^\n]*", "", text, flags=re.M)
+        text = re.sub(r"\.section\s[^{]*\{[^}]*\}", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         self.starts = [m.end() for m in re.finditer("\n", text)]
         self.globals, self.functions = {}, {}
         position, end = 0, len(text.rstrip())
@@ -333,7 +333,9 @@ class Expansion:
 
     def call(self, line, text, operands):
         lists = [
-            [self.operand(a, line) for a in re.findall(r"[^,\s]+", o[1:-1])] for o in operands if o[0] == "("
+            [self.operand(a, line) for a in re.findall(r"[^,\s]+", o[1:-1])]
+            for o in operands
+            if o[0] == "("
         ]
         names = [o for o in operands if o[0] != "("]
         callee = self.program.functions.get(names[0])

@@ -8,7 +8,7 @@ from .memory import Fault
 class Races:
     """For each byte who stored and who loaded it last, stamped by a clock of accesses.
 
-    Two threads are ordered by a barrier of what contains both: their warp, their block or their cluster.
+    Two threads are ordered by a barrier of what contains both: their warp, their block, their cluster.
     """
 
     def __init__(self, machine):
@@ -21,7 +21,11 @@ class Races:
         self.barrier = {scope: np.zeros(m.lanes, np.int64) for scope in ("warp", "block", "cluster")}
         # the last store; the last load by a warp, with its lanes; the last load by another warp
         self.writer, self.written = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        self.reader, self.lanes, self.read = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.int64)
+        self.reader, self.lanes, self.read = (
+            np.zeros(n, np.int64),
+            np.zeros(n, np.uint32),
+            np.zeros(n, np.int64),
+        )
         self.other, self.other_read = np.zeros(n, np.int64), np.zeros(n, np.int64)
 
     def synchronised(self, scope, mask):
@@ -51,7 +55,9 @@ class Races:
             self.loaded(at, lane, warp)
             return
         others = self.lanes[at] & ~(np.uint32(1) << m.lane[lane])
-        bad = np.where(self.reader[at] == warp, others != 0, True) & self.since(self.read[at], lane, self.reader[at])
+        bad = np.where(self.reader[at] == warp, others != 0, True) & self.since(
+            self.read[at], lane, self.reader[at]
+        )
         bad |= (self.other[at] != warp) & self.since(self.other_read[at], lane, self.other[at])
         self.blame("race: loaded by another thread", bad, at, width)
         self.writer[at] = lane
