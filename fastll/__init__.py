@@ -8,7 +8,7 @@ from fastll.api.losses import (
 )
 from fastll.api.reductions import log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
 from fastll.api.streaming import LogSumExp
-from fastll.dispatch import backends, use_backend
+from fastll.dispatch import backends, debug_labels, use_backend
 from fastll.operations import warmup
 from fastll.threads import get_num_threads, set_num_threads
 
@@ -19,6 +19,7 @@ __all__ = [
     "backends",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "debug_labels",
     "dense_cross_entropy",
     "get_num_threads",
     "log_sigmoid",

@@ -1,6 +1,11 @@
 """Arguments into arrays: every check of an argument that is an array, an axis or an output.
 
 Each error names the argument, its value and what was expected. Nothing here writes to an array.
+
+Every public function takes NumPy arrays, whatever np.asarray takes, and the arrays of other libraries:
+torch, CuPy, Numba, JAX and all that have DLPack or `__cuda_array_interface__`. The result comes back in
+the library and on the device of the first one, computed on the caller's current stream. No input is
+copied, and nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -12,36 +17,152 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import NDArray
 
-from fastll.dtypes import kind_of
+from fastll.dtypes import as_floats, kind_of, name_of
+from fastll.libraries import CPU, Device, Library, library_of
 
 Array = NDArray[Any]
 
-_DLPACK_CPU = 1
+
+class Place:
+    """Where a call's arrays are and its results go: a library and one of its devices."""
+
+    __slots__ = ("device", "library", "on_cpu")
+
+    def __init__(self, library: Library | None, device: Device) -> None:
+        self.library, self.device, self.on_cpu = library, device, device == CPU
+
+    @property
+    def stream(self) -> int:
+        """Handle of the caller's current stream on a GPU."""
+        return self._library.stream(self.device)
+
+    def take(self, x: Any, name: str) -> Array:
+        """An argument as an array of a dtype that fastll computes with; no copy where it is one."""
+        library = self._library_of(x, name)
+        array: Array = np.asarray(x) if library is None else library.view(x, name)
+        kind_of(array.dtype, name)
+        if library is not None and library is not self.library and not self.on_cpu:
+            library.order(x, self.device, self.stream)
+        return array
+
+    def take_per_class(self, x: Any, name: str, classes: int, dtype: np.dtype[Any]) -> Array:
+        """One number a class as a contiguous array of a floating dtype, converted where it is not."""
+        array = self.take(x, name)
+        if array.shape != (classes,):
+            raise ValueError(
+                f"{name} has shape {array.shape}; expected one {name} a class, ({classes},)"
+            )
+        if self.on_cpu:
+            return as_floats(array, dtype)
+        if array.dtype == dtype and array.flags.c_contiguous:
+            return array
+        library = self._library_of(x, name)
+        assert library is not None  # it is on a GPU
+        try:
+            return library.view(library.converted(x, dtype), name)
+        except TypeError as error:
+            raise TypeError(f"{name} has dtype {name_of(array.dtype)}; {error}") from None
+
+    def output(self, out: Any, name: str) -> Array:
+        """The view to write an output through."""
+        library = self._library_of(out, name)
+        if library is not None:
+            if not library.mutable:
+                raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
+            library.writes(out)
+            return library.view(out, name)
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
+        return out
+
+    def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
+        """`out` once it is checked, or a new array, for a result in the shape of `x`."""
+        element = kind_of(x.dtype).element
+        if out is None:
+            return self.empty_like(x, element)
+        array = self.output(out, name)
+        check_output(array, name, x.shape, element, x, inputs)
+        return array
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array."""
+        return self._library.empty(shape, np.dtype(dtype), self.device, None)
+
+    def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
+        """A new array in the shape of another, its axes in the same order in memory."""
+        order = None
+        if not x.flags.c_contiguous:
+            order = tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
+        return self._library.empty(x.shape, dtype, self.device, order)
+
+    def give(self, view: Array) -> Any:
+        """A result as the library's own array; NumPy's without axes as a scalar."""
+        return self._library.give(view)
+
+    def give_array(self, view: Array) -> Any:
+        """A result as the library's own array."""
+        return self._library.give(view)
+
+    @property
+    def _library(self) -> Library:
+        assert self.library is not None  # HOST overrides all that asks
+        return self.library
+
+    def _library_of(self, x: Any, name: str) -> Library | None:
+        """The library of an argument, which must be on this device."""
+        library = library_of(x)
+        device = CPU if library is None else library.device(x)
+        if device != self.device:
+            raise ValueError(f"{name} is on {device}; expected it on {self.device}, as the first array")
+        return library
 
 
-def as_array(x: Any, name: str) -> Array:
-    """`x` as a NumPy array of a dtype that fastll computes with; no copy where it is one."""
-    if type(x) is not np.ndarray:
-        _check_device(x, name)
-        x = np.asarray(x)
-    kind_of(x.dtype, name)
-    array: Array = x
-    return array
+class _Host(Place):
+    """NumPy: the fast path."""
+
+    __slots__ = ()
+
+    def take(self, x: Any, name: str) -> Array:
+        if type(x) is np.ndarray:
+            kind_of(x.dtype, name)
+            return x
+        return super().take(x, name)
+
+    empty = staticmethod(np.empty)  # type: ignore[assignment]
+
+    def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
+        return np.empty_like(x, dtype=dtype, subok=False)
+
+    def give(self, view: Array) -> Any:
+        return view[()]
+
+    def give_array(self, view: Array) -> Any:
+        return view
 
 
-def _check_device(x: Any, name: str) -> None:
-    """Arrays of other libraries come with their adapters; until then they are refused, not copied."""
-    if isinstance(x, np.ndarray | np.generic):
-        return
-    kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
-    if hasattr(x, "__cuda_array_interface__"):
-        raise NotImplementedError(f"{name} is a {kind} on a cuda device, which has no backend yet")
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        device = x.__dlpack_device__()
-        where = "on the CPU" if device[0] == _DLPACK_CPU else f"on DLPack device {tuple(device)}"
-        raise NotImplementedError(
-            f"{name} is a {kind} {where}; fastll takes NumPy arrays, such as np.asarray({name})"
-        )
+#: The place of NumPy arrays, and of what np.asarray takes.
+HOST = _Host(None, CPU)
+
+
+def place_of(x: Any) -> Place:
+    """The place of a call by its first array."""
+    if type(x) is np.ndarray:
+        return HOST
+    library = library_of(x)
+    if library is None:
+        return HOST
+    device = library.device(x)
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"an array of {library.name} is on {device}, which has no backend")
+    return Place(library, device)
+
+
+def bad_label(label: int, position: tuple[int, ...], classes: int, ignore_index: int) -> IndexError:
+    """The error for a label that is out of range."""
+    return IndexError(
+        f"target has label {label} at {position}; "
+        f"expected 0 <= label < {classes} or ignore_index = {ignore_index}"
+    )
 
 
 def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -71,7 +192,7 @@ def axis_of(axis: int, ndim: int) -> int:
 def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
     """A view of `x` in a shape."""
     try:
-        return np.broadcast_to(x, shape)
+        return np.broadcast_to(x, shape, subok=True)
     except ValueError:
         raise ValueError(
             f"{name} has shape {x.shape}; expected one that broadcasts to {shape}"
@@ -79,18 +200,21 @@ def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
 
 
 def check_output(
-    out: Any, name: str, shape: tuple[int, ...], dtype: Any, like: Array | None, inputs: Iterable[Array]
+    out: Array,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    like: Array | None,
+    inputs: Iterable[Array | None],
 ) -> None:
     """Whether `out` can be written: shape, dtype, writable, each element once, and not to an input.
 
     It may be `like` itself (the same memory in the same order), for an operation in place.
     """
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name} is a {type(out).__name__}; expected a NumPy array")
     if out.shape != shape:
         raise ValueError(f"{name} has shape {out.shape}; expected {shape}")
-    if out.dtype != dtype:
-        raise TypeError(f"{name} has dtype {out.dtype}; expected {np.dtype(dtype)}")
+    if out.dtype != dtype and (name_of(out.dtype) != name_of(dtype) or not out.dtype.isnative):
+        raise TypeError(f"{name} has dtype {name_of(out.dtype)}; expected {name_of(dtype)}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writable array")
     if _overlaps_itself(out):

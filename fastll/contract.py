@@ -1,7 +1,8 @@
 """What a backend implements.
 
 Every array that reaches a backend has been validated, allocated and brought to one of three shapes,
-as a view with any strides (zero and negative ones too) and with nothing copied:
+as a view with any strides (zero and negative ones too) and with nothing copied. One on a GPU is a NumPy
+array object too, whose address, shape and strides are those on the device (`fastll.libraries`):
 
 * *full*: ``(outer, classes, inner)``, reduced over ``classes``;
 * *row*: ``(outer, inner)``, one entry a row, where row ``r`` is ``divmod(r, inner)``;
@@ -29,7 +30,7 @@ in which all summands of the loss are non-negative: nothing cancels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,13 +65,21 @@ class CrossEntropyOptions(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float  # 0: none
-    scale: float  # factor of the gradient: 1, or 1 / denominator of the mean
+    scale: Any  # factor of the gradient: 1.0, or `Backend.factor` of the mean's denominator
 
 
 class Backend(Protocol):
-    """One implementation of every operation, for arrays on one device."""
+    """One implementation of every operation, for arrays on one device and, on a GPU, one stream of it.
+
+    The backends of the CPU have all but the kernels in common: `fastll.backends.host.Host`.
+    """
 
     name: str
+    partial_dtype: np.dtype[Any] | None  # of a unit's sum; None: that which is computed in
+
+    def run(self, kernel: Kernel, units: int, elements: int) -> None:
+        """Run a kernel over units 0 to `units`, which hold `elements` elements together."""
+        ...
 
     def logsumexp(
         self,
@@ -97,7 +106,7 @@ class Backend(Protocol):
         self,
         x: Array,  # full: logits
         target: Array | None,  # full: dense target, any real dtype
-        labels: NDArray[np.int64] | None,  # row: sparse target, already checked
+        labels: Array | None,  # row: sparse target, checked and int64; on a GPU of any integer dtype
         weight: Array | None,  # class
         options: CrossEntropyOptions,
         loss: Array,  # row, compute dtype
@@ -108,12 +117,31 @@ class Backend(Protocol):
         ...
 
     def check_labels(
-        self, labels: NDArray[np.int64], classes: int, ignore_index: int, weight: Array | None
-    ) -> tuple[int, float]:
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None
+    ) -> tuple[int, Any]:
         """Flat position of the first label outside [0, classes), or -1; the weight of all kept ones.
 
-        `labels` is one-dimensional and contiguous. Done at once: it precedes every kernel.
+        Done at once: it precedes every kernel. On the CPU `labels` is one-dimensional, contiguous and
+        int64, and the weight a float. On a GPU `labels` has the shape of the rows, any strides and any
+        integer dtype, and the weight is a 0-d array of float64. A position is found there only while
+        `dispatch.debugging_labels`, and raised by the backend, as `arrays.bad_label`.
         """
+        ...
+
+    def factor(self, kept: Any) -> Any:
+        """The factor of the gradient of a mean over the weight of the kept labels, or over a number."""
+        ...
+
+    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
+        """Sum of all values, in float64 and then 0-d in `dtype`, over a number, a 0-d array or None."""
+        ...
+
+    def fill_identity(self, state: Floats) -> None:
+        """Make every row of a new, contiguous (..., 3) state the identity."""
+        ...
+
+    def merge(self, state: Floats, other: Floats) -> None:
+        """Fold contiguous running states (..., 3) into others in place."""
         ...
 
     def sigmoid(
@@ -133,7 +161,7 @@ class Backend(Protocol):
         pos_weight: Array | None,  # (outer, n), any real dtype
         scale: float,  # factor of the gradient
         loss: Array | None,  # (outer, n), compute dtype: each element's loss
-        partial: Floats | None,  # (outer, ceil(n / CHUNK)): the sum of each unit's losses
+        partial: Array | None,  # (outer, ceil(n / CHUNK)), `partial_dtype`: sums of the units' losses
         grad: Array | None,  # (outer, n), element dtype; may be x
     ) -> Kernel:
         """Binary cross-entropy with logits; one unit is `CHUNK` elements of one outer row."""

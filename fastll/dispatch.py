@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, cast
 
 import fastll.backends  # noqa: F401  before the name becomes that of the function below
+from fastll.arrays import Place
 from fastll.contract import Backend
+from fastll.libraries import NEEDS_NUMBA_CUDA
 
 #: Candidates for arrays on a device: the first available one that is worth it does the call.
 TABLE = {
@@ -31,6 +34,9 @@ NUMBA_PAYS_AFTER = 1 << 34
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
 _environment = os.environ.get("FASTLL_BACKEND") or None
+_debugging: ContextVar[bool] = ContextVar(
+    "fastll_debug_labels", default=os.environ.get("FASTLL_DEBUG_LABELS", "0") not in ("", "0")
+)
 _handled: dict[tuple[str, Hashable], int] = {}
 
 
@@ -42,9 +48,11 @@ class Status(NamedTuple):
     version: str | None  # of the package it is built on
 
 
-def choose(operation: str, dtype: Hashable, elements: int) -> Backend:
-    """The backend for a call on CPU arrays; `RuntimeError` where the one asked for is not available."""
+def choose(operation: str, dtype: Hashable, elements: int, place: Place) -> Backend:
+    """The backend for a call; `RuntimeError` where the one asked for is not available."""
     name = _forced.get() or _environment
+    if not place.on_cpu:
+        return _bind(name, place)
     if name is not None:
         return _load_forced(name)
     return _first(elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements))
@@ -67,10 +75,20 @@ def _numba_pays(operation: str, dtype: Hashable, elements: int) -> bool:
     return handled >= NUMBA_PAYS_AFTER
 
 
+def _bind(forced: str | None, place: Place) -> Backend:
+    """The backend of a GPU, for one device and stream."""
+    device = place.device
+    (name,) = TABLE[device.type]
+    if forced is not None:
+        _check_takes(forced, device.type, f"{device}")
+    module = _import(name)
+    if isinstance(module, str):
+        raise RuntimeError(f"an array on {device} {NEEDS_NUMBA_CUDA} ({module})")
+    return cast(Backend, module.bind(device.index, place.stream, place.empty))
+
+
 def _load_forced(name: str) -> Backend:
-    _check_name(name)
-    if name not in TABLE["cpu"]:
-        raise NotImplementedError(f"backend {name!r} does not take arrays on the CPU")
+    _check_takes(name, "cpu", "the CPU")
     backend = _load(name)
     if isinstance(backend, str):
         raise RuntimeError(f"backend {name!r} was asked for but is not available: {backend}")
@@ -79,12 +97,25 @@ def _load_forced(name: str) -> Backend:
 
 @cache
 def _load(name: str) -> Backend | str:
-    """The backend, or why it is not available."""
-    module = f"fastll.backends.{name}"
+    """The backend of the CPU, or why it is not available."""
+    module = _import(name)
+    return module if isinstance(module, str) else cast(Backend, module.backend)
+
+
+@cache
+def _import(name: str) -> ModuleType | str:
+    """The module of a backend, or why it is not available."""
+    path = f"fastll.backends.{name}"
     try:
-        return cast(Backend, import_module(module).backend)
+        return import_module(path)
     except ImportError as error:
-        return "this version of fastll has none" if error.name == module else str(error)
+        return "this version of fastll has none" if error.name == path else str(error)
+
+
+def _check_takes(name: str, device_type: str, where: str) -> None:
+    _check_name(name)
+    if name not in TABLE[device_type]:
+        raise NotImplementedError(f"backend {name!r} does not take arrays on {where}")
 
 
 def _check_name(name: str) -> None:
@@ -129,6 +160,34 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def debugging_labels() -> bool:
+    """Whether labels on a GPU are checked."""
+    return _debugging.get()
+
+
+@contextmanager
+def debug_labels() -> Iterator[None]:
+    """Check labels on a GPU too, for the calls in a ``with`` block.
+
+    On a GPU a row whose label is out of range has a loss and a gradient of NaN, as a check would have
+    to wait for the device. In the block it does, and raises IndexError as on the CPU, where labels are
+    always checked. It holds for the current thread or asyncio task only. ``FASTLL_DEBUG_LABELS=1`` does
+    the same for a whole process.
+
+    Examples
+    --------
+    >>> import fastll
+    >>> with fastll.debug_labels():
+    ...     float(fastll.cross_entropy([[0.0, 0.0]], [1]))
+    0.6931471805599453
+    """
+    token = _debugging.set(True)
+    try:
+        yield
+    finally:
+        _debugging.reset(token)
+
+
 def backends() -> dict[str, Status]:
     """Every backend with its availability and, where not available, the reason.
 
@@ -150,10 +209,13 @@ def backends() -> dict[str, Status]:
 def _status(name: str) -> Status:
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that calls never need
 
-    backend = _load(name)
+    module = _import(name)
     try:
         package_version = version(_PACKAGES[name])
     except PackageNotFoundError:
         package_version = None
-    reason = backend if isinstance(backend, str) else None
+    if isinstance(module, str):
+        reason: str | None = module
+    else:  # a backend of a GPU needs one
+        reason = None if name in TABLE["cpu"] else module.why_not()
     return Status(reason is None, reason, package_version)

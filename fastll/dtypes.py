@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+#: bfloat16 without the package that has it for NumPy: as the field of a record.
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 
 ACCEPTED = "float16, bfloat16, float32, float64, integers and bool"
 
@@ -49,10 +53,10 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
     kind = _known.get(dtype)
     if kind is None:
         stored = dtype.newbyteorder("=")
-        format_name = "uint8" if stored.kind == "b" else stored.name
+        format_name = "uint8" if stored.kind == "b" else name_of(stored)
         # longdouble is a float128 or, where it is no wider than double, a second float64
         if format_name not in FORMATS or stored.char == "g":
-            raise TypeError(f"{name} has dtype {dtype}; fastll takes {ACCEPTED}")
+            raise TypeError(f"{name} has dtype {name_of(dtype)}; fastll takes {ACCEPTED}")
         floating = stored.kind == "f" or format_name == "bfloat16"
         element = stored if floating else _FLOAT64
         kind = Kind(
@@ -64,3 +68,24 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
         )
         _known[dtype] = kind
     return kind
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """What a dtype is called in messages, and by other libraries."""
+    return "bfloat16" if dtype == BFLOAT16 else str(dtype)
+
+
+def as_floats(a: NDArray[Any], dtype: np.dtype[Any] = _FLOAT64) -> NDArray[Any]:
+    """A contiguous array in a floating dtype that NumPy computes with."""
+    if a.dtype == BFLOAT16:  # the upper half of a float32
+        a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(a, dtype)
+
+
+def rounded(a: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Floats in another dtype, rounded to nearest."""
+    if dtype != BFLOAT16:
+        return a.astype(dtype)
+    bits = a.astype(np.float32).view(np.uint32)
+    even = ((bits >> 16) & 1) + 0x7FFF
+    return np.where(np.isnan(a), np.uint16(0x7FC0), ((bits + even) >> 16).astype(np.uint16)).view(dtype)

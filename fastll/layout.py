@@ -79,7 +79,7 @@ def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[I
     return _pieces(views, rest), prod(g.size for g in reduced_rest)
 
 
-def elementwise(operands: Operands) -> Iterable[Piece]:
+def elementwise(operands: Operands) -> Sequence[Piece]:
     """Pieces (outer, n) for an operation on each element; the operands share one shape."""
     shape, size = operands[0].shape, operands[0].size
     if _contiguous(operands):
@@ -90,7 +90,7 @@ def elementwise(operands: Operands) -> Iterable[Piece]:
     kept, rest = _largest(groups, 2)
     order = [*rest, *kept]
     views = [None if a is None else _view(a, i, order, a.ndim) for i, a in enumerate(operands)]
-    return _pieces(views, rest)
+    return list(_pieces(views, rest))
 
 
 def _contiguous(operands: Operands) -> bool:
@@ -116,6 +116,7 @@ def _view(a: Array, i: int, groups: list[_Group], extra: int) -> Array:
         a,
         (*(g.size for g in groups), *a.shape[extra:]),
         (*(g.strides[i] for g in groups), *a.strides[extra:]),
+        subok=True,
         writeable=a.flags.writeable,
     )
 

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastll import dispatch, layout
 from fastll.api import _run
-from fastll.arrays import as_array, axis_of, broadcast, check_output
+from fastll.arrays import Place, axis_of, bad_label, broadcast, place_of
 from fastll.contract import CrossEntropyOptions, units_of
-from fastll.dtypes import kind_of
+from fastll.dtypes import kind_of, name_of
 
 Array = NDArray[Any]
 Reduction = Literal["mean", "sum", "none"]
@@ -142,12 +142,14 @@ def cross_entropy(
     array([[-0.213,  0.107,  0.107],
            [ 0.   ,  0.   ,  0.   ]])
     """
-    x = as_array(logits, "logits")
-    t = _target(target)
+    place = place_of(logits)
+    x = place.take(logits, "logits")
+    t = _target(place, target)
     dense = kind_of(t.dtype).floating
     if dense and _integer(ignore_index, "ignore_index") >= 0:
         raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
     return _cross_entropy(
+        place,
         x,
         t if dense else None,
         None if dense else t,
@@ -192,7 +194,8 @@ def sparse_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack
     >>> float(sparse_cross_entropy([[0.0, 0.0]], [1]))
     0.6931471805599453
     """
-    return _cross_entropy(as_array(logits, "logits"), None, _target(target), **options)
+    place = place_of(logits)
+    return _cross_entropy(place, place.take(logits, "logits"), None, _target(place, target), **options)
 
 
 def dense_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[DenseOptions]) -> Any:
@@ -225,10 +228,13 @@ def dense_cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[
     """
     if "ignore_index" in options:
         raise TypeError("dense_cross_entropy() has no ignore_index: a dense target has no labels")
-    return _cross_entropy(as_array(logits, "logits"), as_array(target, "target"), None, **options)
+    place = place_of(logits)
+    t = place.take(target, "target")
+    return _cross_entropy(place, place.take(logits, "logits"), t, None, **options)
 
 
 def _cross_entropy(
+    place: Place,
     x: Array,
     dense: Array | None,
     labels: Array | None,
@@ -250,7 +256,9 @@ def _cross_entropy(
     shape = x.shape
     classes, kept = shape[axis], shape[:axis] + shape[axis + 1 :]
     value = kind_of(x.dtype).compute
-    weights = None if weight is None else _class_weight(weight, classes, value)
+    weights = None
+    if weight is not None:
+        weights = place.take_per_class(weight, "weight", classes, value)
     _check_reduction(reduction)
     ignored = _integer(ignore_index, "ignore_index")
     smoothing = _number(label_smoothing, "label_smoothing", 0.0, 1.0)
@@ -259,34 +267,33 @@ def _cross_entropy(
     if dense is not None and dense.shape != shape:
         raise ValueError(f"target has shape {dense.shape}; expected that of logits, {shape}")
     if labels is not None:
-        labels = _labels(labels, kept)
-    grad = _gradient(x, return_grad, grad_out, (dense, labels, weights))
+        labels = _labels(place, labels, kept)
+    grad = None
+    if return_grad or grad_out is not None:
+        grad = place.result(x, grad_out, "grad_out", (dense, labels, weights))
 
-    backend = dispatch.choose("cross_entropy", value, x.size)
+    backend = dispatch.choose("cross_entropy", value, x.size, place)
+    denominator: Any = None
     if labels is None:
         denominator = float(math.prod(kept))
     else:
-        bad, denominator = backend.check_labels(labels.ravel(), classes, ignored, weights)
+        flat = labels.ravel() if place.on_cpu else labels
+        bad, denominator = backend.check_labels(flat, classes, ignored, weights)
         if bad >= 0:
-            place = tuple(int(i) for i in np.unravel_index(bad, kept))
-            raise IndexError(
-                f"target has label {labels[place]} at {place}; "
-                f"expected 0 <= label < {classes} or ignore_index = {ignored}"
-            )
-    scale = _mean(1.0, denominator) if reduction == "mean" else 1.0
+            at = tuple(int(i) for i in np.unravel_index(bad, kept))
+            raise bad_label(labels[at], at, classes, ignored)
+    scale = backend.factor(denominator) if reduction == "mean" else 1.0
     options = CrossEntropyOptions(ignored, smoothing, z, cap, scale)
 
-    loss = np.empty(kept, value)
-    lse = np.empty(kept, value) if return_lse else None
+    loss = place.empty(kept, value)
+    lse = place.empty(kept, value) if return_lse else None
     pieces, _ = layout.rows((axis,), (x, dense, grad), (labels, loss, lse))
     for x_, dense_, grad_, labels_, loss_, lse_ in pieces:
         kernel = backend.cross_entropy(x_, dense_, labels_, weights, options, loss_, lse_, grad_)
-        _run.rows(kernel, x_)
-    result: Any = loss[()]
+        _run.rows(backend, kernel, x_)
     if reduction != "none":
-        summed = _sum(loss)
-        result = value.type(summed if reduction == "sum" else _mean(summed, denominator))
-    return _outputs(result, lse[()] if lse is not None else None, grad if return_grad else None)
+        loss = backend.total(loss, denominator if reduction == "mean" else None, value)
+    return _outputs(place, loss, lse, grad if return_grad else None, grad_out)
 
 
 def binary_cross_entropy_with_logits(
@@ -355,35 +362,44 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
     array([6.93147181e-01, 4.24835426e-18])
     """
-    x, t = as_array(logits, "logits"), as_array(target, "target")
+    place = place_of(logits)
+    x, t = place.take(logits, "logits"), place.take(target, "target")
     value = kind_of(x.dtype).compute
     if t.shape != x.shape:
         raise ValueError(f"target has shape {t.shape}; expected that of logits, {x.shape}")
-    w = None if weight is None else broadcast(as_array(weight, "weight"), x.shape, "weight")
-    p = None if pos_weight is None else as_array(pos_weight, "pos_weight")
-    if p is not None:
-        p = broadcast(p, x.shape, "pos_weight")
+    w = p = None
+    if weight is not None:
+        w = broadcast(place.take(weight, "weight"), x.shape, "weight")
+    if pos_weight is not None:
+        p = broadcast(place.take(pos_weight, "pos_weight"), x.shape, "pos_weight")
     _check_reduction(reduction)
-    grad = _gradient(x, return_grad, grad_out, (t, w, p))
+    grad = None
+    if return_grad or grad_out is not None:
+        grad = place.result(x, grad_out, "grad_out", (t, w, p))
 
+    backend = dispatch.choose("binary_cross_entropy", value, x.size, place)
     scale = 1 / x.size if reduction == "mean" and x.size else 1.0
-    loss = np.empty_like(x, dtype=value, subok=False) if reduction == "none" else None
-    backend = dispatch.choose("binary_cross_entropy", value, x.size)
-    summed = 0.0
-    for x_, t_, w_, p_, loss_, grad_ in layout.elementwise((x, t, w, p, loss, grad)):
-        sums = np.empty((x_.shape[0], units_of(x_.shape[1]))) if loss is None else None
-        kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
-        _run.elements(kernel, x_)
-        summed += 0.0 if sums is None else _sum(sums)
-    result: Any = loss[()] if loss is not None else None
+    loss = place.empty_like(x, value) if reduction == "none" else None
+    pieces = layout.elementwise((x, t, w, p, loss, grad))
+    partial = None
     if loss is None:
-        result = value.type(summed if reduction == "sum" else _mean(summed, float(x.size)))
-    return _outputs(result, None, grad if return_grad else None)
+        outer, length = pieces[0][0].shape if pieces else (0, 0)
+        shape = len(pieces) * outer, units_of(length)
+        partial = place.empty(shape, backend.partial_dtype or value)
+    sums = partial
+    for i, (x_, t_, w_, p_, loss_, grad_) in enumerate(pieces):
+        if partial is not None and len(pieces) > 1:
+            sums = partial[i * outer : (i + 1) * outer]
+        kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
+        _run.elements(backend, kernel, x_)
+    if partial is not None:
+        loss = backend.total(partial, float(x.size) if reduction == "mean" else None, value)
+    return _outputs(place, loss, None, grad if return_grad else None, grad_out)
 
 
-def _target(target: ArrayLike) -> Array:
+def _target(place: Place, target: ArrayLike) -> Array:
     """A target as an array: labels or, for a floating dtype, a dense one."""
-    t = as_array(target, "target")
+    t = place.take(target, "target")
     if t.size == 0 and isinstance(target, (list, tuple)):
         return t.astype(np.int64)  # nothing in it says otherwise
     if t.dtype.kind == "b":
@@ -391,39 +407,21 @@ def _target(target: ArrayLike) -> Array:
     return t
 
 
-def _labels(labels: Array, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Labels as contiguous int64 in the shape of the rows."""
+def _labels(place: Place, labels: Array, shape: tuple[int, ...]) -> Array:
+    """Labels in the shape of the rows; on the CPU as contiguous int64."""
     kind = labels.dtype.kind
     if kind not in "iu":
-        raise TypeError(f"target has dtype {labels.dtype}; expected integers (labels)")
+        raise TypeError(f"target has dtype {name_of(labels.dtype)}; expected integers (labels)")
     if labels.shape != shape:
         raise ValueError(
             f"target has shape {labels.shape}; expected that of logits without axis, {shape}"
         )
+    if not place.on_cpu:
+        return labels
     if kind == "u":
         # beyond int64 a label is out of range for certain, and stays so at its limit
         labels = np.minimum(labels, np.uint64(_INT64_MAX))
     return np.asarray(labels, dtype=np.int64, order="C")
-
-
-def _class_weight(weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Array:
-    w = as_array(weight, "weight")
-    if w.shape != (classes,):
-        raise ValueError(f"weight has shape {w.shape}; expected one weight a class, ({classes},)")
-    return np.ascontiguousarray(w, dtype=dtype)
-
-
-def _gradient(
-    x: Array, wanted: bool, out: Array | None, inputs: tuple[Array | None, ...]
-) -> Array | None:
-    """`out` once it is checked, or a new array, or nothing if no gradient is wanted."""
-    if out is None and not wanted:
-        return None
-    element = kind_of(x.dtype).element
-    if out is not None:
-        check_output(out, "grad_out", x.shape, element, x, (a for a in inputs if a is not None))
-        return out
-    return np.empty_like(x, dtype=element, subok=False)
 
 
 def _check_reduction(reduction: str) -> None:
@@ -453,17 +451,10 @@ def _number(value: Any, name: str, least: float, most: float, open_below: bool =
     return number
 
 
-def _mean(summed: float, count: float) -> float:
-    return summed / count if count else math.nan
-
-
-def _sum(a: Array) -> float:
-    """The sum in float64; that of one element without NumPy's reductions, which take a microsecond."""
-    return float(a.item() if a.size == 1 else np.add.reduce(a, axis=None, dtype=np.float64))
-
-
-def _outputs(loss: Any, lse: Any, grad: Array | None) -> Any:
+def _outputs(place: Place, loss: Any, lse: Array | None, grad: Array | None, grad_out: Any) -> Any:
     """The loss alone, or a tuple of what there is."""
-    if grad is None:
-        return loss if lse is None else (loss, lse)
-    return (loss, grad) if lse is None else (loss, lse, grad)
+    result = place.give(loss)
+    if grad is not None:
+        given = place.give_array(grad) if grad_out is None else grad_out
+        return (result, given) if lse is None else (result, place.give(lse), given)
+    return result if lse is None else (result, place.give(lse))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastll import dispatch, layout
 from fastll.api import _run
-from fastll.arrays import as_array, axes_of, broadcast, check_output, kept_shape
-from fastll.dtypes import kind_of
+from fastll.arrays import Place, axes_of, broadcast, check_output, kept_shape, place_of
+from fastll.dtypes import kind_of, name_of, rounded
 
 Array = NDArray[Any]
 Axis = int | Sequence[int] | None
@@ -88,10 +88,11 @@ def logsumexp(
     >>> float(log_difference), float(sign)
     (1.541324854612918, -1.0)
     """
-    x = as_array(a, "a")
+    place = place_of(a)
+    x = place.take(a, "a")
     weights = None
     if b is not None:
-        weights = as_array(b, "b")
+        weights = place.take(b, "b")
         try:
             shape = np.broadcast_shapes(x.shape, weights.shape)
         except ValueError:
@@ -105,33 +106,45 @@ def logsumexp(
     kept = kept_shape(x.shape, axes)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
     value = kind_of(x.dtype).compute
-    if out is not None:
-        _check_cast(out, value)
-        check_output(out, "out", shape, out.dtype, None, (x,) if weights is None else (x, weights))
+    output = None if out is None else _row_output(place, out, shape, value, (x, weights))
 
-    result = np.empty(kept, value)
-    sign = np.empty(kept, value) if return_sign else None
-    backend = dispatch.choose("logsumexp", value, x.size)
-    pieces, folds = layout.rows(axes, (x, weights), (result, sign))
+    # on a GPU the kernels write it, on the CPU it may be of another dtype
+    direct = output is not None and not place.on_cpu
+    result = output if output is not None and direct else place.empty(shape, value)
+    sign = place.empty(shape, value) if return_sign else None
+    row: tuple[Array, Array | None] = result, sign
+    if keepdims:  # the rows: without the axes of one entry
+        at = (*(0 if i in axes else slice(None) for i in range(x.ndim)), ...)
+        row = result[at], None if sign is None else sign[at]
+    backend = dispatch.choose("logsumexp", value, x.size, place)
+    pieces, folds = layout.rows(axes, (x, weights), row)
     if folds == 1:
         for x_, b_, out_, sign_ in pieces:
-            _run.rows(backend.logsumexp(x_, b_, None, out_, sign_), x_)
+            _run.rows(backend, backend.logsumexp(x_, b_, None, out_, sign_), x_)
     else:
-        state = _run.new_state(kept)
+        state = _run.new_state(backend, place, kept)
         _run.fold(backend, x, weights, axes, state)
-        _run.finish(backend, state, weights is not None, result, sign)
+        _run.finish(backend, place, state, weights is not None, *row)
 
-    if keepdims:
-        result = result.reshape(shape)
-    if out is not None:
-        np.copyto(out, result, casting="same_kind")
-    returned = out if out is not None else result[()]
-    return (returned, sign.reshape(shape)[()]) if sign is not None else returned
+    if output is not None and not direct:
+        np.copyto(output, rounded(result, output.dtype))
+    returned = place.give(result) if out is None else out
+    return returned if sign is None else (returned, place.give(sign))
 
 
-def _check_cast(out: Any, dtype: np.dtype[Any]) -> None:
-    if isinstance(out, np.ndarray) and not np.can_cast(dtype, out.dtype, "same_kind"):
-        raise TypeError(f"out has dtype {out.dtype}; expected one that {dtype} can be cast to")
+def _row_output(
+    place: Place, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Iterable[Array | None]
+) -> Array:
+    """An output that `dtype` can be cast to, once it is checked; on a GPU nothing is cast."""
+    array = place.output(out, "out")
+    name = name_of(array.dtype)
+    if not place.on_cpu:
+        check_output(array, "out", shape, dtype, None, inputs)
+    elif name != "bfloat16" and not np.can_cast(dtype, array.dtype, "same_kind"):
+        raise TypeError(f"out has dtype {name}; expected one that {dtype} can be cast to")
+    else:
+        check_output(array, "out", shape, array.dtype, None, inputs)
+    return array
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
@@ -219,22 +232,22 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
 
 
 def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
-    x = as_array(x, "x")
-    result = _output(x, out)
-    full = x.reshape(1) if x.ndim == 0 else x
+    place = place_of(x)
+    x = place.take(x, "x")
+    result = place.result(x, out, "out")
+    full, target = (x, result) if x.ndim else (x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
-    backend = dispatch.choose("softmax", kind_of(x.dtype).compute, x.size)
-    target = result.reshape(full.shape)
+    backend = dispatch.choose("softmax", kind_of(x.dtype).compute, x.size, place)
     if x.size:
         state = None
         pieces, folds = layout.rows(axes, (full, target), (state,))
         if folds > 1:
-            state = _run.new_state(kept_shape(full.shape, axes))
+            state = _run.new_state(backend, place, kept_shape(full.shape, axes))
             _run.fold(backend, full, None, axes, state)
             pieces, _ = layout.rows(axes, (full, target), (state,))
         for x_, out_, state_ in pieces:
-            _run.rows(backend.softmax(x_, state_, out_, log), x_)
-    return result if out is not None else result[()]
+            _run.rows(backend, backend.softmax(x_, state_, out_, log), x_)
+    return place.give(result) if out is None else out
 
 
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
@@ -312,18 +325,10 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
 
 def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
-    x = as_array(x, "x")
-    result = _output(x, out)
-    backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size)
+    place = place_of(x)
+    x = place.take(x, "x")
+    result = place.result(x, out, "out")
+    backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size, place)
     for x_, out_ in layout.elementwise((x, result)):
-        _run.elements(backend.sigmoid(x_, out_, log), x_)
-    return result if out is not None else result[()]
-
-
-def _output(x: Array, out: Array | None) -> Array:
-    """`out` once it is checked, or a new array, for an element-wise result."""
-    element = kind_of(x.dtype).element
-    if out is None:
-        return np.empty_like(x, dtype=element, subok=False)
-    check_output(out, "out", x.shape, element, x, ())
-    return out
+        _run.elements(backend, backend.sigmoid(x_, out_, log), x_)
+    return place.give(result) if out is None else out

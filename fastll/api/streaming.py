@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastll import dispatch
 from fastll.api import _run
 from fastll.api.reductions import Axis
-from fastll.arrays import as_array, axes_of, kept_shape
-from fastll.dtypes import kind_of
+from fastll.arrays import HOST, Place, axes_of, kept_shape, place_of
+from fastll.contract import Backend, Floats
+from fastll.dtypes import as_floats, kind_of
 
 Array = NDArray[Any]
 
@@ -54,15 +55,18 @@ class LogSumExp:
     2.407605964444380
     """
 
-    __slots__ = ("_dtype", "_state")
+    __slots__ = ("_dtype", "_place", "_state")
 
     def __init__(self, shape: int | tuple[int, ...] = (), dtype: DTypeLike = np.float64) -> None:
         kind = kind_of(np.dtype(dtype), "dtype")
         if kind.element != np.dtype(dtype).newbyteorder("="):
             raise TypeError(f"dtype is {np.dtype(dtype)}; expected a floating one")
         self._dtype = kind.compute
+        # where the first array was, and None before it
+        self._place: Place | None = None
         # (m, e, k) of the contract, where s = e + k: the split keeps the digits of log1p
-        self._state = _run.new_state((shape,) if isinstance(shape, int) else tuple(shape))
+        self._state: Floats = np.zeros((*((shape,) if isinstance(shape, int) else shape), 3))
+        self._state[..., 0] = -np.inf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,9 +98,11 @@ class LogSumExp:
         TypeError
             If the dtype is complex, longdouble, object or string.
         ValueError
-            If `x` without `axis` is not in the shape of the rows; nothing has been added then.
+            If `x` without `axis` is not in the shape of the rows, or on another device than the arrays
+            before; nothing has been added then.
         """
-        x = as_array(x, "x")
+        place = self._place or place_of(x)
+        x = place.take(x, "x")
         if x.ndim == 0:
             x = x.reshape(1)
         axes = axes_of(axis, x.ndim)
@@ -105,10 +111,18 @@ class LogSumExp:
             raise ValueError(
                 f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"
             )
+        backend = dispatch.choose("logsumexp", kind_of(x.dtype).compute, x.size, place)
+        self._settle(backend, place)
         if x.size:
-            backend = dispatch.choose("logsumexp", kind_of(x.dtype).compute, x.size)
             _run.fold(backend, x, None, axes, self._state)
         return self
+
+    def _settle(self, backend: Backend, place: Place) -> None:
+        """Have the state where the first array is."""
+        if self._place is None:
+            self._place = place
+            if not place.on_cpu:
+                self._state = _run.new_state(backend, place, self.shape)
 
     def merge(self, other: LogSumExp) -> Self:
         """Add the elements of another accumulator, which stays as it is.
@@ -128,35 +142,47 @@ class LogSumExp:
         TypeError
             If `other` is not a `LogSumExp`.
         ValueError
-            If the shapes differ.
+            If the shapes or the devices differ.
         """
         if not isinstance(other, LogSumExp):
             raise TypeError(f"other is a {type(other).__name__}; expected a LogSumExp")
         if other.shape != self.shape:
             raise ValueError(f"other has shape {other.shape}; expected {self.shape}")
-        parts = np.stack((self._state, other._state))
-        m = parts[..., 0].max(axis=0)
-        with np.errstate(invalid="ignore", over="ignore"):
-            top = parts[..., 0] == m
-            s = parts[..., 1] + parts[..., 2]
-            below = s * np.exp(parts[..., 0] - m)
-        self._state[..., 0] = m
-        self._state[..., 1] = np.where(top, parts[..., 1], below).sum(axis=0)
-        self._state[..., 2] = np.where(top, parts[..., 2], 0).sum(axis=0)
+        if other._place is None:  # nothing to add
+            return self
+        place = self._place or other._place
+        if place.device != other._place.device:
+            raise ValueError(
+                f"other is on {other._place.device}; expected it on {place.device}, as this one"
+            )
+        backend = self._backend(place)
+        self._settle(backend, place)
+        backend.merge(self._state, other._state)
         return self
+
+    def _backend(self, place: Place) -> Backend:
+        return dispatch.choose("logsumexp", self._dtype, self._state.size // 3, place)
 
     @property
     def value(self) -> Any:
         """The log-sum-exp of all elements so far, -inf before the first."""
-        out = np.empty(self.shape, self._dtype)
-        backend = dispatch.choose("logsumexp", self._dtype, out.size)
-        _run.finish(backend, self._state, False, out, None)
-        return out[()]
+        place = self._place or HOST
+        out = place.empty(self.shape, self._dtype)
+        _run.finish(self._backend(place), place, self._state, False, out, None)
+        return place.give(out)
 
     @property
-    def state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def state(self) -> tuple[Any, Any]:
         """The pair (m, s), float64 arrays in the shape of the value."""
-        return self._state[..., 0].copy(), self._state[..., 1] + self._state[..., 2]
+        place = self._place or HOST
+        if place.on_cpu:
+            m, e, k = np.moveaxis(self._state, -1, 0)
+            return place.give_array(m.copy()), place.give_array(e + k)
+        backend = self._backend(place)
+        copy = _run.new_state(backend, place, self.shape)
+        backend.merge(copy, self._state)
+        parts = place.give(copy)
+        return parts[..., 0], parts[..., 1] + parts[..., 2]
 
     @classmethod
     def from_state(cls, state: tuple[ArrayLike, ArrayLike], dtype: DTypeLike = np.float64) -> Self:
@@ -177,23 +203,34 @@ class LogSumExp:
         Raises
         ------
         ValueError
-            If the shapes differ, or an s is negative.
+            If the shapes differ, or an s is negative (which is not looked at on a GPU).
         """
-        m, s = (np.asarray(part, dtype=np.float64) for part in state)
+        place = place_of(state[0])
+        m, s = (place.take(part, "state") for part in state)
         if m.shape != s.shape:
             raise ValueError(f"state has shapes {m.shape} and {s.shape}; expected one shape")
+        result = cls(m.shape, dtype)
+        if not place.on_cpu:  # one element m with weight s
+            backend = result._backend(place)
+            result._settle(backend, place)
+            _run.fold(backend, m[..., None], s[..., None], (m.ndim,), result._state)
+            return result
+        result._place = place
+        m, s = as_floats(m).reshape(m.shape), as_floats(s).reshape(s.shape)
         if np.any(s < 0):
             raise ValueError(f"state has a sum of {s.min()}; expected none below 0")
-        result = cls(m.shape, dtype)
         k = np.minimum(s, 1.0)  # the maximum itself, in the split that keeps most digits
         result._state[...] = np.stack((m, s - k, k), axis=-1)
         return result
 
-    def __getstate__(self) -> tuple[np.dtype[Any], NDArray[np.float64]]:
+    def __getstate__(self) -> tuple[np.dtype[Any], Floats]:
+        if self._place is not None and not self._place.on_cpu:
+            raise TypeError(f"the state is on {self._place.device}; only one on the CPU can be pickled")
         return self._dtype, self._state
 
-    def __setstate__(self, state: tuple[np.dtype[Any], NDArray[np.float64]]) -> None:
+    def __setstate__(self, state: tuple[np.dtype[Any], Floats]) -> None:
         self._dtype, self._state = state
+        self._place = HOST
 
     def __repr__(self) -> str:
         return f"LogSumExp(shape={self.shape}, dtype={self._dtype}, value={self.value})"

@@ -2,6 +2,7 @@
 
 cimport numpy as cnp
 
+from fastll.backends.host import Host as _Host
 from fastll.contract import SHORT as _SHORT, STREAM_CLASSES as _STREAM_CLASSES
 from fastll.contract import STREAM_FROM as _STREAM_FROM
 from fastll.dtypes import kind_of
@@ -147,7 +148,7 @@ cdef Kernel kernel_of(Operation operation, tuple arrays):
     return kernel
 
 
-cdef class Backend:
+class Backend(_Host):
     """See `fastll.contract.Backend`."""
 
     name = "cython"

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 import fastll.backends.numba.cache  # noqa: F401  before the kernels: see its end
+from fastll.backends.host import Host
 from fastll.backends.numba import columns, elementwise, rows
 from fastll.backends.numba.blocks import NOTHING, Operand
 from fastll.backends.numba.convert import reader, writer
@@ -18,7 +19,7 @@ from fastll.dtypes import kind_of
 _NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)
 
 
-class Backend:
+class Backend(Host):
     """See `fastll.contract.Backend`."""
 
     name = "numba"

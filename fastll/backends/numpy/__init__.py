@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastll.backends.host import Host
 from fastll.contract import CHUNK, CrossEntropyOptions, Kernel, units_of
+from fastll.dtypes import as_floats, rounded
 
 name = "numpy"
 Array = Any
@@ -33,7 +35,7 @@ def _quiet(method: Callable[..., Kernel]) -> Callable[..., Kernel]:
     return bound
 
 
-class Backend:
+class Backend(Host):
     """See `fastll.contract.Backend`."""
 
     name = "numpy"
@@ -155,12 +157,13 @@ class Backend:
     def sigmoid(self, x: Array, out: Array, log: bool) -> Kernel:
         def kernel(start: int, stop: int) -> None:
             for row, part in _units(x, start, stop):
-                xs = x[row, part].astype(np.float64)
+                xs = as_floats(x[row, part])
                 tail = np.exp(-np.abs(xs))
                 if log:
-                    out[row, part] = np.minimum(xs, 0) - np.log1p(tail)
+                    value = np.minimum(xs, 0) - np.log1p(tail)
                 else:
-                    out[row, part] = np.where(xs >= 0, 1, tail) / (1 + tail)
+                    value = np.where(xs >= 0, 1, tail) / (1 + tail)
+                out[row, part] = rounded(value, out.dtype)
 
         return kernel
 
@@ -180,10 +183,10 @@ class Backend:
 
         def kernel(start: int, stop: int) -> None:
             for unit, (row, part) in enumerate(_units(x, start, stop), start):
-                xs = x[row, part].astype(np.float64)
-                t = target[row, part].astype(np.float64)
-                w = 1.0 if weight is None else weight[row, part].astype(np.float64)
-                positive = t if pos_weight is None else t * pos_weight[row, part].astype(np.float64)
+                xs: Array = as_floats(x[row, part])
+                t: Array = as_floats(target[row, part])
+                w: Array = 1.0 if weight is None else as_floats(weight[row, part])
+                positive = t if pos_weight is None else t * as_floats(pos_weight[row, part])
                 negative = 1 - t
                 # softplus(x) = max(x, 0) + log1p(exp(-|x|)), and likewise softplus(-x)
                 tail = np.exp(-np.abs(xs))
@@ -197,7 +200,7 @@ class Backend:
                 if grad is not None:
                     upper, lower = np.where(xs >= 0, 1, tail), np.where(xs >= 0, tail, 1)
                     g = (negative * upper - positive * lower) / (1 + tail)
-                    grad[row, part] = scale * w * g
+                    grad[row, part] = rounded(scale * w * g, grad.dtype)
 
         return kernel
 
@@ -216,11 +219,11 @@ class _Rows:
 
     def full(self, array: Array) -> Array:
         outer, inner = self.at
-        return array[outer, :, inner].astype(np.float64)
+        return as_floats(array[outer, :, inner])
 
     def put_full(self, array: Array, values: Array) -> None:
         outer, inner = self.at
-        array[outer, :, inner] = values.astype(array.dtype)
+        array[outer, :, inner] = rounded(values, array.dtype)
 
 
 def _units(x: Array, start: int, stop: int) -> list[tuple[int, slice]]:

@@ -1,0 +1,47 @@
+"""What the backends of the CPU have in common: everything but the kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastll import threads
+from fastll.contract import Array, Floats
+
+
+class Host:
+    """The part of `fastll.contract.Backend` that is the same for each of them."""
+
+    partial_dtype = np.dtype(np.float64)
+
+    run = staticmethod(threads.run)
+
+    def factor(self, kept: float) -> float:
+        return 1 / kept if kept else math.nan
+
+    def total(self, values: NDArray[Any], denominator: float | None, dtype: np.dtype[Any]) -> Array:
+        if values.size == 1:  # NumPy's reductions take a microsecond
+            summed = values.item()
+        else:
+            summed = np.add.reduce(values, axis=None, dtype=np.float64)
+        if denominator is not None:
+            summed = summed / denominator if denominator else math.nan
+        total: Array = dtype.type(summed)
+        return total
+
+    def fill_identity(self, state: Floats) -> None:
+        state[...] = -np.inf, 0, 0
+
+    def merge(self, state: Floats, other: Floats) -> None:
+        parts = np.stack((state, other))
+        m = parts[..., 0].max(axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            top = parts[..., 0] == m
+            s = parts[..., 1] + parts[..., 2]
+            below = s * np.exp(parts[..., 0] - m)
+        state[..., 0] = m
+        state[..., 1] = np.where(top, parts[..., 1], below).sum(axis=0)
+        state[..., 2] = np.where(top, parts[..., 2], 0).sum(axis=0)
