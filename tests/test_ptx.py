@@ -159,6 +159,22 @@ def test_wide_products(rng):
     )
 
 
+def test_carries(rng):
+    a, b, c = (rng.permutation(integers(np.uint64, rng)) for _ in range(3))
+    halves = "mov.b64 {%r1, %r2}, A; mov.b64 {%r3, %r4}, B; mov.b64 {%r5, %r6}, C; "
+    join = "mov.b64 D, {%r7, %r8};"
+    text = halves + "add.cc.u32 %r7, %r1, %r3; addc.u32 %r8, %r2, %r4; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), a + b)
+    text = halves + "sub.cc.u32 %r7, %r1, %r3; subc.u32 %r8, %r2, %r4; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), a - b)
+    mask = np.uint64(2**32 - 1)
+    text = halves + "mad.lo.cc.u32 %r7, %r1, %r3, %r5; madc.hi.u32 %r8, %r1, %r3, %r6; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), (a & mask) * (b & mask) + c)
+    text = "add.cc.u64 D, A, B; addc.u64 D, 0, 0;"
+    wide = [(int(x) + int(y)) >> 64 for x, y in zip(a, b, strict=True)]
+    np.testing.assert_array_equal(compute(text, "u64", a, b), np.array(wide, "u8"))
+
+
 def test_bits(rng):
     a, b, c = (rng.permutation(integers(np.uint32, rng)) for _ in range(3))
     rows = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
@@ -472,7 +488,7 @@ def test_memory_places():
         ("st.shared.u32 [%rd1], %r1;", "outside shared memory"),
         ("ld.u16 %h1, [%rd90+62];", "not initialised"),
         ("setp.eq.u32 %p1, %r1, 3;\n@%p1 trap;", r"line \d+: trap: .*thread \(3, 0, 0\)"),
-        ("atom.global.add.u32 %r2, [%rd1], 1;", r"thread \(8, 0, 0\)"),
+        ("atom.global.add.u32 %r2, [%rd90+32], 1;", "not initialised"),
     ],
 )
 def test_bad_accesses_are_found(text, reason):

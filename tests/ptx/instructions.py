@@ -101,11 +101,13 @@ INTEGER |= {
 
 
 @handles(
-    "add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full"
+    "add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full cc"
 )
 def arithmetic(m, ins):
     kind, base, mods = ins.kind, ins.base, ins.mods
     d = ins.operands[0]
+    if "cc" in mods:
+        return extended(m, ins)
     if "f" not in kind:
         return integer(m, ins)
     mode = one(ins, ROUNDING) or "rn"
@@ -158,6 +160,28 @@ def integer(m, ins):
     if base == "mul":
         return [m.alu(d, result, f.returning(product), *args)]
     return [m.alu(d, result, f.returning(lambda a, b, c: product(a, b) + c), *args)]
+
+
+@handles("addc subc madc", "cc lo hi")
+def extended(m, ins):
+    """With a carry, or a borrow, from the instruction before or to the next."""
+    d, a, b, *c = (m.target(ins.operands[0], ins.kind)[1], *sources(m, ins))
+    size = f"u{d.itemsize}"
+    product = np.multiply if "lo" in ins.mods else f.high_product
+    if "f" in ins.kind or ins.base in ("mul", "div") or bool(c) != ins.base.startswith("mad"):
+        unknown(ins)
+
+    def step(active):
+        x, y = (product(a, b), c[0]) if c else (a, b)
+        x, y = (np.broadcast_to(v, m.lanes).view(size) for v in (x, y))
+        carry = m.carry if ins.base[-1] == "c" else np.zeros(m.lanes, bool)
+        total = x - y - carry if ins.base.startswith("sub") else x + y + carry
+        less, equal = (x < y, x == y) if ins.base.startswith("sub") else (total < x, total == x)
+        d.view(size)[active.index] = total[active.index]
+        if "cc" in ins.mods:
+            m.carry[active.index] = (less | (carry & equal))[active.index]
+
+    return [m.stepwise(step, ins)]
 
 
 @handles("sqrt rcp rsqrt ex2 lg2 sin cos tanh", "approx rn ftz")
@@ -425,7 +449,7 @@ def ld(m, ins):
     def step(active):
         values = m.load(space, address(active), active.index, dtype, count)
         for k, out in enumerate(outs):
-            out[active.index] = values if count == 1 else values[:, k]
+            out[active.index] = values[:, k]
 
     return [m.stepwise(step, ins)]
 
@@ -498,8 +522,9 @@ def shfl(m, ins):
     flag = m.target(valid, "pred")[1]
     lane = m.lane.astype(np.int64)
     first = np.arange(m.lanes) - lane
+    routes = {}
 
-    def step(active):
+    def route(b, c):
         step, clamp = (b & np.uint32(31)).astype(np.int64), (c & np.uint32(31)).astype(np.int64)
         segment = ((c >> np.uint32(8)) & np.uint32(31)).astype(np.int64)
         low = lane & segment
@@ -511,7 +536,18 @@ def shfl(m, ins):
             "idx": lambda: low | (step & ~segment),
         }[mode]()
         inside = source >= high if mode == "up" else source <= high
-        source = first + np.where(inside, source, lane)
+        return first + np.where(inside, source, lane), inside
+
+    def step(active):
+        key = b.flat[0], c.flat[0]
+        if (b == key[0]).all() and (
+            c == key[1]
+        ).all():  # as good as always, and not to be worked out again
+            if key not in routes:
+                routes[key] = route(b, c)
+            source, inside = routes[key]
+        else:
+            source, inside = route(b, c)
         index = active.index
         if not active.full:
             absent = ~active.mask[source][index]

@@ -59,14 +59,15 @@ class Stats:
         self.bytes_read = self.bytes_written = 0  # asked of global memory
         self.sectors_read = self.sectors_written = 0  # 32 bytes each, distinct within a warp's request
         self.reads = self.writes = None  # how often each byte of the arena, if tracked
+        self.end = 0  # of what has been touched
 
     @property
     def max_reads(self):
-        return int(self.reads.max())
+        return int(self.reads[: self.end].max(initial=0))
 
     @property
     def max_writes(self):
-        return int(self.writes.max())
+        return int(self.writes[: self.end].max(initial=0))
 
 
 class Block:
@@ -124,6 +125,7 @@ class Machine:
         self.whole = Active(None, lanes, lanes)
         self.storage, self.specials, self.symbols, self.scratches = {}, {}, {}, {}
         self.sink = {n: np.zeros(lanes, f"u{n}") for n in (2, 4, 8)} | {1: np.zeros(lanes, bool)}
+        self.carry = np.zeros(lanes, bool)
         self.params = np.zeros(8192, np.uint8)
         self.program = {}
         self.perturb = 0
@@ -198,7 +200,7 @@ class Machine:
             return self.spaces[space].load(address, index, dtype, count)
         if not np.bitwise_or.reduce(address) >> np.uint64(WINDOW):
             return self.windows[0].load(address, index, dtype, count)
-        values = np.empty((len(address), count) if count > 1 else len(address), dtype)
+        values = np.empty((len(address), count), dtype)
 
         def access(space, address, index, pick):
             values[pick] = space.load(address, index, dtype, count)
@@ -438,6 +440,7 @@ class Machine:
             for counts in [stats.reads] * (kind != "write") + [stats.writes] * (kind != "read"):
                 for k in range(width):
                     np.add.at(counts, offset + k, 1)
+            stats.end = max(stats.end, int(offset.max()) + width)
 
     def run(self, first, grid):
         """Execute blocks `first` and on."""
