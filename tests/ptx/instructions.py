@@ -38,9 +38,7 @@ def classify(ins):
         return ins.base
     if "approx" in ins.mods:
         return "special"
-    return (
-        ins.kind if ins.kind and ins.kind[0] == "f" else "bf16" if "bf" in str(ins.kind) else "integer"
-    )
+    return ins.kind if "f" in str(ins.kind) else "integer"
 
 
 def handles(bases, modifiers=""):
@@ -120,11 +118,8 @@ def arithmetic(m, ins):
     elif base == "div" and mode == "rn" and set(mods) & {"approx", "full"}:
         function = f.returning(f.approximate("div.full" if "full" in mods else "div", m))
     elif mode != "rn":
-        if (
-            kind not in ("f32", "f64")
-            or base not in ("add", "sub", "mul", "fma")
-            or kind + base == "f64fma"
-        ):
+        known = ("add", "sub", "mul", "fma") if kind == "f32" else ("add", "sub", "mul")
+        if kind not in ("f32", "f64") or base not in known:
             unknown(ins)
         function = f.returning(f.rounded(base, mode, kind))
     else:
@@ -196,14 +191,8 @@ def unary(m, ins):
         function = np.sqrt if ins.base == "sqrt" else np.reciprocal
     else:
         unknown(ins)
-    return [
-        m.alu(
-            ins.operands[0],
-            ins.kind,
-            f.finished(function, ins.kind, "ftz" in ins.mods),
-            *sources(m, ins),
-        )
-    ]
+    function = f.finished(function, ins.kind, "ftz" in ins.mods)
+    return [m.alu(ins.operands[0], ins.kind, function, *sources(m, ins))]
 
 
 @handles("and or xor not")
@@ -282,9 +271,8 @@ def setp(m, ins):
     args = [m.read(o, ins.kind) for o in (a, b)]
     if len(targets) == 1 and not third:
         return [m.alu(d, "pred", function, *args)]
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(
-        one(ins, ("and", "or", "xor"))
-    )
+    logical = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    combine = logical.get(one(ins, logical))
     if (combine is None) != (not third):
         unknown(ins)
     other = m.predicate(third[0]) if third else None
@@ -308,11 +296,7 @@ def setp(m, ins):
 def set_(m, ins):
     kind, source = ins.kinds
     function = comparison(ins, source)
-    true = (
-        np.float32(1)
-        if kind == "f32"
-        else np.array(-1, np.int32).view(m.read(ins.operands[0], kind).dtype)[()]
-    )
+    true = np.array(1 if kind == "f32" else -1).astype(m.dtype(kind))[()]
 
     def run(a, b):
         result = np.empty(m.lanes, bool)
@@ -367,17 +351,16 @@ def mov(m, ins):
 def cvt(m, ins):
     kinds, d, args = ins.kinds, ins.operands[0], ins.operands[1:]
     mode = one(ins, (*ROUNDING, "rni", "rzi", "rmi", "rpi"))
+    flags = "sat" in ins.mods, "ftz" in ins.mods
     if kinds[0] in ("f16x2", "bf16x2"):
-        half = f.converter(
-            kinds[0][:-2], kinds[1], mode, "sat" in ins.mods, "ftz" in ins.mods
-        ) or unknown(ins)
+        half = f.converter(kinds[0][:-2], kinds[1], mode, *flags) or unknown(ins)
 
         def pack(high, low, out):
-            out.view(np.uint16)[1::2] = np.asarray(half(high)).view(np.uint16)
-            out.view(np.uint16)[::2] = np.asarray(half(low)).view(np.uint16)
+            both = [np.asarray(half(x)).view(np.uint16) for x in (low, high)]  # out may be one of them
+            out.view(np.uint16)[::2], out.view(np.uint16)[1::2] = both
 
         return [m.alu(d, "u32", pack, *(m.read(a, kinds[1]) for a in args))]
-    function = f.converter(*kinds, mode, "sat" in ins.mods, "ftz" in ins.mods) or unknown(ins)
+    function = f.converter(*kinds, mode, *flags) or unknown(ins)
     return [m.alu(d, kinds[0], f.returning(function), *(m.read(a, kinds[1]) for a in args))]
 
 
@@ -552,7 +535,7 @@ def shfl(m, ins):
         if not active.full:
             absent = ~active.mask[source][index]
             if absent.any():
-                raise Fault("shfl from a thread that takes no part", int(np.argmax(absent)), None)
+                raise Fault("shfl from a thread that takes no part", int(np.argmax(absent)))
         values = np.broadcast_to(a, m.lanes)[source]
         out[index] = values[index]
         flag[index] = inside[index]

@@ -18,9 +18,9 @@ class PTXError(Exception):
 class Fault(Exception):  # noqa: N818
     """A bad access by the lane at `position` among the active ones, of an instruction not yet known."""
 
-    def __init__(self, reason, position, address):
-        super().__init__(reason)
-        self.reason, self.position, self.address = reason, position, address
+    def __init__(self, reason, position, address=None):
+        super().__init__(reason if address is None else f"{reason} at {int(address):#x}")
+        self.reason, self.position = reason, position
 
 
 class Space:
@@ -54,28 +54,28 @@ class Space:
         one = self.views[marks.itemsize][2]
         common = np.bitwise_and.reduce(found)
         if common & one != one:
-            self.blame("not allocated", found & one != one, address)
+            self.blame("not allocated", found & one != one, address, marks.itemsize)
         if strict and common != 3 * one:
-            self.blame("not initialised", found != 3 * one, address)
+            self.blame("not initialised", found != 3 * one, address, marks.itemsize)
 
-    def blame(self, reason, bad, address):
+    def blame(self, reason, bad, address, width):
         position = int(np.argmax(bad.reshape(len(address), -1).any(axis=1)))
-        raise Fault(reason, position, int(address[position]))
+        raise Fault(f"{reason}, {width} bytes", position, address[position])
 
     def locate(self, address, index, width):
         """Offsets into the array, checked for alignment and range in one pass over their bits."""
         low = address - self.base
         bits = int(np.bitwise_or.reduce(low))
         if bits & (width - 1):
-            self.blame("misaligned", low & np.uint64(width - 1) != 0, address)
+            self.blame("misaligned", low & np.uint64(width - 1) != 0, address, width)
         if bits >= self.size:
-            low = self.foreign(low, address, index)
+            low = self.foreign(low, address, index, width)
         elif self.origin is not None:
             low += self.origin[index]
         return low.view(np.int64)
 
-    def foreign(self, low, address, index):
-        self.blame(f"outside {self.name} memory", low >= np.uint64(self.size), address)
+    def foreign(self, low, address, index, width):
+        self.blame(f"outside {self.name} memory", low >= np.uint64(self.size), address, width)
 
     def load(self, address, index, dtype, count=1):
         """An array of a row for each address."""
