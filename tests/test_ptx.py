@@ -159,6 +159,22 @@ def test_wide_products(rng):
     )
 
 
+def test_carries(rng):
+    a, b, c = (rng.permutation(integers(np.uint64, rng)) for _ in range(3))
+    halves = "mov.b64 {%r1, %r2}, A; mov.b64 {%r3, %r4}, B; mov.b64 {%r5, %r6}, C; "
+    join = "mov.b64 D, {%r7, %r8};"
+    text = halves + "add.cc.u32 %r7, %r1, %r3; addc.u32 %r8, %r2, %r4; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), a + b)
+    text = halves + "sub.cc.u32 %r7, %r1, %r3; subc.u32 %r8, %r2, %r4; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), a - b)
+    mask = np.uint64(2**32 - 1)
+    text = halves + "mad.lo.cc.u32 %r7, %r1, %r3, %r5; madc.hi.u32 %r8, %r1, %r3, %r6; " + join
+    np.testing.assert_array_equal(compute(text, "u64", a, b, c), (a & mask) * (b & mask) + c)
+    text = "add.cc.u64 D, A, B; addc.u64 D, 0, 0;"
+    wide = [(int(x) + int(y)) >> 64 for x, y in zip(a, b, strict=True)]
+    np.testing.assert_array_equal(compute(text, "u64", a, b), np.array(wide, "u8"))
+
+
 def test_bits(rng):
     a, b, c = (rng.permutation(integers(np.uint32, rng)) for _ in range(3))
     rows = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
@@ -235,6 +251,8 @@ def test_comparisons(pairs):
     np.testing.assert_array_equal(
         compute("set.le.u32.f32 D, A, B;", "u32", a, b), (a <= b) * np.uint32(0xFFFFFFFF)
     )
+    assert (compute("set.gt.s32.f32 D, A, B;", "s32", a, b) == -(a > b).astype("i4")).all()
+    assert (compute("set.gt.f32.f32 D, A, B;", "f32", a, b) == (a > b)).all()
     signed = np.array([-1, 0, 1], "i4"), np.array([1, 0, -1], "i4")
     low = compute("setp.lt.s32 %p1, A, B; selp.u32 D, 1, 0, %p1;", "u32", *signed)
     assert low.tolist() == [1, 0, 0]
@@ -379,10 +397,11 @@ def test_conversions(rng):
     packed = compute("cvt.rn.bf16x2.f32 D, A, B;", "u32", x, x[::-1].copy())
     np.testing.assert_array_equal(packed, bits.astype("u4") << 16 | bits[::-1].astype("u4"))
     y = x[::-1].copy()
-    packed = compute("cvt.rn.f16x2.f32 D, A, B;", "u32", y, x)
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(packed.view("f2")[::2], x.astype("f2"))
-        np.testing.assert_array_equal(packed.view("f2")[1::2], y.astype("f2"))
+        expected = np.stack([x.astype("f2"), y.astype("f2")], axis=1)
+    for text in ("cvt.rn.f16x2.f32 D, A, B;", "mov.b32 D, B; cvt.rn.f16x2.f32 D, A, D;"):
+        packed = compute(text, "u32", y, x).view("f2").reshape(-1, 2)
+        np.testing.assert_array_equal(packed, expected)
     one = np.full(32, 0x3F80, "u2")
     assert compute("fma.rn.bf16 D, A, A, A;", "b16", one).tolist() == [0x4000] * 32
 
@@ -456,23 +475,29 @@ def test_memory_places():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("st.global.u32 [%rd1], %r1;", r"not allocated at 0x\w+: st.global.u32.*thread \(16, 0, 0\)"),
-        ("ld.global.u32 %r1, [%rd1+-4];", r"not allocated .*thread \(0, 0, 0\)"),
-        ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];", r"misaligned .*thread \(1, 0, 0\)"),
+        (
+            "st.global.u32 [%rd1], %r1;",
+            r"not allocated, 4 bytes at 0x\w+: st.global.u32.*thread \(16, 0, 0\)",
+        ),
+        ("ld.global.u32 %r1, [%rd1+-4];", r"not allocated, .*thread \(0, 0, 0\)"),
+        (
+            "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];",
+            r"misaligned, 16 bytes .*thread \(1, 0, 0\)",
+        ),
         (
             "rem.u32 %r2, %r1, 16; mad.wide.u32 %rd1, %r2, 4, %rd90; ld.global.nc.f32 %f1, [%rd1];",
-            r"not initialised .*thread \(8, 0, 0\)",
+            r"not initialised, .*thread \(8, 0, 0\)",
         ),
         ("ld.global.u8 %r1, [%rd90+32];", "not initialised"),
         ("mov.u64 %rd1, 0; st.global.u8 [%rd1], %r1;", "outside global memory"),
         (
             "setp.eq.u32 %p1, %r1, 20; @%p1 st.global.u32 [%rd1], %r1;",
-            r"not allocated .*thread \(20, 0, 0\)",
+            r"not allocated, .*thread \(20, 0, 0\)",
         ),
         ("st.shared.u32 [%rd1], %r1;", "outside shared memory"),
         ("ld.u16 %h1, [%rd90+62];", "not initialised"),
         ("setp.eq.u32 %p1, %r1, 3;\n@%p1 trap;", r"line \d+: trap: .*thread \(3, 0, 0\)"),
-        ("atom.global.add.u32 %r2, [%rd1], 1;", r"thread \(8, 0, 0\)"),
+        ("atom.global.add.u32 %r2, [%rd90+32], 1;", "not initialised"),
     ],
 )
 def test_bad_accesses_are_found(text, reason):
@@ -905,9 +930,8 @@ def test_what_is_not_known_is_refused(text, reason):
 
 @pytest.fixture(scope="module")
 def cuda():
-    cuda = pytest.importorskip("numba.cuda")
     pytest.importorskip("numba_cuda")
-    return cuda
+    return pytest.importorskip("numba.cuda")
 
 
 def compiled(cuda, function, signature, cc):

@@ -68,11 +68,12 @@ def returning(function):
 
 def directed(mode, nearest, excess):
     """A value rounded by `mode`, from a neighbour and the sign of what it exceeds that by."""
-    down, up = nearest.dtype.type(-np.inf), nearest.dtype.type(np.inf)
-    low = (excess < 0) & ((mode == "rm") | (mode == "rz") & (nearest > 0))
-    high = (excess > 0) & ((mode == "rp") | (mode == "rz") & (nearest < 0))
-    result = np.where(low, np.nextafter(nearest, down), nearest)
-    return np.where(high, np.nextafter(nearest, up), result)
+    if mode == "rz":
+        wrong = np.where(nearest > 0, excess < 0, (excess > 0) & (nearest < 0))
+    else:
+        wrong = excess < 0 if mode == "rm" else excess > 0
+    goal = {"rz": 0, "rm": -np.inf, "rp": np.inf}[mode]
+    return np.where(wrong, np.nextafter(nearest, nearest.dtype.type(goal)), nearest)
 
 
 def two_sum(a, b):
@@ -102,17 +103,20 @@ def rounded(base, mode, kind):
     return run
 
 
-def fmin(a, b):
-    """A NaN is ignored, -0 < 0."""
-    r = np.fmin(a, b)
-    bits = f"u{r.itemsize}"
-    return np.where(a == b, (a.view(bits) | b.view(bits)).view(r.dtype), r)
+def extremum(ufunc, bitwise):
+    """fmin or fmax, which ignore a NaN; -0 < 0, for which zeros are combined by their bits."""
+
+    def run(a, b):
+        r = ufunc(a, b)
+        if r.all():
+            return r
+        bits = f"u{r.itemsize}"
+        return np.where(a == b, bitwise(a.view(bits), b.view(bits)).view(r.dtype), r)
+
+    return run
 
 
-def fmax(a, b):
-    r = np.fmax(a, b)
-    bits = f"u{r.itemsize}"
-    return np.where(a == b, (a.view(bits) & b.view(bits)).view(r.dtype), r)
+fmin, fmax = extremum(np.fmin, np.bitwise_or), extremum(np.fmax, np.bitwise_and)
 
 
 def nan_min(a, b):
@@ -286,7 +290,7 @@ SIZE = {"f16": 2, "f32": 4, "f64": 8}
 def high_product(a, b):
     if a.itemsize < 8:
         wide = f"{a.dtype.kind}{2 * a.itemsize}"
-        return (a.astype(wide) * b.astype(wide)) >> np.array(8 * a.itemsize, wide)
+        return ((a.astype(wide) * b.astype(wide)) >> np.array(8 * a.itemsize, wide)).astype(a.dtype)
     low32, s = np.uint64(0xFFFFFFFF), np.uint64(32)
     x, y = a.view(np.uint64), b.view(np.uint64)
     (xl, xh), (yl, yh) = (x & low32, x >> s), (y & low32, y >> s)

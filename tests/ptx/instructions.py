@@ -38,9 +38,7 @@ def classify(ins):
         return ins.base
     if "approx" in ins.mods:
         return "special"
-    return (
-        ins.kind if ins.kind and ins.kind[0] == "f" else "bf16" if "bf" in str(ins.kind) else "integer"
-    )
+    return ins.kind if "f" in str(ins.kind) else "integer"
 
 
 def handles(bases, modifiers=""):
@@ -101,11 +99,13 @@ INTEGER |= {
 
 
 @handles(
-    "add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full"
+    "add sub mul mad fma neg abs min max div rem", "rn rz rm rp ftz sat lo hi wide NaN approx full cc"
 )
 def arithmetic(m, ins):
     kind, base, mods = ins.kind, ins.base, ins.mods
     d = ins.operands[0]
+    if "cc" in mods:
+        return extended(m, ins)
     if "f" not in kind:
         return integer(m, ins)
     mode = one(ins, ROUNDING) or "rn"
@@ -118,11 +118,8 @@ def arithmetic(m, ins):
     elif base == "div" and mode == "rn" and set(mods) & {"approx", "full"}:
         function = f.returning(f.approximate("div.full" if "full" in mods else "div", m))
     elif mode != "rn":
-        if (
-            kind not in ("f32", "f64")
-            or base not in ("add", "sub", "mul", "fma")
-            or kind + base == "f64fma"
-        ):
+        known = ("add", "sub", "mul", "fma") if kind == "f32" else ("add", "sub", "mul")
+        if kind not in ("f32", "f64") or base not in known:
             unknown(ins)
         function = f.returning(f.rounded(base, mode, kind))
     else:
@@ -160,6 +157,28 @@ def integer(m, ins):
     return [m.alu(d, result, f.returning(lambda a, b, c: product(a, b) + c), *args)]
 
 
+@handles("addc subc madc", "cc lo hi")
+def extended(m, ins):
+    """With a carry, or a borrow, from the instruction before or to the next."""
+    d, a, b, *c = (m.target(ins.operands[0], ins.kind)[1], *sources(m, ins))
+    size = f"u{d.itemsize}"
+    product = np.multiply if "lo" in ins.mods else f.high_product
+    if "f" in ins.kind or ins.base in ("mul", "div") or bool(c) != ins.base.startswith("mad"):
+        unknown(ins)
+
+    def step(active):
+        x, y = (product(a, b), c[0]) if c else (a, b)
+        x, y = (np.broadcast_to(v, m.lanes).view(size) for v in (x, y))
+        carry = m.carry if ins.base[-1] == "c" else np.zeros(m.lanes, bool)
+        total = x - y - carry if ins.base.startswith("sub") else x + y + carry
+        less, equal = (x < y, x == y) if ins.base.startswith("sub") else (total < x, total == x)
+        d.view(size)[active.index] = total[active.index]
+        if "cc" in ins.mods:
+            m.carry[active.index] = (less | (carry & equal))[active.index]
+
+    return [m.stepwise(step, ins)]
+
+
 @handles("sqrt rcp rsqrt ex2 lg2 sin cos tanh", "approx rn ftz")
 def unary(m, ins):
     if ins.kind == "f64" and "approx" in ins.mods:
@@ -172,14 +191,8 @@ def unary(m, ins):
         function = np.sqrt if ins.base == "sqrt" else np.reciprocal
     else:
         unknown(ins)
-    return [
-        m.alu(
-            ins.operands[0],
-            ins.kind,
-            f.finished(function, ins.kind, "ftz" in ins.mods),
-            *sources(m, ins),
-        )
-    ]
+    function = f.finished(function, ins.kind, "ftz" in ins.mods)
+    return [m.alu(ins.operands[0], ins.kind, function, *sources(m, ins))]
 
 
 @handles("and or xor not")
@@ -258,9 +271,8 @@ def setp(m, ins):
     args = [m.read(o, ins.kind) for o in (a, b)]
     if len(targets) == 1 and not third:
         return [m.alu(d, "pred", function, *args)]
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(
-        one(ins, ("and", "or", "xor"))
-    )
+    logical = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    combine = logical.get(one(ins, logical))
     if (combine is None) != (not third):
         unknown(ins)
     other = m.predicate(third[0]) if third else None
@@ -284,11 +296,7 @@ def setp(m, ins):
 def set_(m, ins):
     kind, source = ins.kinds
     function = comparison(ins, source)
-    true = (
-        np.float32(1)
-        if kind == "f32"
-        else np.array(-1, np.int32).view(m.read(ins.operands[0], kind).dtype)[()]
-    )
+    true = np.array(1 if kind == "f32" else -1).astype(m.dtype(kind))[()]
 
     def run(a, b):
         result = np.empty(m.lanes, bool)
@@ -343,17 +351,16 @@ def mov(m, ins):
 def cvt(m, ins):
     kinds, d, args = ins.kinds, ins.operands[0], ins.operands[1:]
     mode = one(ins, (*ROUNDING, "rni", "rzi", "rmi", "rpi"))
+    flags = "sat" in ins.mods, "ftz" in ins.mods
     if kinds[0] in ("f16x2", "bf16x2"):
-        half = f.converter(
-            kinds[0][:-2], kinds[1], mode, "sat" in ins.mods, "ftz" in ins.mods
-        ) or unknown(ins)
+        half = f.converter(kinds[0][:-2], kinds[1], mode, *flags) or unknown(ins)
 
         def pack(high, low, out):
-            out.view(np.uint16)[1::2] = np.asarray(half(high)).view(np.uint16)
-            out.view(np.uint16)[::2] = np.asarray(half(low)).view(np.uint16)
+            both = [np.asarray(half(x)).view(np.uint16) for x in (low, high)]  # out may be one of them
+            out.view(np.uint16)[::2], out.view(np.uint16)[1::2] = both
 
         return [m.alu(d, "u32", pack, *(m.read(a, kinds[1]) for a in args))]
-    function = f.converter(*kinds, mode, "sat" in ins.mods, "ftz" in ins.mods) or unknown(ins)
+    function = f.converter(*kinds, mode, *flags) or unknown(ins)
     return [m.alu(d, kinds[0], f.returning(function), *(m.read(a, kinds[1]) for a in args))]
 
 
@@ -425,7 +432,7 @@ def ld(m, ins):
     def step(active):
         values = m.load(space, address(active), active.index, dtype, count)
         for k, out in enumerate(outs):
-            out[active.index] = values if count == 1 else values[:, k]
+            out[active.index] = values[:, k]
 
     return [m.stepwise(step, ins)]
 
@@ -498,8 +505,9 @@ def shfl(m, ins):
     flag = m.target(valid, "pred")[1]
     lane = m.lane.astype(np.int64)
     first = np.arange(m.lanes) - lane
+    routes = {}
 
-    def step(active):
+    def route(b, c):
         step, clamp = (b & np.uint32(31)).astype(np.int64), (c & np.uint32(31)).astype(np.int64)
         segment = ((c >> np.uint32(8)) & np.uint32(31)).astype(np.int64)
         low = lane & segment
@@ -511,12 +519,23 @@ def shfl(m, ins):
             "idx": lambda: low | (step & ~segment),
         }[mode]()
         inside = source >= high if mode == "up" else source <= high
-        source = first + np.where(inside, source, lane)
+        return first + np.where(inside, source, lane), inside
+
+    def step(active):
+        key = b.flat[0], c.flat[0]
+        if (b == key[0]).all() and (
+            c == key[1]
+        ).all():  # as good as always, and not to be worked out again
+            if key not in routes:
+                routes[key] = route(b, c)
+            source, inside = routes[key]
+        else:
+            source, inside = route(b, c)
         index = active.index
         if not active.full:
             absent = ~active.mask[source][index]
             if absent.any():
-                raise Fault("shfl from a thread that takes no part", int(np.argmax(absent)), None)
+                raise Fault("shfl from a thread that takes no part", int(np.argmax(absent)))
         values = np.broadcast_to(a, m.lanes)[source]
         out[index] = values[index]
         flag[index] = inside[index]

@@ -59,14 +59,15 @@ class Stats:
         self.bytes_read = self.bytes_written = 0  # asked of global memory
         self.sectors_read = self.sectors_written = 0  # 32 bytes each, distinct within a warp's request
         self.reads = self.writes = None  # how often each byte of the arena, if tracked
+        self.end = 0  # of what has been touched
 
     @property
     def max_reads(self):
-        return int(self.reads.max())
+        return int(self.reads[: self.end].max(initial=0))
 
     @property
     def max_writes(self):
-        return int(self.writes.max())
+        return int(self.writes[: self.end].max(initial=0))
 
 
 class Block:
@@ -88,17 +89,17 @@ class Block:
 class Cluster(Space):
     """Shared memory as a cluster sees it."""
 
-    def foreign(self, low, address, index):
+    def foreign(self, low, address, index, width):
         m = self.machine
         rank, low = low >> np.uint64(RANK), low & np.uint64((1 << RANK) - 1)
         bad = (low >= np.uint64(self.size)) | (rank > np.uint64(m.cluster_size))
         if bad.any():
-            self.blame("outside shared memory of the cluster", bad, address)
+            self.blame("outside shared memory of the cluster", bad, address, width)
         own = m.block_of[index]
         target = np.where(rank == 0, own, own - own % m.cluster_size + rank.astype(np.int64) - 1)
         gone = m.exited.reshape(m.blocks, -1).all(axis=1)[target]
         if gone.any():
-            self.blame("shared memory of a block that has exited", gone, address)
+            self.blame("shared memory of a block that has exited", gone, address, width)
         return low + (target * self.size).astype(np.uint64)
 
 
@@ -106,14 +107,13 @@ class Machine:
     """`blocks` blocks of a kernel: registers, memory, program."""
 
     rank_bit = RANK
+    ballots = staticmethod(ballots)
 
     def __init__(self, kernel, shape, blocks, dynamic=0, cluster=(1, 1, 1)):
         self.kernel, self.shape, self.blocks, self.cluster = kernel, shape, blocks, cluster
         self.dynamic = dynamic
         self.threads = int(np.prod(shape))
-        self.padded = (
-            -(-self.threads // 32) * 32
-        )  # a warp's lanes are 32 neighbours, the last may be idle
+        self.padded = -(-self.threads // 32) * 32  # a warp is 32 lanes, of which the last may be idle
         self.lanes = lanes = blocks * self.padded
         self.cluster_size = int(np.prod(cluster))
         lane = np.arange(lanes)
@@ -124,10 +124,11 @@ class Machine:
         self.whole = Active(None, lanes, lanes)
         self.storage, self.specials, self.symbols, self.scratches = {}, {}, {}, {}
         self.sink = {n: np.zeros(lanes, f"u{n}") for n in (2, 4, 8)} | {1: np.zeros(lanes, bool)}
+        self.carry = np.zeros(lanes, bool)
         self.params = np.zeros(8192, np.uint8)
         self.program = {}
         self.perturb = 0
-        self.memory = None  # but during a launch
+        self.memory = self.grid = None  # but during a launch
         self.layout(dynamic)
         code = kernel.code
         leaders = {0, len(code)}
@@ -186,19 +187,19 @@ class Machine:
         for window in np.unique(windows):
             pick = np.flatnonzero(windows == window)
             if window >= len(self.windows):
-                raise Fault("not a generic address", int(pick[0]), int(address[pick[0]]))
+                raise Fault("not a generic address", int(pick[0]), address[pick[0]])
             try:
                 access(self.windows[int(window)], low[pick], lanes[pick], pick)
             except Fault as fault:
                 position = int(pick[fault.position])
-                raise Fault(fault.reason, position, int(address[position])) from None
+                raise Fault(fault.reason, position, address[position]) from None
 
     def load(self, space, address, index, dtype, count):
         if space:
             return self.spaces[space].load(address, index, dtype, count)
         if not np.bitwise_or.reduce(address) >> np.uint64(WINDOW):
             return self.windows[0].load(address, index, dtype, count)
-        values = np.empty((len(address), count) if count > 1 else len(address), dtype)
+        values = np.empty((len(address), count), dtype)
 
         def access(space, address, index, pick):
             values[pick] = space.load(address, index, dtype, count)
@@ -284,9 +285,6 @@ class Machine:
         """What is added to an address of a space for a generic one."""
         return WINDOWS[space] << WINDOW
 
-    def ballots(self, mask):
-        return ballots(mask)
-
     def scratch(self, dtype):
         return self.scratches.setdefault(dtype, np.zeros(self.lanes, dtype))
 
@@ -320,8 +318,7 @@ class Machine:
                 function(active)
             except Fault as fault:
                 lane = np.arange(self.lanes)[active.index][fault.position]
-                where = "" if fault.address is None else f" at {fault.address:#x}"
-                raise self.error(ins, fault.reason + where, lane) from None
+                raise self.error(ins, str(fault), lane) from None
 
         return partial(masked, self.whole), masked
 
@@ -343,9 +340,8 @@ class Machine:
         where = f"{self.kernel.name}, line {ins.line}: {reason}: {ins.text}"
         if lane is not None:
             block = tuple(map(int, self.coordinates[:, self.block_of[lane]]))
-            x, y, _ = self.shape
-            t = int(self.thread[lane])
-            where += f" (block {block}, thread {(t % x, t // x % y, t // (x * y))})"
+            thread = tuple(map(int, coordinates(self.thread[lane], self.shape)))
+            where += f" (block {block}, thread {thread})"
         return PTXError(where)
 
     def decode(self, block):
@@ -417,7 +413,7 @@ class Machine:
 
     def finish(self):
         """Hold on to nothing of the launch."""
-        self.memory = self.stats = self.races = None
+        self.memory = self.stats = self.races = self.grid = None
         self.spaces["global"].attach(*np.zeros((2, 8), np.uint8))
 
     def traffic(self, kind, offset, index, width):
@@ -438,19 +434,17 @@ class Machine:
             for counts in [stats.reads] * (kind != "write") + [stats.writes] * (kind != "read"):
                 for k in range(width):
                     np.add.at(counts, offset + k, 1)
+            stats.end = max(stats.end, int(offset.max()) + width)
 
     def run(self, first, grid):
         """Execute blocks `first` and on."""
         total = int(np.prod(grid))
-        self.grid, self.first = grid, first
-        number = first + np.arange(self.blocks)
-        rank, number = number % self.cluster_size, number // self.cluster_size
-        self.rank, self.number = rank, number
+        self.grid = grid
+        cluster, self.rank = np.divmod(first + np.arange(self.blocks), self.cluster_size)
         clusters = [g // c for g, c in zip(grid, self.cluster, strict=True)]
-        outer = np.array(coordinates(number, clusters))
-        self.inner = np.array(coordinates(rank, self.cluster))
-        self.coordinates = outer * np.reshape(self.cluster, (3, 1)) + self.inner
-        self.outer = outer
+        self.outer = np.array(coordinates(cluster, clusters))
+        self.inner = np.array(coordinates(self.rank, self.cluster))
+        self.coordinates = self.outer * np.reshape(self.cluster, (3, 1)) + self.inner
         for name in self.specials:
             self.special(name)
         for name in ("shared", "local"):
@@ -480,46 +474,24 @@ class Machine:
 
     def special(self, name):
         """Fill in what a special register holds."""
-        base, _, axis = name.partition(".")
-        out = self.specials[name]
-        k = "xyz".find(axis) if axis else 0
-        x, y, _ = self.shape
-        lane = self.lane
-        masks = {
-            "eq": np.uint32(1) << lane,
-            "lt": (np.uint32(1) << lane) - np.uint32(1),
-            "ge": ~((np.uint32(1) << lane) - np.uint32(1)),
-        }
-        masks |= {"le": masks["lt"] | masks["eq"], "gt": masks["ge"] ^ masks["eq"]}
-        if not hasattr(self, "grid"):  # decoded before the first launch
+        if self.grid is None:  # decoded before a launch
             return
-        blocks = {
-            "ctaid": self.coordinates[k],
-            "clusterid": self.outer[k],
-            "cluster_ctaid": self.inner[k],
-            "cluster_ctarank": self.rank,
-        }
-        if base in blocks:
-            out[...] = blocks[base][self.block_of]
-        elif base.startswith("lanemask_"):
-            out[...] = masks[base[-2:]]
-        else:
-            values = {
-                "tid": (self.thread % x, self.thread // x % y, self.thread // (x * y))[k],
-                "ntid": self.shape[k],
-                "nctaid": self.grid[k],
-                "nclusterid": self.grid[k] // self.cluster[k],
-                "cluster_nctaid": self.cluster[k],
-                "cluster_nctarank": self.cluster_size,
-                "is_explicit_cluster": self.cluster_size > 1,
-                "laneid": lane,
-                "warpid": self.thread >> 5,
-                "nwarpid": self.padded // 32,
-                "dynamic_smem_size": self.dynamic,
-                "total_smem_size": self.shared_bytes,
-                "nsmid": 1,
-            }
-            out[...] = values.get(base, 0)
+        base, _, axis = name.partition(".")
+        k = "xyz".find(axis) if axis else 0
+        bit = np.uint32(1) << self.lane
+        below = bit - np.uint32(1)
+        of_block = {"ctaid": self.coordinates[k], "cluster_ctarank": self.rank}
+        of_block |= {"clusterid": self.outer[k], "cluster_ctaid": self.inner[k]}
+        values = {name: value[self.block_of] for name, value in of_block.items()}
+        values |= {"lanemask_eq": bit, "lanemask_lt": below, "lanemask_le": below | bit}
+        values |= {"lanemask_ge": ~below, "lanemask_gt": ~below ^ bit, "laneid": self.lane}
+        values |= {"tid": coordinates(self.thread, self.shape)[k], "ntid": self.shape[k]}
+        values |= {"warpid": self.thread >> 5, "nwarpid": self.padded // 32}
+        values |= {"nctaid": self.grid[k], "nclusterid": self.grid[k] // self.cluster[k]}
+        values |= {"cluster_nctaid": self.cluster[k], "cluster_nctarank": self.cluster_size}
+        values |= {"is_explicit_cluster": self.cluster_size > 1, "dynamic_smem_size": self.dynamic}
+        values |= {"total_smem_size": self.shared_bytes, "nsmid": 1, "smid": 0, "gridid": 0}
+        self.specials[name][...] = values[base]
 
     # order
 

@@ -8,6 +8,7 @@ FREE, RAW, READY = (
     3,
 )  # not allocated; allocated, never written; written. Bits: 1 may write, 2 may read
 GUARD = 256
+MARKS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "u8", 32: "u8"}  # how those of a word are looked at
 
 
 class PTXError(Exception):
@@ -17,16 +18,16 @@ class PTXError(Exception):
 class Fault(Exception):  # noqa: N818
     """A bad access by the lane at `position` among the active ones, of an instruction not yet known."""
 
-    def __init__(self, reason, position, address):
-        super().__init__(reason)
-        self.reason, self.position, self.address = reason, position, address
+    def __init__(self, reason, position, address=None):
+        super().__init__(reason if address is None else f"{reason} at {int(address):#x}")
+        self.reason, self.position = reason, position
 
 
 class Space:
     """A state space: the bytes of all its threads in one array.
 
     A thread sees the addresses from `base` to `base + size`, size a power of two. `origin` says where
-    in the array those of each lane start; None: all see the same bytes. `observe` hears of every access.
+    in the array those of each lane start; None: all see the same. `observe` hears of every access.
     """
 
     def __init__(self, name, data, shadow, size, base=0, origin=None):
@@ -38,79 +39,75 @@ class Space:
         self.data, self.shadow, self.base = data, shadow, np.uint64(base)
         self.views = {}
 
-    def words(self, dtype, count=1):
-        key = dtype, count
-        if key not in self.views:
-            wide = min(np.dtype(dtype).itemsize * count, 8)
-            marks = self.shadow.view(f"u{wide}")
-            both = self.data.view(dtype), marks
-            if count > 1:
-                rows = np.dtype(dtype).itemsize * count // wide
-                both = both[0].reshape(-1, count), marks.reshape(-1, rows) if rows > 1 else marks
-            state = np.full(8, 1, np.uint8).view(np.uint64)[0] >> np.uint64(64 - 8 * wide)
-            self.views[key] = *both, marks.dtype.type(state)
-        return self.views[key]
+    def words(self, width):
+        """Bytes and marks by words of a width; the marks of a word that is allocated, or written."""
+        if width not in self.views:
+            # a type of that size, of which only the bits matter: rows of an array are gathered slowly
+            word = {16: "c16", 32: "V32"}.get(width, f"u{width}")
+            one, ready = np.full((2, width), [[RAW], [READY]], np.uint8)
+            views = self.data.view(word), self.shadow.view(word)
+            self.views[width] = *views, one.view(MARKS[width])[0], ready.view(word)[0]
+        return self.views[width]
 
-    def blame(self, reason, bad, address):
+    def check(self, marks, at, address, strict):
+        found = marks[at].view(MARKS[marks.itemsize])
+        one = self.views[marks.itemsize][2]
+        common = np.bitwise_and.reduce(found)
+        if common & one != one:
+            self.blame("not allocated", found & one != one, address, marks.itemsize)
+        if strict and common != 3 * one:
+            self.blame("not initialised", found != 3 * one, address, marks.itemsize)
+
+    def blame(self, reason, bad, address, width):
         position = int(np.argmax(bad.reshape(len(address), -1).any(axis=1)))
-        raise Fault(reason, position, int(address[position]))
+        raise Fault(f"{reason}, {width} bytes", position, address[position])
 
     def locate(self, address, index, width):
         """Offsets into the array, checked for alignment and range in one pass over their bits."""
         low = address - self.base
         bits = int(np.bitwise_or.reduce(low))
         if bits & (width - 1):
-            self.blame("misaligned", low & np.uint64(width - 1) != 0, address)
+            self.blame("misaligned", low & np.uint64(width - 1) != 0, address, width)
         if bits >= self.size:
-            low = self.foreign(low, address, index)
+            low = self.foreign(low, address, index, width)
         elif self.origin is not None:
             low += self.origin[index]
         return low.view(np.int64)
 
-    def foreign(self, low, address, index):
-        self.blame(f"outside {self.name} memory", low >= np.uint64(self.size), address)
+    def foreign(self, low, address, index, width):
+        self.blame(f"outside {self.name} memory", low >= np.uint64(self.size), address, width)
 
     def load(self, address, index, dtype, count=1):
+        """An array of a row for each address."""
         width = np.dtype(dtype).itemsize * count
+        words, marks, *_ = self.words(width)
         offset = self.locate(address, index, width)
-        values, marks, one = self.words(dtype, count)
         at = offset >> (width.bit_length() - 1)
-        found = marks[at]
-        common = np.bitwise_and.reduce(found, axis=None)
-        if common & one != one:
-            self.blame("not allocated", found & one != one, address)
-        if self.strict and common != 3 * one:
-            self.blame("not initialised", found != 3 * one, address)
+        self.check(marks, at, address, self.strict)
         if self.observe:
             self.observe("read", offset, index, width)
-        return values[at]
+        return words[at].view(dtype).reshape(-1, count)
 
     def store(self, address, index, dtype, values):
-        """`values`: an array a lane, or a list of arrays, one for each element of a vector."""
-        count = len(values)
-        width = np.dtype(dtype).itemsize * count
+        """`values`: the array of each element of a vector."""
+        width = np.dtype(dtype).itemsize * len(values)
+        words, marks, _, ready = self.words(width)
         offset = self.locate(address, index, width)
-        words, marks, one = self.words(dtype, count)
         at = offset >> (width.bit_length() - 1)
-        found = marks[at]
-        if np.bitwise_and.reduce(found, axis=None) & one != one:
-            self.blame("not allocated", found & one != one, address)
+        self.check(marks, at, address, False)
         if self.observe:
             self.observe("write", offset, index, width)
-        if count == 1:
-            words[at] = values[0]
-        else:
-            for k, value in enumerate(values):
-                words[at, k] = value
-        marks[at] = 3 * one
+        values = values[0] if len(values) == 1 else np.stack(values, axis=1).reshape(-1)
+        words[at] = values.view(words.dtype)
+        marks[at] = ready
 
     def exchange(self, address, index, dtype, function):
         """Atomics, lane after lane: function(position, old) gives the new value."""
-        offset = self.locate(address, index, np.dtype(dtype).itemsize)
-        words, marks, one = self.words(dtype)
+        words, marks, *_ = self.words(np.dtype(dtype).itemsize)
+        words = words.view(dtype)
+        offset = self.locate(address, index, words.itemsize)
         at = offset // words.itemsize
-        if not (marks[at] == 3 * one).all():
-            self.blame("not allocated or not initialised", marks[at] != 3 * one, address)
+        self.check(marks, at, address, True)
         if self.observe:
             self.observe("atomic", offset, index, words.itemsize)
         old = np.empty(len(at), dtype)

@@ -81,4 +81,4 @@ class Races:
         if bad.any():
             position = int(np.argmax(bad))
             extent = self.machine.spaces["shared"].size
-            raise Fault(reason, position // width, int(at[position]) % extent)
+            raise Fault(reason, position // width, at[position] % extent)
