@@ -10,7 +10,7 @@ import pytest
 import fastll
 from fastll.dispatch import TABLE
 
-BACKENDS = TABLE["cpu"]
+BACKENDS = (*TABLE["cpu"], "cuda")
 
 #: An own cache, empty at first: the processes that tests start find what this one has compiled.
 _kernels = tempfile.TemporaryDirectory(prefix="fastll-")
@@ -27,21 +27,40 @@ def require(name):
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def backend(request, monkeypatch):
     """Each backend in turn, in force during the test."""
-    require(request.param)
     oracle.SUBTRACTED = int(request.param == "numpy")
-    with fastll.use_backend(request.param):
-        yield request.param
+    yield from in_force(request.param, monkeypatch)
     oracle.SUBTRACTED = 0
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "numpy"])
-def compiled(request):
-    """Each compiled backend in turn, in force during the test."""
-    require(request.param)
-    with fastll.use_backend(request.param):
-        yield request.param
+@pytest.fixture(params=[name for name in TABLE["cpu"] if name != "numpy"])
+def compiled(request, monkeypatch):
+    """Each compiled backend of the CPU in turn, in force during the test."""
+    yield from in_force(request.param, monkeypatch)
+
+
+def in_force(name, monkeypatch):
+    """A backend during a test; of a GPU, by functions that take arrays there and back."""
+    if name == "cuda":
+        require_numba_cuda()
+        import device
+
+        device.instead_of_host(monkeypatch)
+    else:
+        require(name)
+    with fastll.use_backend(name):
+        yield name
+
+
+def require_numba_cuda():
+    """Skip without the compiler of CUDA kernels, or fail where everything is meant to be there."""
+    try:
+        import numba_cuda  # noqa: F401
+    except ImportError:
+        if os.environ.get("FASTLL_REQUIRE_EXT") == "1":
+            pytest.fail("numba-cuda is not installed")
+        pytest.skip("numba-cuda is not installed")
 
 
 @pytest.fixture

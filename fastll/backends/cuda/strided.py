@@ -262,14 +262,13 @@ def kernel(
             if top > m:
                 n, offset = reference(top)
                 floor, magic = window(n)
+                before, lead = lead, exponential(top - offset, floor, magic)
+                if signed:
+                    lead *= unshift
                 if m > -infinity:
-                    rise = exp_minus(m, top)
-                    new_lead = exponential(top - offset, floor, magic)
-                    e, low = two_part_sum(e / lead, low / lead, k, zero)
-                    e, low = e * rise * new_lead, low * rise * new_lead
-                    lead = new_lead
-                else:
-                    lead = exponential(top - offset, floor, magic)
+                    rise = exp_minus(m, top) * lead
+                    e, low = two_part_sum(e / before, low / before, k, zero)
+                    e, low = e * rise, low * rise
                 distance, distance_low = rebased(distance, distance_low, mass, m, top)
                 m, k = top, zero
             sum_4, count_4, distance_4, mass_4 = zero, zero, zero, zero
@@ -294,8 +293,6 @@ def kernel(
                 distance, distance_low = two_part_sum(distance, distance_low, distance_4, zero)
                 mass, mass_low = two_part_sum(mass, mass_low, mass_4, zero)
         if m > -infinity:
-            if signed:
-                lead *= unshift
             e, low = e / lead, low / lead
         else:
             k = zero
