@@ -51,10 +51,8 @@ class Exchanged:
 
     def view(self, x: Any, name: str) -> Array:
         if self.device(x) == CPU:
-            try:
-                return np.from_dlpack(x)
-            except (BufferError, RuntimeError):  # a dtype that NumPy knows by another package only
-                return np.asarray(x)
+            # JAX has a NumPy view of bfloat16 too, which NumPy does not take by DLPack
+            return np.from_dlpack(x) if self.mutable else np.asarray(x)
         if self.interface is None:
             memory = _strided_memory(x)
             strides = memory.strides and tuple([s * memory.dtype.itemsize for s in memory.strides])
@@ -70,11 +68,6 @@ class Exchanged:
 
     def writes(self, x: Any) -> None:
         pass
-
-    def converted(self, x: Any, dtype: np.dtype[Any]) -> Any:
-        if self.namespace is None:
-            raise TypeError(f"expected a contiguous array of dtype {dtype}: {self.name} converts none")
-        return self.namespace.astype(x, dtype)
 
     def empty(
         self,
