@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import NDArray
 
-from fastll.dtypes import as_floats, kind_of, name_of
+from fastll.dtypes import kind_of, name_of
 from fastll.libraries import CPU, Device, Library, library_of
 
 Array = NDArray[Any]
@@ -45,24 +45,6 @@ class Place:
             library.order(x, self.device, self.stream)
         return array
 
-    def take_per_class(self, x: Any, name: str, classes: int, dtype: np.dtype[Any]) -> Array:
-        """One number a class as a contiguous array of a floating dtype, converted where it is not."""
-        array = self.take(x, name)
-        if array.shape != (classes,):
-            raise ValueError(
-                f"{name} has shape {array.shape}; expected one {name} a class, ({classes},)"
-            )
-        if self.on_cpu:
-            return as_floats(array, dtype)
-        if array.dtype == dtype and array.flags.c_contiguous:
-            return array
-        library = self._library_of(x, name)
-        assert library is not None  # it is on a GPU
-        try:
-            return library.view(library.converted(x, dtype), name)
-        except TypeError as error:
-            raise TypeError(f"{name} has dtype {name_of(array.dtype)}; {error}") from None
-
     def output(self, out: Any, name: str) -> Array:
         """The view to write an output through."""
         library = self._library_of(out, name)
@@ -87,6 +69,10 @@ class Place:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
         return self._library.empty(shape, np.dtype(dtype), self.device, None)
+
+    def scratch(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array that stays within the call."""
+        return np.empty(shape, dtype) if self.on_cpu else self.empty(shape, dtype)
 
     def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
         """A new array in the shape of another, its axes in the same order in memory."""
@@ -128,10 +114,15 @@ class _Host(Place):
             return x
         return super().take(x, name)
 
-    empty = staticmethod(np.empty)  # type: ignore[assignment]
+    empty = scratch = staticmethod(np.empty)  # type: ignore[assignment]
 
     def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
         return np.empty_like(x, dtype=dtype, subok=False)
+
+    def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
+        if out is None:
+            return np.empty_like(x, dtype=kind_of(x.dtype).element, subok=False)
+        return super().result(x, out, name, inputs)
 
     def give(self, view: Array) -> Any:
         return view[()]

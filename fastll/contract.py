@@ -6,7 +6,7 @@ array object too, whose address, shape and strides are those on the device (`fas
 
 * *full*: ``(outer, classes, inner)``, reduced over ``classes``;
 * *row*: ``(outer, inner)``, one entry a row, where row ``r`` is ``divmod(r, inner)``;
-* *class*: ``(classes,)``, contiguous, in the compute dtype.
+* *class*: ``(classes,)``, contiguous, in the compute dtype; on a GPU as the caller has it.
 
 A method does no work. It binds its arrays and returns a `Kernel`: a callable that handles rows
 ``start`` to ``stop``, alone and without the GIL, so that any thread may run any part of it. A row's
@@ -41,7 +41,7 @@ Kernel = Callable[[int, int], object]
 Array = NDArray[np.generic]
 Floats = NDArray[np.float64]
 
-#: Elements handled by one unit of an element-wise operation; also the length of its partial sums.
+#: Elements handled by one unit of an element-wise operation on the CPU, and in one partial sum.
 CHUNK = 1 << 15
 
 
@@ -53,9 +53,9 @@ STREAM_FROM = 1 << 25
 STREAM_CLASSES = 512
 
 
-def units_of(length: int) -> int:
+def units_of(length: int, unit: int = CHUNK) -> int:
     """Number of units in an outer row of `length` elements."""
-    return -(-length // CHUNK)
+    return -(-length // unit)
 
 
 class CrossEntropyOptions(NamedTuple):
@@ -75,7 +75,8 @@ class Backend(Protocol):
     """
 
     name: str
-    partial_dtype: np.dtype[Any] | None  # of a unit's sum; None: that which is computed in
+    unit: int  # elements in one unit of an element-wise operation, and in one partial sum
+    partial_dtype: np.dtype[Any] | None  # of such a sum; None: that which is computed in
 
     def run(self, kernel: Kernel, units: int, elements: int) -> None:
         """Run a kernel over units 0 to `units`, which hold `elements` elements together."""
@@ -150,7 +151,7 @@ class Backend(Protocol):
         out: Array,  # (outer, n), element dtype; may be x
         log: bool,
     ) -> Kernel:
-        """Sigmoid or log-sigmoid; one unit is `CHUNK` elements of one outer row."""
+        """Sigmoid or log-sigmoid; one unit is `unit` elements of one outer row."""
         ...
 
     def binary_cross_entropy(
@@ -161,8 +162,8 @@ class Backend(Protocol):
         pos_weight: Array | None,  # (outer, n), any real dtype
         scale: float,  # factor of the gradient
         loss: Array | None,  # (outer, n), compute dtype: each element's loss
-        partial: Array | None,  # (outer, ceil(n / CHUNK)), `partial_dtype`: sums of the units' losses
+        partial: Array | None,  # (outer, ceil(n / unit)), `partial_dtype`: sums of the units' losses
         grad: Array | None,  # (outer, n), element dtype; may be x
     ) -> Kernel:
-        """Binary cross-entropy with logits; one unit is `CHUNK` elements of one outer row."""
+        """Binary cross-entropy with logits; one unit is `unit` elements of one outer row."""
         ...

@@ -38,11 +38,11 @@ def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[P
     """
     shape = full[0].shape
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first != len(axes) or not _contiguous((*full, *row)):
+    if last - first != len(axes) or not _contiguous(full) or not _contiguous(row):
         return _strided_rows(axes, full, row)
-    kept = prod(shape[:first]), prod(shape[last:])
-    whole = kept[0], prod(shape[first:last]), kept[1]
     ndim = len(shape) - len(axes)
+    kept = prod(shape[:first]), prod(shape[last:]) if first < ndim else 1
+    whole = kept[0], prod(shape[first:last]), kept[1]
     piece = []
     for a in full:
         piece.append(None if a is None else a.reshape(whole))

@@ -24,12 +24,12 @@ def rows(backend: Backend, kernel: Kernel, x: Array) -> None:
 def elements(backend: Backend, kernel: Kernel, x: Array) -> None:
     """Run a kernel over the units of a (outer, n) piece."""
     outer, length = x.shape
-    backend.run(kernel, outer * units_of(length), x.size)
+    backend.run(kernel, outer * units_of(length, backend.unit), x.size)
 
 
 def new_state(backend: Backend, place: Place, shape: tuple[int, ...]) -> Floats:
     """The identity (m, e, k) = (-inf, 0, 0) in every row."""
-    state = place.empty((*shape, 3), np.float64)
+    state = place.scratch((*shape, 3), np.float64)
     backend.fill_identity(state)
     return state
 
@@ -45,7 +45,7 @@ def finish(
     backend: Backend, place: Place, state: Floats, weighted: bool, out: Array, sign: Array | None
 ) -> None:
     """The log-sum-exp of running states: that of no further elements."""
-    nothing = place.empty((*out.shape, 0), out.dtype)
+    nothing = place.scratch((*out.shape, 0), out.dtype)
     pieces, _ = layout.rows((out.ndim,), (nothing, nothing if weighted else None), (state, out, sign))
     for x, b, state_, out_, sign_ in pieces:
         backend.run(backend.logsumexp(x, b, state_, out_, sign_), out_.size, out_.size)

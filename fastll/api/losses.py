@@ -12,7 +12,7 @@ from fastll import dispatch, layout
 from fastll.api import _run
 from fastll.arrays import Place, axis_of, bad_label, broadcast, place_of
 from fastll.contract import CrossEntropyOptions, units_of
-from fastll.dtypes import kind_of, name_of
+from fastll.dtypes import as_floats, kind_of, name_of
 
 Array = NDArray[Any]
 Reduction = Literal["mean", "sum", "none"]
@@ -256,9 +256,7 @@ def _cross_entropy(
     shape = x.shape
     classes, kept = shape[axis], shape[:axis] + shape[axis + 1 :]
     value = kind_of(x.dtype).compute
-    weights = None
-    if weight is not None:
-        weights = place.take_per_class(weight, "weight", classes, value)
+    weights = None if weight is None else _class_weight(place, weight, classes, value)
     _check_reduction(reduction)
     ignored = _integer(ignore_index, "ignore_index")
     smoothing = _number(label_smoothing, "label_smoothing", 0.0, 1.0)
@@ -285,7 +283,7 @@ def _cross_entropy(
     scale = backend.factor(denominator) if reduction == "mean" else 1.0
     options = CrossEntropyOptions(ignored, smoothing, z, cap, scale)
 
-    loss = place.empty(kept, value)
+    loss = (place.empty if reduction == "none" else place.scratch)(kept, value)
     lse = place.empty(kept, value) if return_lse else None
     pieces, _ = layout.rows((axis,), (x, dense, grad), (labels, loss, lse))
     for x_, dense_, grad_, labels_, loss_, lse_ in pieces:
@@ -381,17 +379,16 @@ def binary_cross_entropy_with_logits(
     scale = 1 / x.size if reduction == "mean" and x.size else 1.0
     loss = place.empty_like(x, value) if reduction == "none" else None
     pieces = layout.elementwise((x, t, w, p, loss, grad))
-    partial = None
+    outer, length = pieces[0][0].shape if pieces else (0, 0)
+    units = units_of(length, backend.unit)
+    partial = sums = None
     if loss is None:
-        outer, length = pieces[0][0].shape if pieces else (0, 0)
-        shape = len(pieces) * outer, units_of(length)
-        partial = place.empty(shape, backend.partial_dtype or value)
-    sums = partial
+        partial = sums = place.scratch((len(pieces) * outer, units), backend.partial_dtype or value)
     for i, (x_, t_, w_, p_, loss_, grad_) in enumerate(pieces):
         if partial is not None and len(pieces) > 1:
             sums = partial[i * outer : (i + 1) * outer]
         kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
-        _run.elements(backend, kernel, x_)
+        backend.run(kernel, outer * units, x_.size)
     if partial is not None:
         loss = backend.total(partial, float(x.size) if reduction == "mean" else None, value)
     return _outputs(place, loss, None, grad if return_grad else None, grad_out)
@@ -422,6 +419,14 @@ def _labels(place: Place, labels: Array, shape: tuple[int, ...]) -> Array:
         # beyond int64 a label is out of range for certain, and stays so at its limit
         labels = np.minimum(labels, np.uint64(_INT64_MAX))
     return np.asarray(labels, dtype=np.int64, order="C")
+
+
+def _class_weight(place: Place, weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Array:
+    """One weight a class; on the CPU contiguous and in `dtype`."""
+    w = place.take(weight, "weight")
+    if w.shape != (classes,):
+        raise ValueError(f"weight has shape {w.shape}; expected one weight a class, ({classes},)")
+    return as_floats(w, dtype) if place.on_cpu else w
 
 
 def _check_reduction(reduction: str) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import Array, Floats
+from fastll.contract import CHUNK, Array, Floats
 
 
 class Host:
     """The part of `fastll.contract.Backend` that is the same for each of them."""
 
+    unit = CHUNK
     partial_dtype = np.dtype(np.float64)
 
     run = staticmethod(threads.run)

@@ -55,10 +55,6 @@ class Library(Protocol):
         """Say that an array is going to be written."""
         ...
 
-    def converted(self, x: Any, dtype: np.dtype[Any]) -> Any:
-        """A small array on a GPU as a contiguous one of another dtype."""
-        ...
-
     def empty(
         self,
         shape: tuple[int, ...],

@@ -25,20 +25,14 @@ def writes(x: Any) -> None:
     pass
 
 
-def converted(x: Any, dtype: np.dtype[Any]) -> Any:
-    return cupy.ascontiguousarray(x, dtype)
-
-
 def empty(
     shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
 ) -> Array:
     with cupy.cuda.Device(device.index):
         if order is None:
-            owner = cupy.empty(shape, dtype)
-        else:
-            shape, inverse = permuted(shape, order)
-            owner = cupy.empty(shape, dtype).transpose(inverse)
-    return view(owner, "result")
+            return view(cupy.empty(shape, dtype), "result")
+        shape, inverse = permuted(shape, order)
+        return view(cupy.empty(shape, dtype).transpose(inverse), "result")
 
 
 def give(view: Array) -> Any:

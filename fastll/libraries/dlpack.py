@@ -27,6 +27,8 @@ from fastll.libraries import (
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 13: "cuda"}
 _DEVICES |= {14: "oneapi", 15: "webgpu", 16: "hexagon"}
 
+_DEFAULT_STREAM = 1  # as DLPack has it
+
 _LINE = 64  # bytes: JAX takes over memory that begins on a line of the cache, and copies other
 
 
@@ -34,8 +36,8 @@ class Exchanged:
     """The library of one array, as far as its protocols tell."""
 
     def __init__(self, x: Any) -> None:
-        self.name = type(x).__module__.partition(".")[0]
-        self.mutable = self.name not in ("jax", "jaxlib")
+        self.name = type(x).__module__.partition(".")[0].replace("jaxlib", "jax")
+        self.mutable = self.name != "jax"
         self.namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
         # of the two protocols DLPack is the one that orders streams
         self.interface = None
@@ -43,20 +45,23 @@ class Exchanged:
             self.namespace, self.interface = None, getattr(x, "__cuda_array_interface__", None)
 
     def device(self, x: Any) -> Device:
-        if hasattr(x, "__dlpack_device__"):
+        if not hasattr(x, "__dlpack_device__"):
+            return Device("cuda", _strided_memory(x, -1).device_id)
+        try:
             code, index = x.__dlpack_device__()
-            kind = _DEVICES.get(int(code), f"DLPack device {int(code)}")
-            return CPU if kind == "cpu" else Device(kind, index)
-        return Device("cuda", _strided_memory(x).device_id)
+        except BufferError as error:  # on several devices, or one that DLPack does not know
+            raise NotImplementedError(f"an array of {self.name} has no backend: {error}") from None
+        kind = _DEVICES.get(int(code), f"DLPack device {int(code)}")
+        return CPU if kind == "cpu" else Device(kind, index)
 
     def view(self, x: Any, name: str) -> Array:
         if self.device(x) == CPU:
-            try:
-                return np.from_dlpack(x)
-            except (BufferError, RuntimeError):  # a dtype that NumPy knows by another package only
-                return np.asarray(x)
+            # JAX has a NumPy view of bfloat16 too, which NumPy does not take by DLPack
+            return np.from_dlpack(x) if self.mutable else np.asarray(x)
         if self.interface is None:
-            memory = _strided_memory(x)
+            memory = _strided_memory(
+                x, _DEFAULT_STREAM
+            )  # a stream must be named, and this does no harm
             strides = memory.strides and tuple([s * memory.dtype.itemsize for s in memory.strides])
             # the view of the memory keeps it alive
             return device_view(
@@ -70,11 +75,6 @@ class Exchanged:
 
     def writes(self, x: Any) -> None:
         pass
-
-    def converted(self, x: Any, dtype: np.dtype[Any]) -> Any:
-        if self.namespace is None:
-            raise TypeError(f"expected a contiguous array of dtype {dtype}: {self.name} converts none")
-        return self.namespace.astype(x, dtype)
 
     def empty(
         self,
@@ -107,7 +107,8 @@ class Exchanged:
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
         if self.interface is None:
-            x.__dlpack__(stream=consumer or 1)  # 1 is what DLPack calls the default stream
+            if consumer:  # the default stream has been ordered by the view
+                x.__dlpack__(stream=consumer)
         elif self.interface.get("stream") is not None:
             order_streams(device, self.stream(device), consumer)
 
@@ -139,11 +140,11 @@ class _Buffer:
         return self.memory.__dlpack__(stream=-1, **options)
 
 
-def _strided_memory(x: Any) -> Any:
-    """A view of an array on a GPU by either protocol, of which no stream is asked."""
+def _strided_memory(x: Any, stream: int) -> Any:
+    """A view of an array on a GPU by either protocol, for work on a stream; -1: for none."""
     try:
         from cuda.core.utils import StridedMemoryView
     except ImportError as error:
         kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
         raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
-    return StridedMemoryView(x, -1)
+    return StridedMemoryView(x, stream)

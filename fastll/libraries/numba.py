@@ -29,10 +29,6 @@ def writes(x: Any) -> None:
     pass
 
 
-def converted(x: Any, dtype: np.dtype[Any]) -> Any:
-    raise TypeError(f"expected a contiguous array of dtype {dtype}: numba converts none")
-
-
 def empty(
     shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
 ) -> Array:

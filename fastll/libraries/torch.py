@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastll.dtypes import ACCEPTED, BFLOAT16, name_of
+from fastll.dtypes import ACCEPTED, BFLOAT16
 from fastll.libraries import CPU, Array, Device, DeviceView, View, device_view, order_streams, permuted
 
 name = "torch"
@@ -20,15 +20,21 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
     if hasattr(torch, dtype)
 }
 _DTYPES[torch.bfloat16] = BFLOAT16
+_TORCH = {dtype: own for own, dtype in _DTYPES.items()}
+
+
+_devices = {torch.device("cpu"): CPU}
 
 
 def device(x: Any) -> Device:
-    if x.is_meta:
+    try:
+        return _devices[x.device]
+    except KeyError:
+        kind, index = x.device.type, x.device.index
+    if kind == "meta":
         raise TypeError("a torch tensor on the device meta has no elements to compute with")
-    kind = x.device.type
-    if kind == "cpu":
-        return CPU
-    return Device("rocm" if kind == "cuda" and torch.version.hip else kind, x.device.index or 0)
+    kind = "rocm" if kind == "cuda" and torch.version.hip else kind
+    return _devices.setdefault(x.device, Device(kind, index or 0))
 
 
 def view(x: Any, name: str) -> Array:
@@ -41,8 +47,8 @@ def view(x: Any, name: str) -> Array:
         )
     if x.is_neg():
         raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
-    x = x.detach()
-    if x.device.type != "cpu":
+    x = x.detach() if x.requires_grad else x
+    if not x.is_cpu:
         strides = tuple([stride * dtype.itemsize for stride in x.stride()])
         return device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
     array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
@@ -53,19 +59,15 @@ def writes(x: Any) -> None:
     torch.autograd.graph.increment_version(x)  # a backward pass that needs the old values then says so
 
 
-def converted(x: Any, dtype: np.dtype[Any]) -> Any:
-    return x.detach().to(getattr(torch, dtype.name)).contiguous()
-
-
 def empty(
     shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
 ) -> Array:
-    options = {"dtype": getattr(torch, name_of(dtype)), "device": f"{device}"}
-    if order is None:
-        owner = torch.empty(shape, **options)
-    else:
+    inverse = None
+    if order is not None:
         shape, inverse = permuted(shape, order)
-        owner = torch.empty(shape, **options).permute(inverse)
+    owner = torch.empty(shape, dtype=_TORCH[dtype], device=str(device))
+    if inverse is not None:
+        owner = owner.permute(inverse)
     result = view(owner, "result").view(DeviceView if device.type == "cuda" else View)
     result.owner = owner
     return result

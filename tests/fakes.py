@@ -1,0 +1,220 @@
+"""A GPU that is not there: libraries whose device memory is the host's, and a backend for it."""
+
+import sys
+import types
+from contextlib import contextmanager
+from importlib import import_module
+
+import numpy as np
+
+from fastll import dispatch
+from fastll.arrays import bad_label
+from fastll.backends.host import Host
+from fastll.backends.numpy import backend as reference
+from fastll.libraries import DeviceView, _known
+
+#: Elements of one unit of the fake GPU, which is not the CPU's.
+UNIT = 10
+
+
+def on_host(a):
+    """What a device view stands for, as the fake GPU reads it."""
+    if a is None:
+        return None
+    assert isinstance(a, DeviceView), f"{type(a)} reached the GPU"
+    return np.asarray(a)
+
+
+class Backend(Host):
+    """The reference on the memory of fake arrays; the work is left to `run`, as on a GPU."""
+
+    name = "cuda"
+    unit = UNIT
+    partial_dtype = None
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    @staticmethod
+    def run(kernel, units, elements):
+        if units:
+            kernel(0, units)
+
+    def logsumexp(self, x, b, state, out, sign):
+        return reference.logsumexp(*map(on_host, (x, b, state, out, sign)))
+
+    def softmax(self, x, state, out, log):
+        return reference.softmax(*map(on_host, (x, state, out)), log)
+
+    def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
+        scale = options.scale
+        options = options._replace(scale=scale if isinstance(scale, float) else float(on_host(scale)))
+        before = map(on_host, (x, target, labels, weight))
+        return reference.cross_entropy(*before, options, *map(on_host, (loss, lse, grad)))
+
+    def check_labels(self, labels, classes, ignore_index, weight):
+        y = on_host(labels).astype(np.int64)
+        kept = y != ignore_index
+        if dispatch.debugging_labels():
+            for at in zip(*np.nonzero(kept & ((y < 0) | (y >= classes))), strict=True):
+                raise bad_label(y[at], tuple(map(int, at)), classes, ignore_index)
+        result = self.empty((), np.float64)
+        w = np.ones(classes) if weight is None else on_host(weight)
+        on_host(result)[...] = w[y[kept]].sum(dtype=np.float64)
+        return -1, result
+
+    def factor(self, kept):
+        if isinstance(kept, float):
+            return super().factor(kept)
+        result = self.empty((), np.float64)
+        on_host(result)[...] = super().factor(float(on_host(kept)))
+        return result
+
+    def total(self, values, denominator, dtype):
+        result = self.empty((), dtype)
+        if isinstance(denominator, DeviceView):
+            denominator = float(on_host(denominator))
+        on_host(result)[...] = super().total(on_host(values), denominator, dtype)
+        return result
+
+    def fill_identity(self, state):
+        super().fill_identity(on_host(state))
+
+    def merge(self, state, other):
+        super().merge(on_host(state), on_host(other))
+
+    def sigmoid(self, x, out, log):
+        return self._of_units(x, lambda part: reference.sigmoid(part(x), part(out), log))
+
+    def binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial, grad):
+        def of(part):
+            before = map(part, (x, target, weight, pos_weight))
+            return reference.binary_cross_entropy(*before, scale, part(loss), None, part(grad))
+
+        kernel = self._of_units(x, of)
+        if partial is None:
+            return kernel
+        loss = self.empty(x.shape, partial.dtype)  # of each element, which `of` then leaves there
+
+        def summed(start, stop):
+            kernel(start, stop)
+            for at in range(partial.shape[1]):
+                units = on_host(loss)[:, at * UNIT : (at + 1) * UNIT]
+                on_host(partial)[:, at] = units.sum(axis=1)
+
+        return summed
+
+    def _of_units(self, x, of):
+        """A kernel over units of `UNIT` elements, of the reference's over larger ones."""
+
+        def kernel(start, stop):
+            assert (start, stop) == (0, x.shape[0] * -(-x.shape[1] // UNIT))
+            of(on_host)(0, x.shape[0])
+
+        return kernel
+
+
+def module(name, **contents):
+    made = types.ModuleType(name)
+    made.__dict__.update(contents)
+    return made
+
+
+class GPU:
+    """What has happened on the fake GPU, and what its libraries are told."""
+
+    def __init__(self):
+        self.bound = []  # (index, stream)
+        self.ordered = []  # (device, before, after)
+        self.stream = 0
+
+    def bind(self, index, stream, empty):
+        self.bound.append((index, stream))
+        return Backend(empty)
+
+
+class CupyArray:
+    """As much of `cupy.ndarray` as fastll asks."""
+
+    def __init__(self, memory, index=0):
+        self.memory = memory
+        self.data = types.SimpleNamespace(ptr=memory.ctypes.data)
+        self.device = types.SimpleNamespace(id=index)
+
+    shape = property(lambda self: self.memory.shape)
+    strides = property(lambda self: self.memory.strides)
+    dtype = property(lambda self: self.memory.dtype)
+
+    def transpose(self, axes):
+        return CupyArray(self.memory.transpose(axes), self.device.id)
+
+    def __getitem__(self, at):
+        return CupyArray(np.asarray(self.memory[at]), self.device.id)
+
+    def __add__(self, other):
+        return CupyArray(np.asarray(self.memory + other.memory), self.device.id)
+
+
+CupyArray.__module__, CupyArray.__name__ = "cupy", "ndarray"
+
+
+def cupy(gpu):
+    """The module `cupy` of a fake GPU."""
+    current = [0]
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    return module(
+        "cupy",
+        empty=lambda shape, dtype: CupyArray(np.empty(shape, dtype), current[0]),
+        cuda=types.SimpleNamespace(
+            Device=device,
+            runtime=types.SimpleNamespace(is_hip=False),
+            get_current_stream=lambda: types.SimpleNamespace(ptr=gpu.stream + 100 * current[0]),
+        ),
+    )
+
+
+class Interface:
+    """An array of an unknown library with `__cuda_array_interface__`."""
+
+    def __init__(self, memory, stream=None, mask=None, read_only=False):
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": memory.shape,
+            "strides": memory.strides,
+            "typestr": memory.dtype.str,
+            "data": (memory.ctypes.data, read_only),
+            "version": 3,
+            "stream": stream,
+            "mask": mask,
+        }
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+@contextmanager
+def installed(monkeypatch):
+    """The fake GPU and its CuPy, for a while."""
+    gpu = GPU()
+    backend = module("fastll.backends.cuda", bind=gpu.bind, why_not=lambda: None)
+    monkeypatch.setitem(sys.modules, "fastll.backends.cuda", backend)
+    monkeypatch.setitem(sys.modules, "cupy", cupy(gpu))
+
+    def order(device, before, after):
+        if before != after:
+            gpu.ordered.append((device.index, before, after))
+
+    for name in ("cupy", "dlpack"):
+        library = import_module(f"fastll.libraries.{name}")
+        monkeypatch.setattr(library, "order_streams", order)
+    dispatch._import.cache_clear()
+    yield gpu
+    dispatch._import.cache_clear()
+    _known.pop(CupyArray, None)
+    del sys.modules["fastll.libraries.cupy"]
