@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zlib
 
 import numpy as np
 import oracle
@@ -11,6 +12,9 @@ import fastll
 from fastll.dispatch import TABLE
 
 BACKENDS = (*TABLE["cpu"], "cuda")
+
+#: Of so many tests one runs on the emulator of a GPU; all do with FASTLL_EMULATE=all, or on a GPU.
+EMULATED = 25
 
 #: An own cache, empty at first: the processes that tests start find what this one has compiled.
 _kernels = tempfile.TemporaryDirectory(prefix="fastll-")
@@ -49,8 +53,31 @@ def in_force(name, monkeypatch):
         device.instead_of_host(monkeypatch)
     else:
         require(name)
-    with fastll.use_backend(name):
+    with fastll.use_backend(name), fastll.debug_labels():  # on a GPU labels are not checked otherwise
         yield name
+
+
+def pytest_collection_modifyitems(config, items):
+    """On the emulator one test in `EMULATED`, by its name, of those that run on every backend."""
+    if os.environ.get("FASTLL_EMULATE") == "all" or not why_no_gpu():
+        return
+    skipped = [
+        item
+        for item in items
+        if getattr(item, "callspec", None) is not None
+        and item.callspec.params.get("backend") == "cuda"
+        and (zlib.crc32(item.nodeid.encode()) % EMULATED or "test_gradients" in item.nodeid)
+    ]
+    config.hook.pytest_deselected(items=skipped)
+    left = set(items) - set(skipped)
+    items[:] = [item for item in items if item in left]
+
+
+def why_no_gpu():
+    """Why tests run on the emulator; None if there is a GPU."""
+    if os.environ.get("FASTLL_TEST_DEVICE") == "emulator":
+        return "it was asked for"
+    return fastll.backends()["cuda"].reason
 
 
 def require_numba_cuda():

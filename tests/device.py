@@ -142,7 +142,7 @@ def on_device(function):
 
         def move(x):
             if isinstance(x, list | tuple) or np.isscalar(x):
-                x = np.asarray(x)
+                x = np.asarray(x) if np.size(x) else np.asarray(x, np.int64)
             if isinstance(x, np.ndarray):
                 if not x.dtype.isnative:
                     x = x.astype(x.dtype.newbyteorder("="))

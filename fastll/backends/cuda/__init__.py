@@ -14,7 +14,7 @@ import numpy as np
 from fastll import dispatch, layout
 from fastll.arrays import bad_label
 from fastll.backends.cuda import elementwise, geometry, launch, rows, strided, team, totals
-from fastll.backends.cuda.primitives import VECTOR, lanes_of, size_of
+from fastll.backends.cuda.primitives import FLOATS, VECTOR, lanes_of, size_of
 from fastll.contract import CrossEntropyOptions
 from fastll.dtypes import FORMATS, kind_of
 
@@ -82,7 +82,7 @@ class Backend:
         steps = [_row_step(a, name) for a in (x, out, t) if a is not None]
         small = [a for a in (labels, operands.get("value"), operands.get("other")) if a is not None]
         steps += [_step(a) for a in small]
-        if None in steps or classes <= geometry.SHORT or classes >= 1 << 31 or lanes_of(name) > 8:
+        if None in steps or classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
             return self._over_strides(operation, x, out=out, t=t, state=labels, **operands)
         return self._over_teams(operation, x, out, t, labels, **operands)
 
@@ -168,7 +168,7 @@ class Backend:
             for a in (x, out)
         )
         per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
-        staged = packed and lanes == 1 and lanes_of(name) <= 8 and not (t is not None and not entropy)
+        staged = packed and lanes == 1 and name in FLOATS and (t is None or entropy)
         kernel = strided.kernel(
             name,
             operation,
@@ -419,8 +419,8 @@ def _row_step(a, name):
 
 def _vectors(name, *arrays):
     """Whether rows (outer, n) of a format can be read and written by vectors."""
-    lanes, size = lanes_of(name), size_of(name)
-    return lanes <= 8 and all(
+    size = size_of(name)
+    return name in FLOATS and all(
         a is None
         or (
             _format(a) == name

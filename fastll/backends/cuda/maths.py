@@ -112,9 +112,10 @@ def of(real, approximate=False, modern=False):
     log2e_low = real((1 / math.log(2) - float(log2e)) + _LOG2E_LOW)
     ln2_low = real((math.log(2) - float(ln2)) + _LN2_LOW)
     magic = real(1.5 * 2**table.mantissa + table.bias)
-    shift, unshift = real(SHIFT), real(2.0**-SHIFT)
+    shift, scale, unshift = real(SHIFT), real(2.0**SHIFT), real(2.0**-SHIFT)
     lowest = real((-table.bias - SHIFT) * math.log(2))  # of `floor`, for a reference of 0
     by_instruction = modern and real is np.float32
+    largest = np.finfo(real).max
     limit, root = real(table.limit), real(math.sqrt(2) - 1)
     r, atanh = _polynomial([real(c) for c in table.r]), _polynomial([real(c) for c in table.atanh])
     whole = real(1.5 * 2**table.mantissa)
@@ -124,8 +125,10 @@ def of(real, approximate=False, modern=False):
     def reference(m):
         """(n, offset) for a maximum: its exponent, or where that is too large or none, an offset."""
         if abs(m) < limit:
-            return (m * log2e + whole) - whole, zero
-        return zero, m if m > -infinity else zero
+            return fma(m, log2e, whole) - whole, zero
+        if abs(m) <= largest:
+            return zero, m
+        return zero, largest if m > zero else zero
 
     @device
     def window(n):
@@ -146,14 +149,19 @@ def of(real, approximate=False, modern=False):
         return fma(fma(f * f, r(f), f), s, s)
 
     @device
-    def exp_minus(x, m):
-        """exp(x - m), x <= m, right to an ulp also where x - m is not a number of the type.
+    def lead_of(m, offset, floor, magic):
+        """The `exponential` of a maximum; 1 where it is infinite or none."""
+        return exponential(m - offset, floor, magic) if abs(m) <= largest else one
+
+    @device
+    def exp_minus_scaled(x, m):
+        """exp(x - m) 2**SHIFT, x <= m, right to an ulp also where x - m is not a number of the type.
 
         The rounding error of the difference, found as in Knuth's two-sum, corrects the exponential:
         otherwise a difference of d would cost d roundoffs.
         """
         if x == m:
-            return one
+            return scale
         d = x - m
         if not d > -infinity:
             return d - d if d != d else zero
@@ -165,15 +173,19 @@ def of(real, approximate=False, modern=False):
         k = z - magic_0
         f = fma(k, -ln2_low, fma(k, -ln2, y))
         s = as_exponent(z)
-        e = fma(fma(f * f, r(f), f), s, s) * unshift
+        e = fma(fma(f * f, r(f), f), s, s)
         return fma(e, error, e)
+
+    @device
+    def exp_minus(x, m):
+        """exp(x - m), x <= m."""
+        return exp_minus_scaled(x, m) * unshift
 
     @device
     def series(u):
         """log(1 + u) for sqrt(1/2) <= 1 + u <= sqrt(2): 2 atanh(z) with z = u / (2 + u)."""
-        z = u / (u + two)
-        w = z * z
-        z = z + z
+        z = (u + u) / (u + two)  # not twice the half: that may be subnormal
+        w = (z * half) * (z * half)
         return fma(z * w, atanh(w), z)
 
     @device
@@ -285,7 +297,9 @@ def of(real, approximate=False, modern=False):
         reference=reference,
         window=window,
         exponential=exponential,
+        lead_of=lead_of,
         exp_minus=exp_minus,
+        exp_minus_scaled=exp_minus_scaled,
         log1p_sum=log1p_sum,
         sigmoid=sigmoid,
         log_sigmoid=log_sigmoid,

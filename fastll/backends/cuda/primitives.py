@@ -23,6 +23,8 @@ _F32, _F64, _HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 
 _INTEGERS = {f"{sign}int{8 * size}": (sign, size) for sign in ("", "u") for size in (1, 2, 4, 8)}
 _SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+#: Formats that are read and written by vectors.
+FLOATS = tuple(_SIZES)
 _SIZES |= {name: size for name, (_, size) in _INTEGERS.items()}
 
 

@@ -80,9 +80,9 @@ def kernel(
     held = written and not capped and not chunked
     clustered, weighted = cluster > 1, weights is not None
     f, group = maths.of(real, approximate=size == 2, modern=modern), team.of(real)
-    zero, one, infinity, nan = f.zero, f.one, f.infinity, f.nan
-    exponential, reference, window, exp_minus = f.exponential, f.reference, f.window, f.exp_minus
-    two_part_sum, softcap, row = f.add, f.softcap, state.of(real, sparse, dense)
+    zero, one, infinity, nan, unshift = f.zero, f.one, f.infinity, f.nan, f.unshift
+    exponential, reference, window, exp_minus_scaled = f.exponential, f.reference, f.window, f.exp_minus_scaled
+    lead_of, two_part_sum, softcap, row = f.lead_of, f.add, f.softcap, state.of(real, sparse, dense)
     joined, finite, rebased, finish = row.joined, row.finite, row.rebased, row.finish
     maximum, post, collect = group.maximum, group.post, group.collect
     read, write, read_number = reader(name), writer(name), reader(number)
@@ -260,7 +260,7 @@ def kernel(
             top = maximum(top, memory, TOPS)
             n, offset = reference(top)
             floor, magic = window(n)
-            lead = exponential(top - offset, floor, magic)
+            lead = lead_of(top, offset, floor, magic)
             if spread_out:
                 t = target + row * target_step + begin * size if dense else np.int64(0)
                 find_targets(
@@ -313,9 +313,8 @@ def kernel(
                     part_lead = memory[np.uint32(RESULTS + WARPS + member)]
                 part, part_low = collect(memory, SUMS, member)
                 part_k, _ = collect(memory, EQUALS, member)
-                if part_top > -infinity:
-                    part, part_low = part / part_lead, part_low / part_lead
-                else:
+                part, part_low = part / part_lead, part_low / part_lead
+                if part_top == -infinity:
                     part_k = zero
                 before = m
                 m, e, low, k = joined(m, e, low, k, part_top, part, part_low, part_k)
@@ -368,6 +367,7 @@ def kernel(
                 k,
                 distance + distance_low,
                 mass + mass_low,
+                classes,
                 y,
                 kept,
                 x_y,
@@ -403,8 +403,11 @@ def kernel(
             y = read_label(target + row * target_step)
             kept = y != ignore_index
         destination = out + row * out_step
-        if held and not logs and top != m:
-            factor *= exp_minus(top, m)
+        # what the block's largest becomes, and for a block of a cluster that times 2**SHIFT
+        peak = factor
+        if clustered and held and not logs:
+            factor *= exp_minus_scaled(top, m)
+            peak = factor * unshift
         begin = first
         while True:
             length = np.int32(min(capacity, last - begin))
@@ -412,7 +415,7 @@ def kernel(
                 load(values, source + begin * size, length, shift, False)
                 n, offset = reference(m)
                 floor, magic = window(n)
-                lead = exponential(m - offset, floor, magic)
+                lead = lead_of(m, offset, floor, magic)
                 if spread_out:
                     t = target + row * target_step + begin * size if dense else np.int64(0)
                     find_targets(
@@ -426,13 +429,19 @@ def kernel(
                         values[i] = nan
             else:
                 ratio = factor / lead
+                if clustered and held:
+                    ratio = factor / (lead * unshift)
                 for i in range(count):
                     v, slope = values[i], one
                     if not held:
                         if capped:
                             v, slope = softcap(v, cap)
                         v = exponential(v - offset, floor, magic)
-                    g = factor if v == lead else v * ratio
+                    g = v * ratio
+                    if clustered and held:  # in two steps: the ratio may be no normal number
+                        g *= unshift * unshift
+                    if v == lead:
+                        g = peak
                     if spread_out:
                         g -= gradient * u[i]
                     if capped:

@@ -21,7 +21,8 @@ def of(real, sparse=False, dense=False):
     """The functions for numbers of the type `real`; `sparse` and `dense`: kinds of cross-entropy."""
     f = maths.of(real)
     zero, one, infinity, nan = f.zero, f.one, f.infinity, f.nan
-    exp_minus, log1p_sum, two_part_sum = f.exp_minus, f.log1p_sum, f.add
+    exp_minus, exp_minus_scaled, unshift = f.exp_minus, f.exp_minus_scaled, f.unshift
+    log1p_sum, two_part_sum = f.log1p_sum, f.add
 
     @device
     def joined(m, e, low, k, top, more, more_low, more_k):
@@ -34,9 +35,10 @@ def of(real, sparse=False, dense=False):
             e, low, k, more, more_low, more_k = more, more_low, more_k, e, low, k
         if top == -infinity:  # that of no elements; only a NaN counts
             return m, e + more, low, k
-        scale = exp_minus(top, m)
+        # the product may be a normal number where the exponential is none
+        fall = exp_minus_scaled(top, m)
         more, more_low = two_part_sum(more, more_low, more_k, zero)
-        e, low = two_part_sum(e, low, more * scale, more_low * scale)
+        e, low = two_part_sum(e, low, (more * fall) * unshift, (more_low * fall) * unshift)
         return m, e, low, k
 
     @device
@@ -53,7 +55,22 @@ def of(real, sparse=False, dense=False):
 
     @device
     def finish(
-        m, e, low, k, distance, mass, y, kept, x_y, w_y, slope_y, keep, spread, z_loss, gradient
+        m,
+        e,
+        low,
+        k,
+        distance,
+        mass,
+        classes,
+        y,
+        kept,
+        x_y,
+        w_y,
+        slope_y,
+        keep,
+        spread,
+        z_loss,
+        gradient,
     ):
         """(value, lse, log s, factor of exp(x - m), gradient at the label) of a row.
 
@@ -77,7 +94,7 @@ def of(real, sparse=False, dense=False):
             if z_loss != zero:
                 value += z_loss * (lse * lse)
                 excess += (z_loss + z_loss) * lse
-            if m == -infinity or (sparse and y < 0):
+            if (m == -infinity and classes > 0) or (sparse and y < 0):
                 value = nan
             if not kept:
                 value = zero

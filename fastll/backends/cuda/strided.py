@@ -123,8 +123,8 @@ def kernel(
     f = maths.of(real, approximate=size_of(name) == 2 and real is np.float32)
     value_type = np.float32 if single else np.float64
     zero, one, infinity, nan, unshift = f.zero, f.one, f.infinity, f.nan, f.unshift
-    exponential, reference, window, exp_minus = f.exponential, f.reference, f.window, f.exp_minus
-    two_part_sum, softcap = f.add, f.softcap
+    exponential, reference, window, exp_minus_scaled = f.exponential, f.reference, f.window, f.exp_minus_scaled
+    lead_of, two_part_sum, softcap = f.lead_of, f.add, f.softcap
     own = states.of(real, sparse, dense is not None)
     joined, finite, rebased, finish = own.joined, own.finite, own.rebased, own.finish
     join_doubles = states.of(np.float64).joined
@@ -262,11 +262,13 @@ def kernel(
             if top > m:
                 n, offset = reference(top)
                 floor, magic = window(n)
-                before, lead = lead, exponential(top - offset, floor, magic)
+                before, lead = lead, lead_of(top, offset, floor, magic)
                 if signed:
                     lead *= unshift
                 if m > -infinity:
-                    rise = exp_minus(m, top) * lead
+                    rise = exp_minus_scaled(m, top) * (lead if signed else lead * unshift)
+                    if signed:
+                        rise *= unshift
                     e, low = two_part_sum(e / before, low / before, k, zero)
                     e, low = e * rise, low * rise
                 distance, distance_low = rebased(distance, distance_low, mass, m, top)
@@ -292,9 +294,8 @@ def kernel(
             if spread_out:
                 distance, distance_low = two_part_sum(distance, distance_low, distance_4, zero)
                 mass, mass_low = two_part_sum(mass, mass_low, mass_4, zero)
-        if m > -infinity:
-            e, low = e / lead, low / lead
-        else:
+        e, low = e / lead, low / lead
+        if m == -infinity:
             k = zero
 
         if lanes_of_row > 1:
@@ -378,6 +379,7 @@ def kernel(
                 k,
                 distance + distance_low,
                 mass + mass_low,
+                classes,
                 y,
                 kept,
                 x_y,
@@ -396,7 +398,7 @@ def kernel(
             if written is not None:
                 n, offset = reference(m)
                 floor, magic = window(n)
-                lead = exponential(m - offset, floor, magic)
+                lead = lead_of(m, offset, floor, magic)
                 ratio = factor / lead
                 if live:
                     for j in range(lane, classes, lanes_of_row):
