@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import fakes
@@ -497,7 +498,8 @@ def test_other_devices(code, name):
 
 def test_without_numba_cuda(monkeypatch):
     advice = r'needs the package numba-cuda: pip install "fastll\[cuda12\]" or "fastll\[cuda13\]"'
-    monkeypatch.setattr(dispatch, "_import", lambda name: "no module")
+    monkeypatch.setitem(sys.modules, "fastll.backends.cuda", None)
+    monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     with pytest.raises(RuntimeError, match=f"an array on cuda:0 {advice}"):
         fastll.cross_entropy(Interface(np.zeros((2, 3))), Interface(np.zeros((2, 3))), reduction="sum")
     assert not fastll.backends()["cuda"].available
