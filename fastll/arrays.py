@@ -39,10 +39,8 @@ class Place:
     def take(self, x: Any, name: str) -> Array:
         """An argument as an array of a dtype that fastll computes with; no copy where it is one."""
         library = self._library_of(x, name)
-        array: Array = np.asarray(x) if library is None else library.view(x, name)
+        array: Array = np.asarray(x) if library is None else self._view(library, x, name)
         kind_of(array.dtype, name)
-        if library is not None and library is not self.library and not self.on_cpu:
-            library.order(x, self.device, self.stream)
         return array
 
     def output(
@@ -65,7 +63,7 @@ class Place:
             return out
         if not library.mutable:
             raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
-        array = library.view(out, name)
+        array = self._view(library, out, name)
         check_output(array, name, shape, dtype, inputs, like, cast)
         library.writes(out)
         return array
@@ -104,6 +102,13 @@ class Place:
     def _library(self) -> Library:
         assert self.library is not None  # HOST overrides all that asks
         return self.library
+
+    def _view(self, library: Library, x: Any, name: str) -> Array:
+        """The view of another library's array, which this one's stream may then work on."""
+        array = library.view(x, name)
+        if library is not self.library and not self.on_cpu:
+            library.order(x, self.device, self.stream)
+        return array
 
     def _library_of(self, x: Any, name: str) -> Library | None:
         """The library of an argument, which must be on this device."""
