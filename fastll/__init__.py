@@ -1,4 +1,9 @@
-"""fastll, fast log-likelihood: the likelihood side of machine learning at the speed of memory."""
+"""fastll, fast log-likelihood: the likelihood side of machine learning at the speed of memory.
+
+Wherever an argument is array_like it may also be an array of torch, CuPy, Numba, JAX or any library
+with DLPack or `__cuda_array_interface__`, on the CPU or a CUDA device. Results are arrays of the first
+argument's library, on its device, and computed on the caller's current stream.
+"""
 
 from fastll.api.losses import (
     binary_cross_entropy_with_logits,

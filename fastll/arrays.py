@@ -39,32 +39,41 @@ class Place:
     def take(self, x: Any, name: str) -> Array:
         """An argument as an array of a dtype that fastll computes with; no copy where it is one."""
         library = self._library_of(x, name)
-        array: Array = np.asarray(x) if library is None else library.view(x, name)
+        array: Array = np.asarray(x) if library is None else self._view(library, x, name)
         kind_of(array.dtype, name)
-        if library is not None and library is not self.library and not self.on_cpu:
-            library.order(x, self.device, self.stream)
         return array
 
-    def output(self, out: Any, name: str) -> Array:
-        """The view to write an output through."""
+    def output(
+        self,
+        out: Any,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        inputs: Iterable[Array | None],
+        *,
+        like: Array | None = None,
+        cast: bool = False,
+    ) -> Array:
+        """The view to write an output through, once it is checked."""
         library = self._library_of(out, name)
-        if library is not None:
-            if not library.mutable:
-                raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
-            library.writes(out)
-            return library.view(out, name)
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
-        return out
+        if library is None:
+            if not isinstance(out, np.ndarray):
+                raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
+            check_output(out, name, shape, dtype, inputs, like, cast)
+            return out
+        if not library.mutable:
+            raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
+        array = self._view(library, out, name)
+        check_output(array, name, shape, dtype, inputs, like, cast)
+        library.writes(out)
+        return array
 
     def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
         """`out` once it is checked, or a new array, for a result in the shape of `x`."""
         element = kind_of(x.dtype).element
         if out is None:
             return self.empty_like(x, element)
-        array = self.output(out, name)
-        check_output(array, name, x.shape, element, x, inputs)
-        return array
+        return self.output(out, name, x.shape, element, inputs, like=x)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
@@ -93,6 +102,13 @@ class Place:
     def _library(self) -> Library:
         assert self.library is not None  # HOST overrides all that asks
         return self.library
+
+    def _view(self, library: Library, x: Any, name: str) -> Array:
+        """The view of another library's array, which this one's stream may then work on."""
+        array = library.view(x, name)
+        if library is not self.library and not self.on_cpu:
+            library.order(x, self.device, self.stream)
+        return array
 
     def _library_of(self, x: Any, name: str) -> Library | None:
         """The library of an argument, which must be on this device."""
@@ -194,18 +210,24 @@ def check_output(
     out: Array,
     name: str,
     shape: tuple[int, ...],
-    dtype: Any,
-    like: Array | None,
+    dtype: np.dtype[Any],
     inputs: Iterable[Array | None],
+    like: Array | None,
+    cast: bool,
 ) -> None:
     """Whether `out` can be written: shape, dtype, writable, each element once, and not to an input.
 
-    It may be `like` itself (the same memory in the same order), for an operation in place.
+    It may be `like` itself (the same memory in the same order), for an operation in place. With `cast`
+    its dtype is one that `dtype` can be cast to.
     """
     if out.shape != shape:
         raise ValueError(f"{name} has shape {out.shape}; expected {shape}")
-    if out.dtype != dtype and (name_of(out.dtype) != name_of(dtype) or not out.dtype.isnative):
-        raise TypeError(f"{name} has dtype {name_of(out.dtype)}; expected {name_of(dtype)}")
+    if out.dtype != dtype:
+        own, wanted = name_of(out.dtype), name_of(dtype)
+        if cast and own != "bfloat16" and not np.can_cast(dtype, out.dtype, "same_kind"):
+            raise TypeError(f"{name} has dtype {own}; expected one that {wanted} can be cast to")
+        if not cast and (own != wanted or not out.dtype.isnative):
+            raise TypeError(f"{name} has dtype {own}; expected {wanted}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writable array")
     if _overlaps_itself(out):

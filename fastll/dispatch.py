@@ -83,7 +83,7 @@ def _bind(forced: str | None, place: Place) -> Backend:
         _check_takes(forced, device.type, f"{device}")
     module = _import(name)
     if isinstance(module, str):
-        raise RuntimeError(f"an array on {device} {NEEDS_NUMBA_CUDA} ({module})")
+        raise RuntimeError(f"an array on {device} {module}")
     return cast(Backend, module.bind(device.index, place.stream, place.empty))
 
 
@@ -109,6 +109,8 @@ def _import(name: str) -> ModuleType | str:
     try:
         return import_module(path)
     except ImportError as error:
+        if name in TABLE["cuda"]:
+            return f"{NEEDS_NUMBA_CUDA} ({error})"
         return "this version of fastll has none" if error.name == path else str(error)
 
 

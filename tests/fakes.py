@@ -3,6 +3,7 @@
 import sys
 import types
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 
 import numpy as np
@@ -213,8 +214,7 @@ def installed(monkeypatch):
     for name in ("cupy", "dlpack"):
         library = import_module(f"fastll.libraries.{name}")
         monkeypatch.setattr(library, "order_streams", order)
-    dispatch._import.cache_clear()
+    monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     yield gpu
-    dispatch._import.cache_clear()
     _known.pop(CupyArray, None)
     del sys.modules["fastll.libraries.cupy"]

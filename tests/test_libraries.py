@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import fakes
@@ -442,7 +443,7 @@ def test_cuda_array_interface(gpu, rng):
     assert fastll.softmax(array, out=out) is out
     assert gpu.bound == [(0, 5)]
     np.testing.assert_allclose(out.memory, fastll.softmax(x[:, ::-1]), rtol=1e-6)
-    assert gpu.ordered == []
+    assert gpu.ordered == [(0, 0, 5)]  # what was asked of the output before
     with pytest.raises(ValueError, match="out is read-only"):
         fastll.softmax(array, out=Interface(x.copy(), read_only=True))
     with pytest.raises(TypeError, match="x has a mask"):
@@ -458,6 +459,8 @@ def test_streams_of_two_libraries_are_ordered(gpu):
     fastll.cross_entropy(x, Interface(y))
     fastll.cross_entropy(x, CupyArray(y))
     assert gpu.ordered == [(0, 9, 3)]
+    fastll.softmax(Interface(np.zeros((2, 3)), stream=4), out=x)
+    assert gpu.ordered == [(0, 9, 3), (0, 3, 4)]
 
 
 def test_dlpack_is_asked_to_order(gpu, monkeypatch):
@@ -497,7 +500,8 @@ def test_other_devices(code, name):
 
 def test_without_numba_cuda(monkeypatch):
     advice = r'needs the package numba-cuda: pip install "fastll\[cuda12\]" or "fastll\[cuda13\]"'
-    monkeypatch.setattr(dispatch, "_import", lambda name: "no module")
+    monkeypatch.setitem(sys.modules, "fastll.backends.cuda", None)
+    monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     with pytest.raises(RuntimeError, match=f"an array on cuda:0 {advice}"):
         fastll.cross_entropy(Interface(np.zeros((2, 3))), Interface(np.zeros((2, 3))), reduction="sum")
     assert not fastll.backends()["cuda"].available

@@ -42,13 +42,15 @@ def test_import_is_light():
     assert heavy == "[]"
 
 
-def test_import_time():
+def test_import_time(tmp_path):
     """At most 30 ms more than NumPy's own import: the median of several processes, in CPU time."""
     code = """
     import time, numpy
     start = time.process_time(); import fastll; print(time.process_time() - start)
     """
-    times = sorted(float(run(code)) for _ in range(5))
+    # with bytecode on disk, as installers leave it: the first process compiles
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times = sorted(float(run(code, **bytecode)) for _ in range(6))
     assert times[2] < 0.030
 
 

@@ -98,27 +98,29 @@ def cross_entropy(
     return_grad : bool
         Also return the gradient of the reduced loss (with "none": of each row's own loss) with respect
         to `logits`.
-    grad_out : ndarray, optional
+    grad_out : array, optional
         Where to leave the gradient, which is then computed in any case: of the shape and dtype of
         `logits`. May be `logits` itself.
 
     Returns
     -------
-    loss : ndarray or scalar
+    loss : array or scalar
         float64 for float64 and integer logits, float32 for every other.
-    lse : ndarray or scalar
+    lse : array or scalar
         In the same dtype; only if `return_lse`.
-    grad : ndarray
+    grad : array
         In the shape and dtype of `logits`; only if `return_grad`.
 
     Raises
     ------
     IndexError
-        If a label is outside [0, C) and is not `ignore_index`; nothing has been written then.
+        If a label is outside [0, C) and is not `ignore_index`; nothing has been written then. On a GPU
+        the loss and gradient of such a row are NaN, and only `debug_labels` has it raised.
     TypeError
         If a dtype is complex, longdouble, object, string, or (of `target`) bool.
     ValueError
-        If shapes do not match, an option is out of its range, or `grad_out` cannot be written.
+        If shapes or devices do not match, an option is out of its range, or `grad_out` cannot be
+        written.
 
     Notes
     -----
@@ -332,15 +334,15 @@ def binary_cross_entropy_with_logits(
     return_grad : bool
         Also return the gradient of the reduced loss (with "none": of each element's own loss) with
         respect to `logits`.
-    grad_out : ndarray, optional
+    grad_out : array, optional
         Where to leave the gradient, which is then computed in any case: of the shape and dtype of
         `logits`. May be `logits` itself.
 
     Returns
     -------
-    loss : ndarray or scalar
+    loss : array or scalar
         float64 for float64 and integer logits, float32 for every other.
-    grad : ndarray
+    grad : array
         In the shape and dtype of `logits`; only if `return_grad`.
 
     Raises
@@ -348,7 +350,8 @@ def binary_cross_entropy_with_logits(
     TypeError
         If a dtype is complex, longdouble, object or string.
     ValueError
-        If shapes do not match, `reduction` is none of the three, or `grad_out` cannot be written.
+        If shapes or devices do not match, `reduction` is none of the three, or `grad_out` cannot be
+        written.
 
     References
     ----------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastll import dispatch, layout
 from fastll.api import _run
-from fastll.arrays import Place, axes_of, broadcast, check_output, kept_shape, place_of
-from fastll.dtypes import kind_of, name_of, rounded
+from fastll.arrays import axes_of, broadcast, kept_shape, place_of
+from fastll.dtypes import kind_of, rounded
 
 Array = NDArray[Any]
 Axis = int | Sequence[int] | None
@@ -47,15 +47,15 @@ def logsumexp(
     return_sign : bool
         Also return the sign of the sum, and let the result be the logarithm of its magnitude.
         Without it a negative sum gives NaN.
-    out : ndarray, optional
-        Where to leave the result: of its shape, and of a dtype that it can be cast to.
+    out : array, optional
+        Where to leave the result: of its shape and, except on a GPU, any dtype that it can be cast to.
 
     Returns
     -------
-    res : ndarray or scalar
+    res : array or scalar
         float64 for float64 and integer `a`, float32 for every other. Over no element: -inf. With
         +inf among the elements: +inf; with NaN: NaN.
-    sgn : ndarray or scalar
+    sgn : array or scalar
         -1, 0 or 1 (NaN if `res` is); only if `return_sign`.
 
     Raises
@@ -63,7 +63,8 @@ def logsumexp(
     TypeError
         If a dtype is complex, longdouble, object or string; if `axis` is not an integer.
     ValueError
-        If an axis is out of bounds or repeated; if shapes do not match; if `out` cannot be written.
+        If an axis is out of bounds or repeated; if shapes or devices do not match; if `out` cannot be
+        written.
 
     See Also
     --------
@@ -106,9 +107,10 @@ def logsumexp(
     kept = kept_shape(x.shape, axes)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
     value = kind_of(x.dtype).compute
-    output = None if out is None else _row_output(place, out, shape, value, (x, weights))
-
-    # on a GPU the kernels write it, on the CPU it may be of another dtype
+    # the kernels of a GPU write `out` itself; on the CPU it may be of another dtype
+    output = None
+    if out is not None:
+        output = place.output(out, "out", shape, value, (x, weights), cast=place.on_cpu)
     direct = output is not None and not place.on_cpu
     result = output if output is not None and direct else place.empty(shape, value)
     sign = place.empty(shape, value) if return_sign else None
@@ -132,21 +134,6 @@ def logsumexp(
     return returned if sign is None else (returned, place.give(sign))
 
 
-def _row_output(
-    place: Place, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Iterable[Array | None]
-) -> Array:
-    """An output that `dtype` can be cast to, once it is checked; on a GPU nothing is cast."""
-    array = place.output(out, "out")
-    name = name_of(array.dtype)
-    if not place.on_cpu:
-        check_output(array, "out", shape, dtype, None, inputs)
-    elif name != "bfloat16" and not np.can_cast(dtype, array.dtype, "same_kind"):
-        raise TypeError(f"out has dtype {name}; expected one that {dtype} can be cast to")
-    else:
-        check_output(array, "out", shape, array.dtype, None, inputs)
-    return array
-
-
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     r"""Softmax, in one read and one write.
 
@@ -159,12 +146,12 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
         as float64.
     axis : int, tuple of int or None
         Axes that the probabilities sum to one over; None: all.
-    out : ndarray, optional
+    out : array, optional
         Where to leave the result: of its shape and dtype. May be `x` itself.
 
     Returns
     -------
-    ndarray or scalar
+    array or scalar
         In the shape of `x`, in its dtype (float64 for integers). The probability of -inf is 0. A row
         whose maximum is infinite or that has a NaN is NaN.
 
@@ -202,12 +189,12 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
         as float64.
     axis : int, tuple of int or None
         Axes that the probabilities sum to one over; None: all.
-    out : ndarray, optional
+    out : array, optional
         Where to leave the result: of its shape and dtype. May be `x` itself.
 
     Returns
     -------
-    ndarray or scalar
+    array or scalar
         In the shape of `x`, in its dtype (float64 for integers). That of -inf is -inf; a row of
         nothing else, or with a NaN, is NaN.
 
@@ -259,12 +246,12 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     ----------
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    out : ndarray, optional
+    out : array, optional
         Where to leave the result: of its shape and dtype. May be `x` itself.
 
     Returns
     -------
-    ndarray or scalar
+    array or scalar
         In the shape of `x`, in its dtype (float64 for integers).
 
     Raises
@@ -296,12 +283,12 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     ----------
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    out : ndarray, optional
+    out : array, optional
         Where to leave the result: of its shape and dtype. May be `x` itself.
 
     Returns
     -------
-    ndarray or scalar
+    array or scalar
         In the shape of `x`, in its dtype (float64 for integers).
 
     Raises

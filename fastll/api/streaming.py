@@ -27,6 +27,9 @@ class LogSumExp:
     .. math:: (m_1, s_1) \oplus (m_2, s_2) = (m, s_1 e^{m_1 - m} + s_2 e^{m_2 - m}),
               \quad m = \max(m_1, m_2)
 
+    The state is where the first array was, on the CPU or a GPU, and further ones must be there too.
+    What comes out is in that array's library.
+
     Parameters
     ----------
     shape : int or tuple of int

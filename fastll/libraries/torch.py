@@ -22,7 +22,6 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
 _DTYPES[torch.bfloat16] = BFLOAT16
 _TORCH = {dtype: own for own, dtype in _DTYPES.items()}
 
-
 _devices = {torch.device("cpu"): CPU}
 
 
