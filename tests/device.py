@@ -17,6 +17,8 @@ from fastll.backends.cuda import compiler, launch
 from fastll.operations import OPERATIONS
 
 CAPABILITY = (9, 0)
+#: Arguments that are arrays, where they are named.
+ARRAYS = ("logits", "target", "x", "a", "b", "weight", "pos_weight", "out", "grad_out")
 
 
 class DeviceArray:
@@ -155,7 +157,7 @@ def on_device(function):
         if args[1:] and function.__name__ in ("softmax", "log_softmax", "logsumexp", "entropy"):
             arrays[1:2] = args[1:2]  # the axis
         named = {
-            name: move(value) if name in ("out", "grad_out", "weight", "pos_weight", "b") else value
+            name: move(value) if name in ARRAYS else value
             for name, value in options.items()
         }
         result = function(*arrays, **named)

@@ -125,7 +125,7 @@ def test_an_entry_is_found(compiled, tmp_path):
         lambda content: content[:-100],
         lambda content: bytes(len(content)),
         lambda content: content[:5000] + b"?" + content[5001:],
-        lambda content: cache._hash(b"no pickle") + b"no pickle",
+        lambda content: disk.digest(b"no pickle") + b"no pickle",
     ],
     ids=["empty", "truncated", "zeros", "one byte", "another format"],
 )
@@ -203,7 +203,7 @@ def test_switched_off(compiled, tmp_path, monkeypatch):
 
 
 def test_old_versions_are_deleted(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT", 2)
+    monkeypatch.setattr(disk, "KEPT", 2)
     root = tmp_path / "fastll"
     for age, name in enumerate(["a" * 32, "b" * 32, "c" * 32, "not ours"]):
         (root / name).mkdir(parents=True)
@@ -217,6 +217,6 @@ def test_directory(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "CACHE_DIR", "")
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache._root() == Path("/home/me/.cache/fastll")
+    assert disk.root() == Path("/home/me/.cache/fastll")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache._root() == tmp_path / "fastll"
+    assert disk.root() == tmp_path / "fastll"

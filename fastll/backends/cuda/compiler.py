@@ -11,11 +11,15 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
 
 from numba import cuda, types
 from numba.cuda import dispatcher as _dispatcher
 from numba.cuda.extending import intrinsic  # noqa: F401  for `primitives`
+
+from fastll.backends import disk
 
 #: Kernels take integers (addresses, strides, counts) and numbers of the compute dtype.
 WORD = types.int64
@@ -73,9 +77,42 @@ def _without_device(capability):
 
 
 def machine_code(kernel, capability, threads):
-    """A cubin of a kernel for a compute capability, and the name of its entry."""
-    from cuda.core import Program, ProgramOptions
+    """A cubin of a kernel for a compute capability, and the name of its entry; from disk if it is there."""
+    key = repr((kernel.key, capability, threads)).encode()
+    try:
+        path = disk.root() / _VERSION / f"{disk.digest(key).hex()}.cubin"
+        entry, _, code = disk.read(path).partition(b"\n")
+        return code, entry.decode()
+    except Exception:
+        code, entry = _compiled(kernel, capability, threads)
+    with suppress(Exception):
+        disk.write(path, entry.encode() + b"\n" + code)
+    return code, entry
+
+
+def _compiled(kernel, capability, threads):
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError:  # before its version 0.5
+        from cuda.core.experimental import Program, ProgramOptions
 
     code, entry = ptx(kernel, capability, threads)
-    options = ProgramOptions(arch="sm_{}{}".format(*capability))
-    return Program(code, "ptx", options).compile("cubin").code, entry
+    # without fusing products and sums on its own, so that a result has one value in all variants
+    options = ProgramOptions(arch="sm_{}{}".format(*capability), fma=False)
+    return bytes(Program(code, "ptx", options).compile("cubin").code), entry
+
+
+def _version():
+    """A name for these sources and the packages they are compiled by; None: no cache."""
+    versions = {}
+    for package in ("numba", "numba-cuda", "llvmlite", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    here = Path(__file__)
+    return disk.version([*here.parent.glob("*.py"), *here.parents[2].glob("*.py")], versions)
+
+
+try:
+    _VERSION = _version()  # before the kernels are imported, so that no older ones go by this name
+except Exception:
+    _VERSION = None
