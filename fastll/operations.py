@@ -60,6 +60,14 @@ OPERATIONS = {
 }
 
 
+#: An array for each family of kernels, as (shape, axis): over rows, and over columns. On a GPU over rows
+#: of several lengths, up to those that a cluster shares.
+_SHAPES = {
+    "cpu": (((2, 64), 1), ((64, 2), 0)),
+    "cuda": (((2, 64), 1), ((64, 2), 0), ((2, 1000), 1), ((2, 32000), 1), ((2, 50257), 1)),
+}
+
+
 def warmup(
     operations: Sequence[str] | None = None,
     dtypes: Sequence[DTypeLike] = (np.float32, np.float64),
@@ -94,17 +102,26 @@ def warmup(
         if name not in OPERATIONS:
             raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS)}")
     rng = np.random.default_rng(0)
+    place, shapes = _host, _SHAPES["cpu"]
+    if backend == "cuda":
+        from numba import cuda  # its arrays are there wherever its kernels are
+
+        place, shapes = cuda.to_device, _SHAPES["cuda"]
     with use_backend(backend):
         for dtype in dtypes:
-            # one array for each family of kernels: over rows, and over columns
-            for shape, axis in (((2, 64), 1), ((64, 2), 0)):
+            for shape, axis in shapes:
                 x = rng.standard_normal(shape).astype(dtype)
                 for name in names:
                     operation = OPERATIONS[name]
-                    _call(operation, x, operation.arguments(rng, x, axis), axis)
+                    arguments = [place(a) for a in operation.arguments(rng, x, axis)]
+                    _call(operation, place(x), arguments, axis)
 
 
-def _call(operation: Operation, x: Array, arguments: tuple[Array, ...], axis: int) -> None:
+def _host(x: Array) -> Array:
+    return x
+
+
+def _call(operation: Operation, x: Array, arguments: Sequence[Array], axis: int) -> None:
     options: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
     if operation.gradient:
         options["return_grad"] = True

@@ -17,6 +17,7 @@ import fastll
 numba = pytest.importorskip("numba")
 config = numba.core.config
 cache = import_module("fastll.backends.numba.cache")
+disk = import_module("fastll.backends.disk")
 rows = import_module("fastll.backends.numba.rows")
 
 #: Calls the smallest kernel; prints whether it was compiled.

@@ -44,8 +44,8 @@ def read(path):
     with open(path, "rb") as file:
         if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
             raise PermissionError
-        digest, data = file.read(_DIGEST), file.read()
-    if digest != digest(data):
+        expected, data = file.read(_DIGEST), file.read()
+    if expected != digest(data):
         raise OSError
     with suppress(OSError):
         os.utime(path.parent)  # used last
