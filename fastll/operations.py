@@ -60,8 +60,8 @@ OPERATIONS = {
 }
 
 
-#: An array for each family of kernels, as (shape, axis): over rows, and over columns. On a GPU over rows
-#: of several lengths, up to those that a cluster shares.
+#: An array for each family of kernels, as (shape, axis): over rows, and over columns. On a GPU over
+#: rows of several lengths, up to those that a cluster shares.
 _SHAPES = {
     "cpu": (((2, 64), 1), ((64, 2), 0)),
     "cuda": (((2, 64), 1), ((64, 2), 0), ((2, 1000), 1), ((2, 32000), 1), ((2, 50257), 1)),

@@ -1,7 +1,7 @@
 """A GPU for the tests: a real one where there is one, else the emulator of PTX.
 
-Tests are written for NumPy. `on_device` makes of a public function one that takes NumPy arrays, calls the
-function with arrays on the device, in the same strides, and brings back what it returns and has written.
+Tests are written for NumPy. `on_device` makes of a public function one that takes NumPy arrays, calls
+the function with arrays on the device, in the same strides, and brings back what it returns and writes.
 """
 
 import functools
@@ -40,17 +40,21 @@ class Emulated:
 
     def __init__(self):
         self.memory = ptx.Memory(256 << 20)
-        self.modules = {}
         self.launches = []
+        self.options = {}
 
     def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
-        key = kernel.key, bound, self.capability
-        if key not in self.modules:
-            code, _ = compiler.ptx(kernel, self.capability, bound)
-            self.modules[key] = ptx.Module(code)
+        module = compiled(kernel, self.capability, bound)
         cluster = getattr(kernel, "cluster", 1)
-        stats = self.modules[key].launch(
-            None, blocks, block, list(arguments), self.memory, shared=shared, cluster=cluster
+        stats = module.launch(
+            None,
+            blocks,
+            block,
+            list(arguments),
+            self.memory,
+            shared=shared,
+            cluster=cluster,
+            **self.options,
         )
         self.launches.append(SimpleNamespace(kernel=kernel, stream=stream, stats=stats))
 
@@ -107,6 +111,12 @@ class Emulated:
         pass
 
 
+@functools.cache
+def compiled(kernel, capability, bound):
+    """A kernel for the emulator."""
+    return ptx.Module(compiler.ptx(kernel, capability, bound)[0])
+
+
 def _bytes(address, size):
     return {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
 
@@ -156,10 +166,7 @@ def on_device(function):
         arrays = [move(a) for a in args[:2]] + list(args[2:])
         if args[1:] and function.__name__ in ("softmax", "log_softmax", "logsumexp", "entropy"):
             arrays[1:2] = args[1:2]  # the axis
-        named = {
-            name: move(value) if name in ARRAYS else value
-            for name, value in options.items()
-        }
+        named = {name: move(value) if name in ARRAYS else value for name, value in options.items()}
         result = function(*arrays, **named)
         for host, there in moved.values():
             if host.flags.writeable:

@@ -7,7 +7,7 @@ An operation's kernel is made for the formats and options it meets, when it firs
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -217,7 +217,13 @@ class Backend:
         )
 
     def check_labels(self, labels, classes, ignore_index, weight):
-        debugging = dispatch.debugging_labels()
+        kept = _Weight(partial(self._weigh, labels, classes, ignore_index, weight))
+        if dispatch.debugging_labels():
+            kept.words = self._weigh(labels, classes, ignore_index, weight, debugging=True)
+        return -1, kept
+
+    def _weigh(self, labels, classes, ignore_index, weight, debugging=False):
+        """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
         pieces = list(layout.elementwise((labels,)))
         blocks = [-(-piece.size // totals.UNIT) for (piece,) in pieces]
         sums = self._empty((max(1, sum(blocks)),), np.float64)
@@ -237,13 +243,14 @@ class Backend:
                 _address(sums) + 8 * done,
                 _address(bad) + 8 * done if debugging else 0,
             )
-            self._start(kernel, count, totals.THREADS, arguments, np.float64)
+            if count:
+                self._start(kernel, count, totals.THREADS, arguments)
             done += count
         if debugging:
             self._raise_bad(labels, pieces, blocks, bad, classes, ignore_index)
-        kept = self._empty((totals.WEIGHT_WORDS,), np.float64)
-        self._add_up(sums[:done], kept, reciprocals=_address(kept) + 8)
-        return -1, _Weight(kept)
+        words = self._empty((totals.WEIGHT_WORDS,), np.float64)
+        self._add_up(sums[:done], words, reciprocals=_address(words) + 8)
+        return words
 
     def factor(self, kept):
         """What a gradient is multiplied with: a number, or where on the device there is one."""
@@ -270,11 +277,11 @@ class Backend:
             sums = self._empty((count,), np.float64)
             kernel = totals.add_up(_format(values), "float64")
             arguments = (values.size, _address(values), _address(sums), 0, 0, 1.0)
-            self._start(kernel, count, totals.THREADS, arguments, np.float64)
+            self._start(kernel, count, totals.THREADS, arguments)
             values = sums
         kernel = totals.add_up(_format(values), _format(out))
         arguments = (values.size, _address(values), _address(out), denominator, reciprocals, divisor)
-        self._start(kernel, 1, totals.THREADS, arguments, np.float64)
+        self._start(kernel, 1, totals.THREADS, arguments)
 
     def _raise_bad(self, labels, pieces, blocks, bad, classes, ignore_index):
         """`IndexError` for the first label outside of the classes: waits for the device."""
@@ -301,7 +308,7 @@ class Backend:
         if count:
             blocks = -(-count // geometry.BLOCK)
             arguments = (count, _address(state), other)
-            self._start(totals.merge(), blocks, geometry.BLOCK, arguments, np.float64)
+            self._start(totals.merge(), blocks, geometry.BLOCK, arguments)
 
     def sigmoid(self, x, out, log):
         name, written = _format(x), _format(out)
@@ -346,25 +353,26 @@ class Backend:
     def _go(self, kernel, blocks, block, arguments, bound, shared, start, stop):
         self._gpu.launch(kernel, self._stream, blocks, block, arguments, bound=bound, shared=shared)
 
-    def _start(self, kernel, blocks, threads, arguments, real):
+    def _start(self, kernel, blocks, threads, arguments):
         """A kernel of `totals`, at once."""
-        shared = 2 * team.WARPS * np.dtype(real).itemsize
+        shared = 2 * team.WARPS * 8
         self._gpu.launch(
-            kernel,
-            self._stream,
-            max(1, blocks),
-            (threads, 1),
-            arguments,
-            bound=threads,
-            shared=shared,
+            kernel, self._stream, blocks, (threads, 1), arguments, bound=threads, shared=shared
         )
 
 
 class _Weight:
-    """The weight of the kept labels, on the device: itself, 1 / itself, and that in float32."""
+    """The weight of the kept labels, on the device, where a mean asks for it.
 
-    def __init__(self, words):
-        self.words = words
+    Its words are the weight, 1 / itself, and that in float32.
+    """
+
+    def __init__(self, weigh):
+        self._weigh = weigh
+
+    @cached_property
+    def words(self):
+        return self._weigh()
 
 
 _NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)

@@ -57,7 +57,9 @@ def ptx(kernel, capability, threads):
     (entry,) = re.findall(r"\.visible \.entry (\w+)", code)
     blocks = getattr(kernel, "cluster", 1)
     if blocks > 1:
-        code = re.sub(r"(\.maxntid.*)", rf"\1\n.explicitcluster\n.reqnctapercluster {blocks}, 1, 1", code)
+        code = re.sub(
+            r"(\.maxntid.*)", rf"\1\n.explicitcluster\n.reqnctapercluster {blocks}, 1, 1", code
+        )
     return code, entry
 
 
@@ -77,7 +79,7 @@ def _without_device(capability):
 
 
 def machine_code(kernel, capability, threads):
-    """A cubin of a kernel for a compute capability, and the name of its entry; from disk if it is there."""
+    """A cubin of a kernel for a compute capability, and the name of its entry; from disk if there."""
     key = repr((kernel.key, capability, threads)).encode()
     try:
         path = disk.root() / _VERSION / f"{disk.digest(key).hex()}.cubin"

@@ -122,8 +122,8 @@ def binary_cross_entropy(name, target, weight, pos_weight, written, whole, summe
     Formats of the logits, the target, both weights and the gradient; None for one that is not there.
     `summed`: the losses of a unit add up to one number; else each is left.
 
-    Where they add up and nothing is weighted, the sum of a thread's log1p(e) is the log1p of one number,
-    q = prod (1 + e) - 1: at most 2**32, and it keeps all its digits where every e is tiny.
+    Where they add up and nothing is weighted, the sum of a thread's log1p(e) is the log1p of one
+    number, q = prod (1 + e) - 1: at most 2**32, and it keeps all its digits where every e is tiny.
     """
     real = compute_type(name)
     lanes = _lanes(name, whole)

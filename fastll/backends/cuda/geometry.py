@@ -4,17 +4,19 @@ So the order of a row's sums depends on nothing else. What the number of rows de
 blocks there are.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastll.backends.cuda.primitives import WARP, lanes_of
+from fastll.backends.cuda.primitives import WARP, lanes_of, size_of
 
 #: Threads of a block of several short teams, and of kernels over rows of any strides.
 BLOCK = 256
-#: Threads of a team, and the most there can be. Fewer threads leave room for a second block beside the
-#: first, so that one computes while the other one reads.
-TEAM, LARGEST_TEAM = 512, 1024
+#: Threads of a team, by the bytes of an element, and the most there can be. Two blocks fit beside each
+#: other, by their registers, so that one computes while the other one reads.
+TEAM, LARGEST_TEAM = {2: 384, 4: 512, 8: 448}, 1024
 #: Vectors that a thread holds: 64 bytes of one input, or half as much of each of two.
 VECTORS = 4
 #: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.
@@ -36,16 +38,12 @@ class Team(NamedTuple):
     segment: int  # classes of each of them
     capacity: int  # classes of a chunk
     chunked: bool  # whether a segment has several
-
-    @property
-    def bound(self) -> int:
-        """Threads of a block that the kernel is compiled for."""
-        return TEAM if self.threads <= TEAM else LARGEST_TEAM
+    bound: int  # threads that must fit on a multiprocessor, which sets the registers of each
 
 
 def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> Team:
     """The team for rows of contiguous classes of a format, with one input or two."""
-    lanes = lanes_of(name)
+    lanes, usual = lanes_of(name), TEAM[size_of(name)]
     vectors = VECTORS // inputs
     # a row that is no multiple of a vector may begin anywhere in one
     slack = lanes if classes % lanes else 0
@@ -58,14 +56,16 @@ def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> T
         vectors //= 2
     threads = threads_for(classes)
     if threads <= BLOCK:  # a block of several teams: one warp finishes the rows of all
-        return Team(vectors, threads, BLOCK // threads, 1, classes, classes, False)
-    for largest, blocks in [(TEAM, n) for n in clusters] + [(LARGEST_TEAM, clusters[-1])]:
+        return Team(vectors, threads, BLOCK // threads, 1, classes, classes, False, 2 * usual)
+    for largest, blocks in [(usual, n) for n in clusters] + [(LARGEST_TEAM, clusters[-1])]:
         segment = _up(-(-classes // blocks), lanes)
-        if threads_for(segment) <= largest:
-            return Team(vectors, threads_for(segment), 1, blocks, segment, segment, False)
+        threads = threads_for(segment)
+        if threads <= largest:
+            bound = 2 * usual if threads <= usual else LARGEST_TEAM
+            return Team(vectors, threads, 1, blocks, segment, segment, False, bound)
     segment = _up(-(-classes // clusters[-1]), lanes)
-    capacity = lanes * vectors * TEAM - slack
-    return Team(vectors, TEAM, 1, clusters[-1], segment, capacity, True)
+    capacity = lanes * vectors * usual - slack
+    return Team(vectors, usual, 1, clusters[-1], segment, capacity, True, 2 * usual)
 
 
 def lanes_of_row(classes: int) -> int:

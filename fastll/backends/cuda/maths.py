@@ -15,7 +15,8 @@ keep their digits down to 2**-SHIFT times the smallest normal number; below `flo
 Half-precision input has 8 or 11 bits, and its results no more: there exp(f) is the machine's own
 approximation of 2**(x / ln 2 - k), right to 2 ulp of float32, which halves the arithmetic.
 
-Source: Cody and Waite (1980); Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
+Source: Cody and Waite (1980); Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm",
+arXiv 2001.04438.
 """
 
 # mypy: ignore-errors

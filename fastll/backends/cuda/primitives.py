@@ -372,7 +372,9 @@ def read_peer(typing_context, array, index, rank):
             f" ld.shared::cluster.{'f64' if double else 'f32'} $0, [a]; }}"
         )
         kind = ir.FunctionType(word, [_I64, _I32])
-        inline = ir.InlineAsm(kind, code, f"={'d' if double else 'f'},l,r,~{{memory}}", side_effect=True)
+        inline = ir.InlineAsm(
+            kind, code, f"={'d' if double else 'f'},l,r,~{{memory}}", side_effect=True
+        )
         return builder.call(inline, [address, builder.trunc(peer, _I32)])
 
     return array.dtype(array, index, rank), codegen

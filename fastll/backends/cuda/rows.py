@@ -1,10 +1,9 @@
 """Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
 
-A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared
-by the blocks of a cluster, each with a segment, or goes through a block in chunks, and is read once more
-to be written. Where no vector of a row may straddle its ends, since its length is no multiple of a
-vector, the vectors are those of the memory: the first and the last one of a row are then read and
-written number by number.
+A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks
+of a cluster, each with a segment, or goes through a block in chunks, and is read once more to be
+written. Of a row whose length is no multiple of a vector, the vectors are those of the memory: the
+first and the last one are then read and written number by number.
 
 The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
 (lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
@@ -22,7 +21,6 @@ from fastll.backends.cuda import maths, state, team
 from fastll.backends.cuda.compiler import WORD, device, variants
 from fastll.backends.cuda.primitives import (
     VECTOR,
-    WARP,
     cluster_barrier,
     cluster_rank,
     compute_type,
@@ -66,8 +64,8 @@ def kernel(
 
     `operation` is "softmax", "log_softmax", "sparse" or "dense". `labels` and `weights` are the formats
     of the labels of a sparse one and of class weights, or None; `written` whether there is an output in
-    the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of its options are in
-    force; `cluster` how many blocks share a row, `chunked` whether a block has more than one chunk;
+    the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of its options are
+    in force; `cluster` how many blocks share a row, `chunked` whether a block has more than one chunk;
     `aligned` whether every row begins and ends with a vector; `modern` as in `maths.of`.
     """
     real = compute_type(name)
@@ -81,7 +79,12 @@ def kernel(
     clustered, weighted = cluster > 1, weights is not None
     f, group = maths.of(real, approximate=size == 2, modern=modern), team.of(real)
     zero, one, infinity, nan, unshift = f.zero, f.one, f.infinity, f.nan, f.unshift
-    exponential, reference, window, exp_minus_scaled = f.exponential, f.reference, f.window, f.exp_minus_scaled
+    exponential, reference, window, exp_minus_scaled = (
+        f.exponential,
+        f.reference,
+        f.window,
+        f.exp_minus_scaled,
+    )
     lead_of, two_part_sum, softcap, row = f.lead_of, f.add, f.softcap, state.of(real, sparse, dense)
     joined, finite, rebased, finish = row.joined, row.finite, row.rebased, row.finish
     maximum, post, collect = group.maximum, group.post, group.collect

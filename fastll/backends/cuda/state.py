@@ -1,8 +1,8 @@
 """The running state of a row, and what becomes of it.
 
 A state is (m, e, low, k): the maximum, in two parts the sum of exp(x - m) over the elements below it,
-and the number of elements at it. Then r = e + low + (k - 1) is the sum without one of the largest, whose
-log1p keeps its digits when one element dominates.
+and the number of elements at it. Then r = e + low + (k - 1) is the sum without one of the largest,
+whose log1p keeps its digits when one element dominates.
 """
 
 # mypy: ignore-errors

@@ -107,23 +107,28 @@ def kernel(
 ):
     """The kernel for rows of the format `name`.
 
-    `operation` is "logsumexp", "softmax", "log_softmax" or "cross_entropy". `labels`, `dense`, `factors`
-    and `weights` are the formats of labels, of a dense target, of the weights of a log-sum-exp and of
-    classes, or None; `running` whether there is a running state; `written` the format of an output in
-    the shape of x, or None; `smoothed` and `capped` which options of a cross-entropy are in force;
-    `staged` whether rows go through shared memory.
+    `operation` is "logsumexp", "softmax", "log_softmax" or "cross_entropy". `labels`, `dense`,
+    `factors` and `weights` are the formats of labels, of a dense target, of the weights of a log-sum-exp
+    and of classes, or None; `running` whether there is a running state; `written` the format of an
+    output in the shape of x, or None; `smoothed` and `capped` which options of a cross-entropy are in
+    force; `staged` whether rows go through shared memory.
     """
     single = compute_type(name) is np.float32
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float32 if single and factors is None else np.float64
-    entropy, logs = operation == "cross_entropy", operation == "log_softmax"
+    logs = operation == "log_softmax"
     sparse = labels is not None
     spread_out = dense is not None or smoothed
     weighted, number = weights is not None, "float32" if single else "float64"
     f = maths.of(real, approximate=size_of(name) == 2 and real is np.float32)
     value_type = np.float32 if single else np.float64
     zero, one, infinity, nan, unshift = f.zero, f.one, f.infinity, f.nan, f.unshift
-    exponential, reference, window, exp_minus_scaled = f.exponential, f.reference, f.window, f.exp_minus_scaled
+    exponential, reference, window, exp_minus_scaled = (
+        f.exponential,
+        f.reference,
+        f.window,
+        f.exp_minus_scaled,
+    )
     lead_of, two_part_sum, softcap = f.lead_of, f.add, f.softcap
     own = states.of(real, sparse, dense is not None)
     joined, finite, rebased, finish = own.joined, own.finite, own.rebased, own.finish
@@ -137,7 +142,6 @@ def kernel(
     write_number, read_weight = writer(number), reader(weights or number, real)
     write = writer(written or name)
     read_label = integer_reader(labels or "int64")
-    size = size_of(name)
     out_type = compute_type(written or name)
 
     @device
@@ -253,9 +257,7 @@ def kernel(
                         if u[c] == zero:
                             v = -infinity
                     if spread_out:
-                        u[c] = target_of(
-                            t_source, weight, weight_step, j, t_classes, keep, spread
-                        )
+                        u[c] = target_of(t_source, weight, weight_step, j, t_classes, keep, spread)
                     held[c] = v
                     if v > top:
                         top = v

@@ -1,8 +1,8 @@
 """What the threads of a row find together: maxima and sums over a warp, a team, a block.
 
-A team is the threads of a block with one `threadIdx.y`: one warp or several. A warp folds by halves; what
-the warps of a team have found adds up in their order, in two parts, the second of which holds what
-rounding took from the first.
+A team is the threads of a block with one `threadIdx.y`: one warp or several. A warp folds by halves;
+what the warps of a team have found adds up in their order, in two parts, the second of which holds
+what rounding took from the first.
 """
 
 # mypy: ignore-errors

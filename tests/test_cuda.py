@@ -1,0 +1,323 @@
+"""The CUDA backend without a GPU: what its kernels are compiled to, and do on the emulator."""
+
+import re
+import shutil
+import subprocess
+from importlib import import_module
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from table import assert_close
+
+import fastll
+
+pytest.importorskip("numba_cuda")
+device, ptx = import_module("device"), import_module("ptx")
+compiler, elementwise, geometry, launch, primitives, rows, strided = (
+    import_module(f"fastll.backends.cuda.{name}")
+    for name in ("compiler", "elementwise", "geometry", "launch", "primitives", "rows", "strided")
+)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The emulator, in the place of a GPU, with its launches forgotten."""
+    gpu = device.Emulated()
+    monkeypatch.setattr(device, "emulated", lambda: gpu)
+    monkeypatch.setitem(fastll.libraries._known, device.DeviceArray, gpu)
+    device.instead_of_host(monkeypatch)
+    return gpu
+
+
+def kernels():
+    """Kernels as they are launched, by name: (kernel, threads of a block)."""
+    over_rows = {"modern": True, "written": True}
+    return {
+        "softmax float32": (rows.kernel("float32", 4, "softmax", aligned=True, **over_rows), 1024),
+        "softmax float32 of any length": (rows.kernel("float32", 4, "softmax", **over_rows), 1024),
+        "logsumexp float32": (rows.kernel("float32", 4, "logsumexp", aligned=True), 1024),
+        "labels float32 in a cluster": (
+            rows.kernel("float32", 4, "sparse", labels="int64", aligned=True, cluster=8, **over_rows),
+            1024,
+        ),
+        "labels bfloat16": (
+            rows.kernel("bfloat16", 4, "sparse", labels="int64", aligned=True, **over_rows),
+            768,
+        ),
+        "dense float16": (rows.kernel("float16", 2, "dense", aligned=True, **over_rows), 768),
+        "short rows": (
+            strided.kernel("float32", "cross_entropy", labels="int64", written="float32", staged=True),
+            geometry.BLOCK,
+        ),
+        "columns": (strided.kernel("float32", "softmax", written="float32"), geometry.BLOCK),
+        "sigmoid": (elementwise.sigmoid("float32", "float32", False, True), elementwise.THREADS),
+        "binary cross-entropy": (
+            elementwise.binary_cross_entropy(
+                "bfloat16", "bfloat16", None, None, "bfloat16", True, True
+            ),
+            elementwise.THREADS,
+        ),
+    }
+
+
+KERNELS = list(kernels())
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_ptx(name, capability):
+    """Vectors of 16 bytes, no double in float32 kernels, and no memory of a thread's own."""
+    kernel, threads = kernels()[name]
+    if capability < (8, 0):  # the variant without the newer instructions
+        options = eval(kernel.key)
+        if options[0].endswith(".rows"):
+            kernel = rows.kernel(*options[2], **(dict(options[3]) | {"modern": False}))
+    if capability < (9, 0) and getattr(kernel, "cluster", 1) > 1:
+        pytest.skip("cards before capability 9 have no clusters")
+    code, _ = compiler.ptx(kernel, capability, threads)
+    assert f".target sm_{capability[0]}{capability[1]}" in code
+    if name != "columns":
+        assert re.search(r"ld\.global\.v4\.[bf]32", code)
+        assert "st.global.v4" in code or "logsumexp" in name
+    assert ".f64" not in code
+    assert ".local" not in code
+    module = ptx.Module(code)
+    assert not module.uses_local
+    if shutil.which("ptxas"):
+        report = _ptxas(code, capability)
+        assert "0 bytes spill stores, 0 bytes spill loads" in report
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        assert registers * max(threads, 2 * geometry.BLOCK) <= 65536
+
+
+def _ptxas(code, capability):
+    """What ptxas says of a kernel; of PTX newer than it is as of its own version."""
+    version = subprocess.run(["ptxas", "--version"], capture_output=True, text=True).stdout
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", version).groups())
+    code = re.sub(r"\.version .*", f".version {major - 4}.{minor}", code)
+    command = ["ptxas", "-v", f"-arch=sm_{capability[0]}{capability[1]}", "-o", "/dev/null", "-"]
+    done = subprocess.run(command, input=code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(1000, np.float32), (4097, np.float32), (20000, np.float32), (9001, BFLOAT16), (1024, np.float64)],
+    ids=str,
+)
+def test_a_row_is_read_once(gpu, rng, classes, dtype):
+    """Forward and gradient: one read and one write, in a team, a ragged row, a cluster."""
+    x = rng.standard_normal((3, classes)).astype(dtype)
+    y = rng.integers(0, classes, 3)
+    fastll.cross_entropy(x, y, reduction="none", return_grad=True)
+    (only,) = gpu.launches
+    plan = geometry.team(classes, x.dtype.name, 1, gpu.capability)
+    assert only.kernel.cluster == plan.cluster
+    assert only.stream == 7
+    rest = 64 * plan.cluster * len(y) + 64 * plan.threads * plan.teams * plan.cluster
+    assert x.nbytes <= only.stats.bytes_read <= x.nbytes + rest
+    assert x.nbytes <= only.stats.bytes_written <= x.nbytes + rest
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(np.float32, 131), (np.float32, 4097), (BFLOAT16, 1001), (np.float32, 17000), (np.float64, 515)],
+    ids=str,
+)
+def test_bits_depend_on_the_row_alone(gpu, rng, dtype, classes):
+    """Wherever a row begins in memory, whatever is beside it: the same bits, loss and gradient."""
+    row = (5 * rng.standard_normal(classes)).astype(dtype)
+    label = classes // 3
+
+    def results(x, i):
+        y = np.full(len(x), label)
+        out = fastll.cross_entropy(
+            x, y, reduction="none", label_smoothing=0.1, return_lse=True, return_grad=True
+        )
+        return [np.asarray(part[i]).tobytes() for part in out]
+
+    alone = results(row[None], 0)
+    batch = (5 * rng.standard_normal((6, classes))).astype(dtype)
+    for i in range(6):  # the beginning of a row moves by an element each
+        batch[i] = row
+    for i in (1, 2, 3, 5):
+        assert results(batch, i) == alone
+    wide = np.zeros((2, classes + 3), dtype)
+    wide[1, 1:-2] = row
+    assert results(wide[:, 1:-2], 1) == alone
+
+
+def test_no_races(gpu, rng, monkeypatch):
+    """Every family of kernels under the check of shared memory that a GPU's tools have too."""
+    monkeypatch.setattr(gpu, "options", {"racecheck": True, "perturb": 3})
+    for shape, axis in (((3, 130), 1), ((9, 40), 1), ((300, 3), 0), ((2, 9001), 1)):
+        x = rng.standard_normal(shape).astype(np.float32)
+        y = rng.integers(0, shape[axis], shape[1 - axis])
+        loss, grad = fastll.cross_entropy(x, y, axis=axis, return_grad=True)
+        expected = oracle.cross_entropy(x, y, axis)
+        assert_close(loss, (expected[0][0].mean(), expected[0][1].mean()), np.float32, factor=12)
+        assert_close(grad, (expected[2][0] / len(y), expected[2][1] / len(y)), np.float32)
+    fastll.binary_cross_entropy_with_logits(x, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("operation", ["sparse", "dense", "softmax", "log_softmax"])
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
+    """Rows beyond what a team holds, by small teams; the least and the largest in different chunks."""
+    monkeypatch.setattr(geometry, "TEAM", {4: 64})
+    monkeypatch.setattr(geometry, "LARGEST_TEAM", 64)
+    monkeypatch.setattr(geometry, "BLOCK", 32)
+    monkeypatch.setattr(geometry, "CLUSTERS", (1, cluster))
+    classes = 9003
+    x = (5 * rng.standard_normal((3, classes))).astype(np.float32)
+    x[0, 7000] = 30
+    x[1, :2500] = -1e4  # and a chunk without any other
+    if operation in ("softmax", "log_softmax"):
+        result = getattr(fastll, operation)(x)
+        with np.errstate(invalid="ignore"):
+            assert_close(result, getattr(oracle, operation)(x, 1), np.float32)
+    else:
+        target = np.array([7000, 4000, -100])
+        if operation == "dense":
+            target = rng.random(x.shape).astype(np.float32)
+            target[1, :2500] = 0
+            target /= target.sum(axis=1, keepdims=True)
+        loss, grad = fastll.cross_entropy(x, target, reduction="none", z_loss=1e-3, return_grad=True)
+        with np.errstate(invalid="ignore"):
+            expected = oracle.cross_entropy(x, target, 1, z_loss=1e-3)
+        assert_close(loss, expected[0], np.float32)
+        assert_close(grad, expected[2], np.float32)
+    kernel = gpu.launches[0].kernel
+    assert kernel.cluster == cluster
+    assert "('chunked', True)" in kernel.key
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6)], ids=str)
+def test_older_cards(gpu, rng, monkeypatch, capability):
+    monkeypatch.setattr(gpu, "capability", capability)
+    x = rng.standard_normal((2, 40000)).astype(BFLOAT16)
+    x[0, 5] = np.nan
+    y = np.array([3, 39999])
+    loss, grad = fastll.cross_entropy(x, y, reduction="none", return_grad=True)
+    expected = oracle.cross_entropy(x[1:], y[1:], 1)
+    assert np.isnan(loss[0])
+    assert np.isnan(grad[0].astype(float)).all()
+    assert_close(loss[1:], expected[0], np.float32)
+    assert_close(grad[1:], expected[2], np.float32)
+
+
+def test_labels_out_of_range(gpu, rng):
+    """Their rows are NaN, with nothing waited for; who debugs is told."""
+    for shape in ((4, 10), (4, 700)):
+        x = rng.standard_normal(shape).astype(np.float32)
+        y = np.array([0, shape[1], -100, 1])
+        loss, grad = fastll.cross_entropy(x, y, reduction="none", return_grad=True)
+        assert np.isnan(loss[1])
+        assert np.isnan(grad[1]).all()
+        assert loss[2] == 0
+        assert not grad[2].any()
+        assert np.isfinite(loss[[0, 3]]).all()
+        assert np.isnan(fastll.cross_entropy(x, y))
+        with fastll.debug_labels(), pytest.raises(IndexError, match=rf"label {shape[1]} at \(1,\)"):
+            fastll.cross_entropy(x, y)
+
+
+def test_ignored_rows_do_not_leak(gpu):
+    for classes in (5, 600):
+        x = np.full((3, classes), np.nan, np.float32)
+        x[1] = 0
+        loss, grad = fastll.cross_entropy(x, np.array([-100, 2, -100]), return_grad=True)
+        np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
+        assert not grad[[0, 2]].any()
+        loss, grad = fastll.cross_entropy(x, np.array([-100] * 3), return_grad=True)
+        assert np.isnan(loss)
+        assert not grad.any()
+
+
+def test_mean_of_many_rows(gpu, rng):
+    """More rows than a block adds up, so that sums are a tree; weights of another dtype."""
+    x = rng.standard_normal((40000, 3)).astype(np.float32)
+    y = rng.integers(0, 3, 40000)
+    y[::7] = -100
+    weight = np.array([0.5, 1, 2])
+    loss, grad = fastll.cross_entropy(x, y, weight=weight, return_grad=True)
+    expected = oracle.cross_entropy(x, y, 1, weight=weight)
+    np.testing.assert_allclose(loss, float(expected[0][0].sum() / expected[3]), rtol=3e-7)
+    assert_close(
+        grad, (expected[2][0] / expected[3], expected[2][1] / expected[3]), np.float32, factor=8
+    )
+    assert len(gpu.launches) == 5  # weights and losses in two steps each, and the rows
+
+
+def test_streaming(gpu, rng):
+    """Running states on the device: updated, merged, finished there."""
+    x = rng.standard_normal((5, 300)).astype(np.float32)
+    first, second = fastll.LogSumExp((5,), np.float32), fastll.LogSumExp((5,), np.float32)
+    first.update(gpu.to_device(x[:, :100].copy())).update(gpu.to_device(x[:, 100:150].copy()))
+    second.update(gpu.to_device(x[:, 150:].copy()))
+    value = first.merge(second).value
+    assert isinstance(value, device.DeviceArray)
+    assert_close(value.host, oracle.logsumexp(x, 1)[0], np.float32)
+    everything = fastll.logsumexp(x[:, ::-1], axis=(0, 1))
+    assert_close(
+        everything,
+        oracle.logsumexp(x.reshape(1, -1), 1)[0] and (oracle.logsumexp(x.reshape(-1), 0)[0]),
+        np.float32,
+    )
+    with pytest.raises(ValueError, match="cuda:0"):
+        first.update(np.ones((5, 2)))
+
+
+class TestGeometry:
+    @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+    @pytest.mark.parametrize("inputs", [1, 2])
+    @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+    def test_every_class_has_a_thread(self, name, inputs, capability):
+        lanes = primitives.lanes_of(name)
+        for classes in (129, 500, 1000, 4096, 4097, 32000, 50257, 128256, 262144, 10**6 + 1):
+            plan = geometry.team(classes, name, inputs, capability)
+            assert plan.threads % 32 == 0
+            assert plan.threads * plan.teams <= 1024
+            assert plan.segment * plan.cluster >= classes
+            assert plan.cluster == 1 or capability >= (9, 0)
+            slack = lanes - 1 if classes % lanes else 0
+            assert plan.capacity + slack <= plan.threads * plan.vectors * lanes
+            assert plan.chunked == (plan.capacity < plan.segment)
+            assert plan.segment % lanes == 0 or plan.cluster == 1
+            memory = rows.SCRATCH + plan.threads * plan.teams * lanes
+            assert memory * (8 if name == "float64" else 4) <= geometry.SHARED
+
+    def test_what_stays_on_the_chip(self):
+        """A row is read once up to these lengths."""
+        for name, classes in (("float32", 131072), ("bfloat16", 262144)):
+            assert not geometry.team(classes, name, 1, (9, 0)).chunked
+            assert geometry.team(2 * classes, name, 1, (9, 0)).chunked
+
+
+def test_machine_code_on_disk(monkeypatch, tmp_path):
+    """Compiled once, found again, and compiled anew where the file is damaged."""
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    kernel, threads = kernels()["sigmoid"]
+    first = compiler.machine_code(kernel, (9, 0), threads)
+    assert first[0].startswith(b"\x7fELF")
+    (entry,) = tmp_path.rglob("*.cubin")
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_compiled", lambda *_: pytest.fail("compiled again"))
+        assert compiler.machine_code(kernel, (9, 0), threads) == first
+    entry.write_bytes(b"damaged")
+    assert compiler.machine_code(kernel, (9, 0), threads)[0].startswith(b"\x7fELF")
+
+
+def test_without_a_gpu(monkeypatch):
+    """One line that says what is missing, of whatever is asked for."""
+    monkeypatch.setattr(launch, "count", lambda: 0)
+    status = fastll.backends()["cuda"]
+    assert not status.available
+    assert "\n" not in status.reason
+    assert "GPU" in status.reason
