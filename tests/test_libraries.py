@@ -505,7 +505,7 @@ def test_without_numba_cuda(monkeypatch):
     with pytest.raises(RuntimeError, match=f"an array on cuda:0 {advice}"):
         fastll.cross_entropy(Interface(np.zeros((2, 3))), Interface(np.zeros((2, 3))), reduction="sum")
     assert not fastll.backends()["cuda"].available
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
 
     class WithoutDevice:
         __cuda_array_interface__ = None

@@ -147,4 +147,5 @@ def _strided_memory(x: Any, stream: int) -> Any:
     except ImportError as error:
         kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
         raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
-    return StridedMemoryView(x, stream)
+    view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # of older versions
+    return view(x, stream_ptr=stream)

@@ -108,8 +108,8 @@ def kernel(
     """The kernel for rows of the format `name`.
 
     `operation` is "logsumexp", "softmax", "log_softmax" or "cross_entropy". `labels`, `dense`,
-    `factors` and `weights` are the formats of labels, of a dense target, of the weights of a log-sum-exp
-    and of classes, or None; `running` whether there is a running state; `written` the format of an
+    `factors` and `weights` are the formats of labels, of a dense target, of the weights of a
+    log-sum-exp and of classes, or None; `running` whether there is a running state; `written` the format of an
     output in the shape of x, or None; `smoothed` and `capped` which options of a cross-entropy are in
     force; `staged` whether rows go through shared memory.
     """
