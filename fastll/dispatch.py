@@ -91,8 +91,22 @@ def _load_forced(name: str) -> Backend:
     _check_takes(name, "cpu", "the CPU")
     backend = _load(name)
     if isinstance(backend, str):
-        raise RuntimeError(f"backend {name!r} was asked for but is not available: {backend}")
-    return backend
+        _check_available(name)
+    return cast(Backend, backend)
+
+
+def _check_available(name: str) -> None:
+    reason = _why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for but is not available: {reason}")
+
+
+def _why_not(name: str) -> str | None:
+    """Why a backend is not available, in a line; one of a GPU needs one."""
+    module = _import(name)
+    if isinstance(module, str):
+        return module
+    return None if name in TABLE["cpu"] else cast("str | None", module.why_not())
 
 
 @cache
@@ -155,8 +169,7 @@ def use_backend(name: str) -> Iterator[None]:
     _check_name(name)
     token = _forced.set(name)
     try:
-        if name in TABLE["cpu"]:
-            _load_forced(name)
+        _check_available(name)
         yield
     finally:
         _forced.reset(token)
@@ -211,13 +224,9 @@ def backends() -> dict[str, Status]:
 def _status(name: str) -> Status:
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that calls never need
 
-    module = _import(name)
     try:
         package_version = version(_PACKAGES[name])
     except PackageNotFoundError:
         package_version = None
-    if isinstance(module, str):
-        reason: str | None = module
-    else:  # a backend of a GPU needs one
-        reason = None if name in TABLE["cpu"] else module.why_not()
+    reason = _why_not(name)
     return Status(reason is None, reason, package_version)

@@ -102,12 +102,12 @@ def warmup(
         if name not in OPERATIONS:
             raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS)}")
     rng = np.random.default_rng(0)
-    place, shapes = _host, _SHAPES["cpu"]
-    if backend == "cuda":
-        from numba import cuda  # its arrays are there wherever its kernels are
-
-        place, shapes = cuda.to_device, _SHAPES["cuda"]
     with use_backend(backend):
+        place, shapes = _host, _SHAPES["cpu"]
+        if backend == "cuda":
+            from numba import cuda  # its arrays are there wherever its kernels are
+
+            place, shapes = cuda.to_device, _SHAPES["cuda"]
         for dtype in dtypes:
             for shape, axis in shapes:
                 x = rng.standard_normal(shape).astype(dtype)

@@ -321,3 +321,5 @@ def test_without_a_gpu(monkeypatch):
     assert not status.available
     assert "\n" not in status.reason
     assert "GPU" in status.reason
+    with pytest.raises(RuntimeError, match=r"'cuda' was asked for but is not available: .*GPU"):
+        fastll.warmup(backend="cuda")

@@ -142,10 +142,13 @@ class _Buffer:
 
 def _strided_memory(x: Any, stream: int) -> Any:
     """A view of an array on a GPU by either protocol, for work on a stream; -1: for none."""
+    kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
     try:
         from cuda.core.utils import StridedMemoryView
     except ImportError as error:
-        kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
         raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
     view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # of older versions
-    return view(x, stream_ptr=stream)
+    try:
+        return view(x, stream_ptr=stream)
+    except RuntimeError as error:  # no driver
+        raise RuntimeError(f"a {kind} says that it is on a GPU, but there is none: {error}") from error

@@ -24,15 +24,20 @@ _NO_STRIDES = (0, 0, 0)
 
 def bind(index, stream, empty):
     """The backend for a device and a stream; `empty` (shape, dtype) makes arrays there."""
-    return Backend(launch.gpu(index), stream, empty)
+    try:
+        gpu = launch.gpu(index)
+    except Exception as error:
+        raise RuntimeError(f"an array is on cuda:{index}, but {why_not() or error}") from error
+    return Backend(gpu, stream, empty)
 
 
 def why_not():
     """Why there is no GPU to use, in a line; None if there is one."""
     try:
-        return None if launch.count() else "no GPU is visible"
+        return None if launch.count() else "the NVIDIA driver sees no GPU"
     except Exception as error:
-        return f"no GPU can be used: {error}"
+        reason = str(error).partition("\n")[0]
+        return f"there is no GPU, or no NVIDIA driver for it: install one ({reason})"
 
 
 class Backend:

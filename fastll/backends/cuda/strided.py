@@ -109,9 +109,9 @@ def kernel(
 
     `operation` is "logsumexp", "softmax", "log_softmax" or "cross_entropy". `labels`, `dense`,
     `factors` and `weights` are the formats of labels, of a dense target, of the weights of a
-    log-sum-exp and of classes, or None; `running` whether there is a running state; `written` the format of an
-    output in the shape of x, or None; `smoothed` and `capped` which options of a cross-entropy are in
-    force; `staged` whether rows go through shared memory.
+    log-sum-exp and of classes, or None; `running` whether there is a running state; `written` the
+    format of an output in the shape of x, or None; `smoothed` and `capped` which options of a
+    cross-entropy are in force; `staged` whether rows go through shared memory.
     """
     single = compute_type(name) is np.float32
     # weights may cancel, and what is left of a sum must not be its rounding errors
