@@ -97,6 +97,12 @@ class Backend:
         name, classes, count = _format(x), x.shape[1], x.shape[0] * x.shape[2]
         options = options or _NO_OPTIONS
         plan = geometry.team(classes, name, 1 if t is None else 2, self._gpu.capability)
+        target = t if t is not None else labels
+        places = [(_address(a), _step(a)) for a in (x, value, other, out, target)]
+        whole = [places[0], places[3]] + ([places[4]] if t is not None else [])
+        aligned = classes % lanes_of(name) == 0 and not any(
+            (address | step) % VECTOR for address, step in whole
+        )
         kernel = rows.kernel(
             name,
             plan.vectors,
@@ -108,32 +114,24 @@ class Backend:
             capped=options.softcap != 0.0,
             cluster=plan.cluster,
             chunked=plan.chunked,
-            aligned=classes % lanes_of(name) == 0
-            and all((_address(a) | _step(a)) % VECTOR == 0 for a in (x, out, t) if a is not None),
+            aligned=aligned,
             modern=self._gpu.capability >= (8, 0),
         )
-        target = t if t is not None else labels
-        numbers = _numbers(options, classes, kernel)
         arguments = (
-            _address(x),
-            _step(x) or 0,
+            *places[0],
             count,
             classes,
             plan.segment,
             plan.capacity,
-            _address(value),
-            _step(value),
-            _address(other),
-            _step(other),
-            _address(out),
-            _step(out),
-            _address(target),
-            _step(target),
+            *places[1],
+            *places[2],
+            *places[3],
+            *places[4],
             _address(weight),
             0 if weight is None else weight.strides[0],
             _divisor(options, kernel),
             options.ignore_index,
-            *numbers,
+            *_numbers(options, classes, kernel),
         )
         real_size = np.dtype(kernel.real).itemsize
         shared = rows.SCRATCH
@@ -231,7 +229,9 @@ class Backend:
         """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
         pieces = list(layout.elementwise((labels,)))
         blocks = [-(-piece.size // totals.UNIT) for (piece,) in pieces]
-        sums = self._empty((max(1, sum(blocks)),), np.float64)
+        alone = len(blocks) == 1 and blocks[0] == 1
+        words = self._empty((totals.WEIGHT_WORDS,), np.float64)
+        sums = words if alone else self._empty((max(1, sum(blocks)),), np.float64)
         bad = self._empty((max(1, sum(blocks)),), np.float64) if debugging else None
         kernel = totals.weigh(_format(labels), None if weight is None else _format(weight))
         done = 0
@@ -253,8 +253,8 @@ class Backend:
             done += count
         if debugging:
             self._raise_bad(labels, pieces, blocks, bad, classes, ignore_index)
-        words = self._empty((totals.WEIGHT_WORDS,), np.float64)
-        self._add_up(sums[:done], words, reciprocals=_address(words) + 8)
+        if not alone:
+            self._add_up(sums[:done], words, reciprocals=_address(words) + 8)
         return words
 
     def factor(self, kept):

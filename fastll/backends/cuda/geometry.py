@@ -8,6 +8,7 @@ blocks there are.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from fastll.backends.cuda.primitives import WARP, lanes_of, size_of
@@ -41,6 +42,7 @@ class Team(NamedTuple):
     bound: int  # threads that must fit on a multiprocessor, which sets the registers of each
 
 
+@lru_cache(1024)
 def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> Team:
     """The team for rows of contiguous classes of a format, with one input or two."""
     lanes, usual = lanes_of(name), TEAM[size_of(name)]

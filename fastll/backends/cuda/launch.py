@@ -23,13 +23,13 @@ class Gpu:
 
     def __init__(self, index):
         self.index = index
+        _checked(driver.cuInit(0))
         device = core.Device(index)
         self.capability = tuple(device.compute_capability)
         before = _checked(driver.cuCtxGetCurrent())
         device.set_current()
         self._context = _checked(driver.cuCtxGetCurrent())
         _checked(driver.cuCtxSetCurrent(before))
-        self._stream = functools.cache(core.Stream.from_handle)
         self._function = functools.cache(self._load)
 
     @contextmanager
@@ -52,9 +52,12 @@ class Gpu:
     def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
         """Start a kernel of `blocks` blocks; `bound` is the most threads it is compiled for."""
         with self.current():
-            function = self._function(kernel, bound)
-            config = core.LaunchConfig(grid=blocks, block=block, shmem_size=shared)
-            core.launch(self._stream(stream), config, function, *arguments)
+            core.launch(
+                _stream(stream),
+                _config(blocks, block, shared),
+                self._function(kernel, bound),
+                *arguments,
+            )
 
     def read(self, address, count, dtype, stream):
         """Numbers from the device's memory; waits for the stream."""
@@ -63,6 +66,17 @@ class Gpu:
             _checked(driver.cuMemcpyDtoHAsync(result.ctypes.data, address, result.nbytes, stream))
             _checked(driver.cuStreamSynchronize(stream))
         return result
+
+
+@functools.lru_cache(1024)
+def _config(blocks, block, shared):
+    return core.LaunchConfig(grid=blocks, block=block, shmem_size=shared)
+
+
+@functools.lru_cache(1024)
+def _stream(handle):
+    """A stream by its handle, of which 0 is the default one by its older name."""
+    return core.Stream.from_handle(handle) if handle else core.LEGACY_DEFAULT_STREAM
 
 
 @functools.cache

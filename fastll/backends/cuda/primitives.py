@@ -348,7 +348,7 @@ def cluster_barrier(typing_context):
     """Wait for all blocks of the cluster, whose shared memory is then as they left it."""
 
     def codegen(context, builder, signature, values):
-        code = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+        code = "barrier.cluster.arrive; barrier.cluster.wait;"
         kind = ir.FunctionType(ir.VoidType(), [])
         builder.call(ir.InlineAsm(kind, code, "~{memory}", side_effect=True), [])
         return context.get_dummy_value()

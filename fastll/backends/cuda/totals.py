@@ -59,6 +59,8 @@ def add_up(name, written):
 def weigh(labels, weights):
     """The kernel that adds up the weights of a block's labels, and finds the first that is none.
 
+    A block alone leaves what becomes of the sum as well: all of the words.
+
     `labels` is the format of labels, `weights` that of class weights or None.
     """
     read_label = integer_reader(labels)
@@ -96,7 +98,11 @@ def weigh(labels, weights):
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             total, low = collect(memory, 0, 0)
-            _write(out + block * 8, total + low)
+            total += low
+            _write(out + block * 8, total)
+            if cuda.gridDim.x == 1:
+                _write(out + 8, 1.0 / total)
+                _write_single(out + 16, np.float32(1.0 / total))
             if bad != 0:
                 write_place(bad + block * 8, -first_bad)
 
