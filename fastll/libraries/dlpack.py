@@ -149,6 +149,6 @@ def _strided_memory(x: Any, stream: int) -> Any:
         raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
     view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # of older versions
     try:
-        return view(x, stream_ptr=stream)
+        return view(x, stream)
     except RuntimeError as error:  # no driver
         raise RuntimeError(f"a {kind} says that it is on a GPU, but there is none: {error}") from error

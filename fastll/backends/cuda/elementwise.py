@@ -96,7 +96,8 @@ def sigmoid(name, written, log, whole):
     def kernel(length, units, x, x_outer, x_step, out, out_outer, out_step):
         values = cuda.local.array(HELD, real)
         unit = np.int64(cuda.blockIdx.x)
-        outer, first = unit // units, unit % units * UNIT
+        outer = np.int64(np.uint32(unit) // np.uint32(units))
+        first = (unit - outer * units) * UNIT
         x += outer * x_outer
         out += outer * out_outer
         mine = first + cuda.threadIdx.x * lanes
@@ -172,7 +173,8 @@ def binary_cross_entropy(name, target, weight, pos_weight, written, whole, summe
         positives = cuda.local.array(lanes, real)
         losses = cuda.local.array(lanes, real)
         unit = np.int64(cuda.blockIdx.x)
-        outer, first = unit // units, unit % units * UNIT
+        outer = np.int64(np.uint32(unit) // np.uint32(units))
+        first = (unit - outer * units) * UNIT
         x += outer * x_outer
         t += outer * t_outer
         mine = first + cuda.threadIdx.x * lanes
@@ -220,7 +222,7 @@ def binary_cross_entropy(name, target, weight, pos_weight, written, whole, summe
             cuda.syncthreads()
             if cuda.threadIdx.x == 0:
                 total, low = collect(memory, 0, 0)
-                write_sum(loss + outer * loss_outer + unit % units * loss_step, total + low)
+                write_sum(loss + outer * loss_outer + (unit - outer * units) * loss_step, total + low)
 
     kernel.real = real
     kernel.signature = (WORD,) * 20 + (numba_type(real),)

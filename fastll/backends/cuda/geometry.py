@@ -17,9 +17,10 @@ from fastll.backends.cuda.primitives import WARP, lanes_of, size_of
 BLOCK = 256
 #: Threads of a team, by the bytes of an element, and the most there can be. Two blocks fit beside each
 #: other, by their registers, so that one computes while the other one reads.
-TEAM, LARGEST_TEAM = {2: 384, 4: 512, 8: 448}, 1024
-#: Vectors that a thread holds: 64 bytes of one input, or half as much of each of two.
-VECTORS = 4
+TEAM, LARGEST_TEAM = {2: 384, 4: 384, 8: 448}, 1024
+#: Vectors that a thread holds of one input, by the bytes of an element, or half as many of each of two:
+#: 32 numbers or 8 doubles.
+VECTORS = {2: 4, 4: 8, 8: 4}
 #: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.
 CLUSTERS = (1, 2, 4, 8)
 
@@ -46,7 +47,7 @@ class Team(NamedTuple):
 def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> Team:
     """The team for rows of contiguous classes of a format, with one input or two."""
     lanes, usual = lanes_of(name), TEAM[size_of(name)]
-    vectors = VECTORS // inputs
+    vectors = VECTORS[size_of(name)] // inputs
     # a row that is no multiple of a vector may begin anywhere in one
     slack = lanes if classes % lanes else 0
     clusters = CLUSTERS if capability >= (9, 0) else CLUSTERS[:1]

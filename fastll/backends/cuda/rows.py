@@ -299,7 +299,8 @@ def kernel(
                     lane[i % lanes] += term
                 if held and not logs:
                     values[i] = term
-                elif held:
+            if held and logs and offset != zero:
+                for i in range(count):
                     values[i] += offset
             if ragged:
                 in_order(lane, shift, memory, exchange)

@@ -24,6 +24,7 @@ from fastll.backends.cuda.primitives import (
     fma,
     integer_reader,
     lanes_of,
+    larger,
     numba_type,
     reader,
     size_of,
@@ -50,43 +51,51 @@ def _staging(name):
     def bring(tile, source, rows, classes, pitch):
         """Rows of x, one after the other in memory, into shared memory."""
         part = cuda.local.array(lanes, real)
-        elements = rows * classes
-        ready = elements - elements % lanes if source % VECTOR == 0 else 0
-        at = cuda.threadIdx.x * lanes
+        elements, width = np.uint32(rows * classes), np.uint32(classes)
+        ready = (
+            np.uint32(elements & ~np.uint32(lanes - 1)) if source & (VECTOR - 1) == 0 else np.uint32(0)
+        )
+        at = np.uint32(cuda.threadIdx.x * lanes)
         while at < ready:
             fetch(part, 0, source + at * size, True)
-            i, j = at // classes, at % classes
+            i = np.uint32(at // width)
+            j = np.uint32(at - i * width)
             for k in range(lanes):
-                tile[i * pitch + j] = part[k]
-                j += 1
-                if j == classes:
-                    i, j = i + 1, 0
-            at += cuda.blockDim.x * lanes
-        at = ready + cuda.threadIdx.x
+                tile[np.uint32(i * pitch + j)] = part[k]
+                j = np.uint32(j + 1)
+                if j == width:
+                    i, j = np.uint32(i + 1), np.uint32(0)
+            at = np.uint32(at + cuda.blockDim.x * lanes)
+        at = np.uint32(ready + cuda.threadIdx.x)
         while at < elements:
-            tile[at // classes * pitch + at % classes] = read(source + at * size)
-            at += cuda.blockDim.x
+            i = np.uint32(at // width)
+            tile[np.uint32(i * pitch + (at - i * width))] = read(source + at * size)
+            at = np.uint32(at + cuda.blockDim.x)
 
     @device
     def take(tile, target, rows, classes, pitch):
         """Rows of the output from shared memory."""
         part = cuda.local.array(lanes, real)
-        elements = rows * classes
-        ready = elements - elements % lanes if target % VECTOR == 0 else 0
-        at = cuda.threadIdx.x * lanes
+        elements, width = np.uint32(rows * classes), np.uint32(classes)
+        ready = (
+            np.uint32(elements & ~np.uint32(lanes - 1)) if target & (VECTOR - 1) == 0 else np.uint32(0)
+        )
+        at = np.uint32(cuda.threadIdx.x * lanes)
         while at < ready:
-            i, j = at // classes, at % classes
+            i = np.uint32(at // width)
+            j = np.uint32(at - i * width)
             for k in range(lanes):
-                part[k] = tile[i * pitch + j]
-                j += 1
-                if j == classes:
-                    i, j = i + 1, 0
+                part[k] = tile[np.uint32(i * pitch + j)]
+                j = np.uint32(j + 1)
+                if j == width:
+                    i, j = np.uint32(i + 1), np.uint32(0)
             deliver(target + at * size, part, 0)
-            at += cuda.blockDim.x * lanes
-        at = ready + cuda.threadIdx.x
+            at = np.uint32(at + cuda.blockDim.x * lanes)
+        at = np.uint32(ready + cuda.threadIdx.x)
         while at < elements:
-            write(target + at * size, tile[at // classes * pitch + at % classes])
-            at += cuda.blockDim.x
+            i = np.uint32(at // width)
+            write(target + at * size, tile[np.uint32(i * pitch + (at - i * width))])
+            at = np.uint32(at + cuda.blockDim.x)
 
     return bring, take
 
@@ -159,6 +168,8 @@ def kernel(
             u *= read_weight(w + j * w_step)
         return u
 
+    # what is in shared memory is sooner read once more than its sum moved to each new maximum
+    twice = staged and not (spread_out or capped)
     bring, take = _staging(name) if staged else (None, None)
 
     def reduce(
@@ -210,7 +221,10 @@ def kernel(
             lane, local_row = cuda.threadIdx.x % lanes_of_row, cuda.threadIdx.x // lanes_of_row
         row = first_row + local_row
         live = row < rows
-        o, i = row // inner, row % inner
+        o, i = row, np.int64(0)
+        if inner != 1:  # a division takes as long as several elements
+            o = row // inner
+            i = row - o * inner
         source = x + o * x_outer + i * x_inner
         t_source = t + o * t_outer + i * t_inner
         pitch = classes | 1  # so that neighbouring rows are in different banks
@@ -219,7 +233,6 @@ def kernel(
             bring(memory, x + first_row * x_outer, present, classes, pitch)
             cuda.syncthreads()
         mine = local_row * pitch
-
         y, kept = np.int64(-1), True
         x_y, w_y, slope_y = zero, one, one
         if sparse and live:
@@ -228,7 +241,7 @@ def kernel(
             if y < 0 or y >= classes:
                 y = np.int64(-1)
             else:
-                x_y = memory[mine + y] if staged else read(source + y * x_classes)
+                x_y = memory[np.uint32(mine + y)] if staged else read(source + y * x_classes)
                 if capped:
                     x_y, slope_y = softcap(x_y, cap)
                 if weighted:
@@ -242,6 +255,28 @@ def kernel(
         stop = classes if live else 0
         if running and operation != "logsumexp":
             stop = 0  # the state is that of the whole row
+        if twice:
+            tile, width, j = np.uint32(mine), np.uint32(stop), np.uint32(0)
+            while j < width:
+                m = larger(m, memory[np.uint32(tile + j)])
+                j = np.uint32(j + 1)
+            n, offset = reference(m)
+            floor, magic = window(n)
+            lead = lead_of(m, offset, floor, magic)
+            level, part = m - offset, zero
+            j = np.uint32(0)
+            while j < width:
+                v = memory[np.uint32(tile + j)] - offset
+                if v == level:
+                    k += one
+                else:
+                    part += exponential(v, floor, magic)
+                j = np.uint32(j + 1)
+                if j & np.uint32(15) == 0:  # so often that nothing is lost
+                    e, low = two_part_sum(e, low, part, zero)
+                    part = zero
+            e, low = two_part_sum(e, low, part, zero)
+            stop = 0
         for begin in range(lane, stop, lanes_of_row * TOGETHER):
             top = -infinity
             for c in range(TOGETHER):
@@ -249,7 +284,7 @@ def kernel(
                 u[c] = zero
                 j = begin + c * lanes_of_row
                 if j < stop:
-                    v = memory[mine + j] if staged else read(source + j * x_classes)
+                    v = memory[np.uint32(mine + j)] if staged else read(source + j * x_classes)
                     if capped:
                         v = softcap(v, cap)[0]
                     if signed:
@@ -402,9 +437,18 @@ def kernel(
                 floor, magic = window(n)
                 lead = lead_of(m, offset, floor, magic)
                 ratio = factor / lead
-                if live:
+                if twice and not logs:
+                    tile, width, j = np.uint32(mine), np.uint32(classes if live else 0), np.uint32(0)
+                    while j < width:
+                        term = exponential(memory[np.uint32(tile + j)] - offset, floor, magic)
+                        v = factor if term == lead else term * ratio
+                        memory[np.uint32(tile + j)] = v if kept else zero
+                        j = np.uint32(j + 1)
+                    if sparse and kept and y >= 0:
+                        memory[np.uint32(mine + y)] = g_y
+                elif live:
                     for j in range(lane, classes, lanes_of_row):
-                        v = memory[mine + j] if staged else read(source + j * x_classes)
+                        v = memory[np.uint32(mine + j)] if staged else read(source + j * x_classes)
                         slope = one
                         if logs:
                             # both parts are at most 0: nothing cancels
@@ -427,7 +471,7 @@ def kernel(
                             if not kept:
                                 v = zero
                         if staged:
-                            memory[mine + j] = v
+                            memory[np.uint32(mine + j)] = v
                         else:
                             write(out + o * out_outer + i * out_inner + j * out_classes, out_type(v))
                 if staged:
