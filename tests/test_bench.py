@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -260,56 +258,6 @@ def test_peers_agree(name: str, logits: str) -> None:
                 assert peers.disagreement(work.call(), call()) < 1e-3, measure
 
 
-class Driver:
-    """What the benchmark asks of the CUDA driver, done to the memory of the emulator."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
-
-    def __init__(self, memory: Any) -> None:
-        self.memory, self.clock = memory, 0.0
-        attributes = {"L2_CACHE_SIZE": 64, "MULTIPROCESSOR_COUNT": 2}
-        attributes |= {"COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0}
-        self.CUdevice_attribute = SimpleNamespace(
-            **{f"CU_DEVICE_ATTRIBUTE_{name}": value for name, value in attributes.items()}
-        )
-        self.free = 1 << 30
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: (0,)
-
-    def cuDeviceGetAttribute(self, attribute: int, device: Any) -> tuple[int, int]:  # noqa: N802
-        return 0, attribute
-
-    def cuDeviceGetName(self, length: int, device: Any) -> tuple[int, bytes]:  # noqa: N802
-        return 0, b"emulated\0  "
-
-    def cuDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
-        return 0, 13000
-
-    def cuMemGetInfo(self) -> tuple[int, int, int]:  # noqa: N802
-        return 0, self.free, 1 << 31
-
-    def cuMemcpyHtoDAsync(self, at: int, source: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
-        self.memory.write(at, np.frombuffer((ctypes.c_uint8 * size).from_address(source), np.uint8))
-        return (0,)
-
-    def cuMemcpyDtoHAsync(self, to: int, source: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
-        found = self.memory.read(source, np.uint8, (size,))
-        ctypes.memmove(to, found.ctypes.data, size)
-        return (0,)
-
-    def cuMemcpyDtoDAsync(self, to: int, source: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
-        self.memory.write(to, self.memory.view(source, np.uint8, (size,)).copy())
-        return (0,)
-
-    def cuMemsetD8Async(self, to: int, value: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
-        self.memory.write(to, np.full(size, value, np.uint8))
-        return (0,)
-
-    def cuEventElapsedTime(self, start: Any, stop: Any) -> tuple[int, float]:  # noqa: N802
-        return 0, 1.0
-
-
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> card.Card:
     """A card that takes a millisecond for whatever it is asked."""
@@ -325,7 +273,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> card.Card:
     monkeypatch.setattr(gpu, "MORE_ROUNDS", 1)
     monkeypatch.setattr(gpu, "CALLS", 2)
     monkeypatch.setattr(card, "why_not", lambda: None)
-    made = card.Card(Driver(found.memory), found)
+    made = card.Card(device.Driver(found.memory), found)
     monkeypatch.setattr(gpu, "Card", lambda: made)
     return made
 
