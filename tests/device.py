@@ -319,6 +319,17 @@ def instead_of_host(monkeypatch):
         function = getattr(fastll, name)
         if function.__module__ in ("fastll.api.reductions", "fastll.api.losses"):
             monkeypatch.setattr(fastll, name, on_device(function))
+    update, value = fastll.LogSumExp.update, fastll.LogSumExp.value.fget
+
+    def updated(self, x, axis=-1):
+        return update(self, there.to_device(np.asarray(x)), axis)
+
+    def fetched(self):
+        found = value(self)
+        return there.contents(found).copy()[()] if isinstance(found, DeviceArray) else found
+
+    monkeypatch.setattr(fastll.LogSumExp, "update", updated)
+    monkeypatch.setattr(fastll.LogSumExp, "value", property(fetched))
     for name, operation in OPERATIONS.items():
         replaced = operation._replace(function=on_device(operation.function))
         monkeypatch.setitem(OPERATIONS, name, replaced)
