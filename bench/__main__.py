@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import ChainMap
 from collections.abc import Callable, Collection
 from math import prod
 from pathlib import Path
@@ -13,11 +15,11 @@ import pytest
 from rich.console import Console
 
 import fastll
-from bench import report
-from bench.cases import CALL_BELOW, CASES, DTYPES, GROUPS, LOGITS, Case
+from bench import card, gpu, gpu_report, report
+from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
 from bench.jobs import Settings, measures, select
-from bench.peers import PEERS
+from bench.peers import CUDA_PEERS, PEERS
 from bench.plots import draw
 from bench.session import measure
 from fastll.operations import OPERATIONS
@@ -51,11 +53,12 @@ def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | 
     return split
 
 
-def _cases(value: str | None, axis: int) -> tuple[Case, ...]:
+def _cases(value: str | None, axis: int, device: str) -> tuple[Case, ...]:
     """Cases by name or group, or of a shape such as 2048x50257."""
     cases: list[Case] = []
+    of_device = (CUDA_CASES | CASES if device == "cuda" else CASES).values()
     for name in (part.strip() for part in value.split(",")) if value else ():
-        known = [case for case in CASES.values() if name in (case.name, case.group)]
+        known = [case for case in of_device if name in (case.name, case.group)]
         cases += known or [_custom(name, axis)]
     return tuple(cases)
 
@@ -92,11 +95,14 @@ def _custom(name: str, axis: int) -> Case:
 @click.option("--logits", callback=_list_of(LOGITS), help=", ".join(LOGITS))
 @click.option("--backend", "backends", callback=_list_of(fastll.backends()), help="Default: cython.")
 @click.option(
-    "--against", callback=_list_of(PEERS, "none"), help=f"{', '.join(PEERS)} (the default), or none."
+    "--against",
+    callback=_list_of(ChainMap(CUDA_PEERS, PEERS), "none"),
+    help=f"{', '.join(PEERS)} (the default), or none; on a GPU {', '.join(CUDA_PEERS)}.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of fastll and of every peer.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seconds", type=click.FloatRange(0), help="On a GPU: begin nothing after so many.")
 @click.option("--output", type=Folder, default="results", show_default=True, help="Folder to write to.")
 @click.pass_context
 def main(
@@ -105,30 +111,47 @@ def main(
     axis: int,
     against: tuple[str, ...],
     threads: int | None,
+    device: str,
     output: Path,
     **selected: Any,
 ) -> None:
     """Measure fastll beside the floor that memory sets, and beside its peers."""
     if ctx.invoked_subcommand is not None:
         return
-    peers = tuple(name for name in against or PEERS if name != "none")
-    settings = Settings(cases=_cases(shape, axis), against=peers, **selected)
-    if not select(settings):
-        raise click.UsageError("nothing to measure: no case has such operations, dtypes and logits")
+    peers = CUDA_PEERS if device == "cuda" else PEERS
+    chosen = tuple(name for name in against or peers if name != "none")
+    settings = Settings(cases=_cases(shape, axis, device), against=chosen, device=device, **selected)
+    _check(settings, peers)
     if threads is not None:
         _limit(threads)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "results.json"
     path.unlink(missing_ok=True)
-    code = measure(settings, path)
+    code = (gpu.measure if device == "cuda" else measure)(settings, path)
     results = report.load(path)
     console = Console(highlight=False)
-    console.print(report.table(results), "")
-    for note in report.notes(results):
+    words = gpu_report if device == "cuda" else report
+    console.print(words.table(results), "")
+    for note in words.notes(results):
         console.print(note, markup=False)
     for written in draw(results, output):
         click.echo(f"Wrote {written}", err=True)
-    ctx.exit({pytest.ExitCode.OK: 0, pytest.ExitCode.INTERRUPTED: 130}.get(code, 1))
+    ctx.exit({pytest.ExitCode.OK: 0, pytest.ExitCode.INTERRUPTED: 130}.get(code, code and 1))
+
+
+def _check(settings: Settings, peers: Collection[str]) -> None:
+    """Whether there is something to measure on the device."""
+    for name in settings.against:
+        if name not in peers:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(peers)}", param_hint="--against")
+    if settings.device == "cuda":
+        if not {"randn"}.issuperset(settings.logits) or not {"cuda"}.issuperset(settings.backends):
+            raise click.UsageError("on a GPU the backend is cuda and the logits are randn")
+        reason = card.why_not()
+        if reason is not None:
+            raise _Failure(f"no GPU to measure: {reason}")
+    if not select(settings):
+        raise click.UsageError("nothing to measure: no case has such operations, dtypes and logits")
 
 
 def _limit(threads: int) -> None:
@@ -166,9 +189,27 @@ def compare(ctx: click.Context, old: Path, new: Path, fail_over: float) -> None:
 
 @main.command()
 @click.argument("results", type=Results)
-def table(results: Path) -> None:
-    """Print results as the Markdown tables that README carries."""
-    click.echo(report.markdown(report.load(results)))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def table(results: Path, device: str) -> None:
+    """Print results as the Markdown tables that README carries.
+
+    Of a GPU also without a file: what there is to be measured.
+    """
+    if device == "cuda" and not results.exists():
+        click.echo(gpu_report.markdown(None))
+        return
+    found = report.load(results)
+    on_gpu = found["environment"]["device"] == "cuda"
+    click.echo((gpu_report if on_gpu else report).markdown(found))
+
+
+@main.command()
+@click.argument("output", type=Results)
+@click.argument("results", type=Results, nargs=-1, required=True)
+def merge(output: Path, results: tuple[Path, ...]) -> None:
+    """Put the measurements of several runs into one file; of those done twice the last."""
+    whole = report.merged([report.load(path) for path in results])
+    output.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 @main.command()

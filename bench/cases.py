@@ -82,6 +82,48 @@ SWEEPS = (
 
 CASES = {case.name: case for case in (*WORKLOADS, *CALLS, *SWEEPS)}
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
+
+_ROWS = (*BOTH, "sparse_cross_entropy/value", "sparse_cross_entropy/in-place", "softmax/value")
+_HALVES = ("float32", "bfloat16")
+
+#: What is measured on a GPU: that which has targets, and an axis that is not the last.
+CUDA_CASES = {
+    case.name: case
+    for case in (
+        *(
+            Case(f"8192x{n}", (8192, n), 1, _ROWS, _ROWS if n == 50257 else BOTH, _HALVES)
+            for n in (4096, 32000, 50257, 128256, 262144)
+        ),
+        Case("short10", (1 << 22, 10), 1, _ROWS, BOTH, _HALVES),
+        Case("short1000", (1 << 20, 1000), 1, _ROWS, BOTH, _HALVES),
+        Case("elements", (1 << 28,), 0, (BCE, "sigmoid/value"), SWEPT[2:], _HALVES),
+        Case("columns", (8192, 8192), 0, _ROWS),
+        Case("call", (32, 1000), 1, (*BOTH, "softmax/value"), BOTH, group="calls"),
+    )
+}
+
+#: Bytes of a row that the registers of eight blocks hold; a longer one is read twice to be written.
+ON_CHIP = 131072 * 4
+#: Seconds that one small call may take, from Python and without waiting for the GPU.
+CALL_TARGET = 15e-6
+#: Times as fast as a peer that a loss with its gradient shall be.
+PEER_TARGETS = {"torch": 3.0, "torch.compile": 1.5, "liger": 1.5}
+
+
+def target(measure: str, case: Case, dtype: str) -> float | None:
+    """The share of a GPU's copy bandwidth that is aimed at; `measure` is `operation/variant`."""
+    if case.group == "calls" or case.axis != len(case.shape) - 1:
+        return None
+    if measure.startswith((BCE, "sigmoid")):
+        return 0.9
+    if case.shape[1] <= 1000:
+        return 0.75
+    if measure in (BOTH[0], "sparse_cross_entropy/value"):
+        return 0.9
+    size = 2 if dtype in ("float16", "bfloat16") else 4
+    return 0.85 if case.shape[1] * size <= ON_CHIP else 0.75
+
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 #: Elements below which a shape from the command line is a small call, without a floor.

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
 from bench import floors
-from bench.cases import CASES, LOGITS, MAX_BYTES, Array, Case
+from bench.cases import CASES, CUDA_CASES, LOGITS, MAX_BYTES, Array, Case
 from bench.peers import PEERS
 from fastll.operations import OPERATIONS
 
@@ -31,6 +31,12 @@ class Settings:
     against: tuple[str, ...] = tuple(PEERS)
     rounds: int = 7
     device: str = "cpu"
+    seconds: float | None = None  # after which no job is begun any more
+
+    @property
+    def known(self) -> dict[str, Case]:
+        """The cases of the device."""
+        return CUDA_CASES if self.device == "cuda" else CASES
 
 
 class Job(NamedTuple):
@@ -68,7 +74,8 @@ def _expand(names: Iterable[str]) -> set[str]:
 
 def select(settings: Settings) -> list[Job]:
     """The jobs, in the order of the cases."""
-    backends = settings.backends or (("cython", "numba") if settings.full else ("cython",))
+    usual = ("cuda",) if settings.device == "cuda" else ("cython", "numba")
+    backends = settings.backends or (usual if settings.full else usual[:1])
     return [
         Job(
             *measure.split("/"),
@@ -76,21 +83,35 @@ def select(settings: Settings) -> list[Job]:
             dtype,
             logits,
             backend,
-            # peers once, and where their users would do the same: they leave the logits alone
-            settings.against if _has_peers(case, measure) and backend == backends[0] else (),
+            _peers(settings, case, measure) if backend == backends[0] else (),
             settings.rounds,
         )
-        for case in settings.cases or CASES.values()
+        for case in settings.cases or settings.known.values()
         for dtype, logits in _kinds(case, settings)
         for measure in _measures(case, settings)
         if measure.partition("/")[0] in LOGITS[logits][1]
-        if np.prod(case.shape, dtype=float) * np.dtype(dtype).itemsize <= MAX_BYTES
+        if settings.device == "cuda" or _size(case, dtype) <= MAX_BYTES
         for backend in backends
     ]
 
 
-def _has_peers(case: Case, measure: str) -> bool:
-    return case.group in ("workloads", "calls") and not measure.endswith("/in-place")
+def _size(case: Case, dtype: str) -> float:
+    """Bytes of the logits."""
+    return float(np.prod(case.shape, dtype=float) * np.dtype(dtype).itemsize)
+
+
+def _peers(settings: Settings, case: Case, measure: str) -> tuple[str, ...]:
+    """Those whose users would do the same: they leave the logits alone, but for Liger's.
+
+    On a GPU the comparison is of losses with their gradient, for which alone something is compiled.
+    """
+    if case.group not in ("workloads", "calls"):
+        return ()
+    in_place = measure.endswith("/in-place")
+    if settings.device != "cuda":
+        return () if in_place else settings.against
+    chosen = ("liger",) if in_place else ("torch",)
+    return tuple(name for name in settings.against if measure.endswith("/gradient") or name in chosen)
 
 
 def _measures(case: Case, settings: Settings) -> list[str]:

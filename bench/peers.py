@@ -67,6 +67,19 @@ def torch(
     name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...], compiled: bool = False
 ) -> Call:
     import torch
+
+    def tensor(a: Array) -> Any:
+        if a.dtype == "bfloat16":
+            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(a)
+
+    torch.set_num_threads(fastll.get_num_threads())
+    return torch_binder(name, gradient, compiled)(*(tensor(a) for a in (x, *arguments)), axis=axis)
+
+
+def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call]:
+    """What makes calls for tensors, wherever they are, of one formula that is compiled once."""
+    import torch
     from torch.nn import functional
 
     formulas = {
@@ -81,27 +94,36 @@ def torch(
         ),
         BCE: lambda x, axis, t: functional.binary_cross_entropy_with_logits(x, t),
     }
-
-    def tensor(a: Array) -> Any:
-        if a.dtype == "bfloat16":
-            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(a)
-
-    torch.set_num_threads(fastll.get_num_threads())
-    logits, *others = (tensor(a) for a in (x, *arguments))
     formula = formulas[name]
     if compiled:
         torch._dynamo.reset()  # else it gives up after eight shapes, and runs uncompiled
         formula = torch.compile(formula, dynamic=False)
+    return partial(_bind_tensors, formula, gradient)
+
+
+def _bind_tensors(formula: Callable[..., Any], gradient: bool, x: Any, *others: Any, axis: int) -> Call:
+    import torch
+
     if not gradient:
-        return partial(formula, logits, axis, *others)
-    logits.requires_grad_()
+        return partial(formula, x, axis, *others)
+    logits = x.detach().requires_grad_()
 
     def loss_and_gradient() -> Any:
         loss = formula(logits, axis, *others)
         return loss.detach(), *torch.autograd.grad(loss, logits)
 
     return loss_and_gradient
+
+
+def liger_binder(name: str, gradient: bool) -> Callable[..., Call] | None:
+    """Liger's cross-entropy, which leaves the gradient in the logits."""
+    if name != "sparse_cross_entropy":
+        return None
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return partial(
+        _bind_tensors, lambda x, axis, t: LigerCrossEntropyFunction.apply(x, t, None)[0], gradient
+    )
 
 
 def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call:
@@ -139,8 +161,10 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
 
 
 class Peer(NamedTuple):
+    """A library and what makes calls of it."""
+
     package: str
-    bind: Bind
+    bind: Callable[..., Any]  # a `Bind`; on a GPU a binder of (operation, gradient)
 
     @property
     def version(self) -> str | None:
@@ -160,6 +184,13 @@ PEERS = {
 }
 
 
+CUDA_PEERS = {
+    "torch": Peer("torch", torch_binder),
+    "torch.compile": Peer("torch", partial(torch_binder, compiled=True)),
+    "liger": Peer("liger-kernel", liger_binder),
+}
+
+
 def disagreement(ours: Any, theirs: Any) -> float:
     """Largest difference, relative to the largest value; infinite where only one is finite."""
     worst = 0.0
@@ -176,8 +207,10 @@ def disagreement(ours: Any, theirs: Any) -> float:
 def _parts(result: Any) -> list[Array]:
     """The results as float64, of large ones the beginning."""
     parts = result if isinstance(result, tuple) else (result,)
-    return [_numpy(part).reshape(-1)[: 1 << 20].astype(np.float64) for part in parts]
+    return [_numpy(part.reshape(-1)[: 1 << 20]).astype(np.float64) for part in parts]
 
 
 def _numpy(a: Any) -> Array:
-    return np.asarray(a.float() if str(getattr(a, "dtype", "")) == "torch.bfloat16" else a)
+    if type(a).__module__ == "torch":
+        a = a.cpu().float() if str(a.dtype) == "torch.bfloat16" else a.cpu()
+    return np.asarray(a)

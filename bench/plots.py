@@ -23,6 +23,7 @@ STYLES = {
     "torch": ("#D55E00", "^"),
     "torch.compile": ("#CC79A7", "v"),
     "jax": ("#009E73", "P"),
+    "liger": ("#0072B2", "X"),
 }
 LINES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
 DASHES = ("-", "--")
@@ -44,9 +45,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
     for record in records(results):
         by_group[record["group"]].append(record)
     compared = [r for r in by_group["workloads"] if r["times_the_floor"] and r["peers"]]
+    large = [r for r in by_group["workloads"] if r["times_the_floor"]]
     written: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(LOOK):
+        if results["environment"]["device"] == "cuda":
+            return _save(_shares(large), folder / "gpu") if large else []
         if compared:
             written += _save(_peers(compared), folder / "peers")
         if by_group["sizes"]:
@@ -88,6 +92,33 @@ def _peers(compared: list[Record]) -> Figure:
     axes.set_yticks(range(len(compared)), labels, fontsize=7)
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=len(points))
+    return figure
+
+
+def _shares(large: list[Record]) -> Figure:
+    """Of a GPU: bars of shares of the copy's bandwidth, marks of the targets, and the peers as dots."""
+    figure = Figure((9, 1.4 + 0.25 * len(large)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(large))
+    axes.barh(places, [1 / r["times_the_floor"] for r in large], color="0.75", label="fastll")
+    aims = [(r["target"], y) for y, r in enumerate(large) if r["target"]]
+    if aims:
+        axes.scatter(*zip(*aims, strict=True), marker="|", c="#000000", s=80, label="target", zorder=3)
+    points: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for y, record in enumerate(large):
+        for name, report in record["peers"].items():
+            if "seconds" in report:
+                points[name].append((record["floor"] / report["seconds"], y))
+    for name, at in points.items():
+        color, marker = STYLES[name]
+        axes.scatter(*zip(*at, strict=True), marker=marker, c=color, s=24, label=name, zorder=2)
+    axes.axvline(1, color="0.4", lw=1)
+    axes.set(xlabel="share of the bandwidth of a copy (line)", xlim=(0, None))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="x")
+    axes.set_yticks(places, [f"{title(r)}, {r['case']}, {r['dtype']}" for r in large], fontsize=7)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=5)
     return figure
 
 

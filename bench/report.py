@@ -119,6 +119,11 @@ def notes(results: Results) -> Iterator[str]:
     missing = [name for name, version in environment["peers"].items() if version is None]
     if missing:
         yield f"Not installed: {', '.join(missing)}."
+    yield from of_peers(results)
+
+
+def of_peers(results: Results) -> Iterator[str]:
+    """What was not measured, which peers failed, and which differ."""
     for name, reason in results["unmeasured"].items():
         yield f"Not measured: {name}: {reason}"
     for record in records(results):
@@ -138,15 +143,15 @@ def markdown(results: Results) -> str:
     labels = dict.fromkeys(label for label, _ in multiples)
     peers = _peers(results)
     lines = [
-        *_header("multiples of the floor", *cases),
-        *(_line(label, *(multiples.get((label, case), "") for case in cases)) for label in labels),
+        *header("multiples of the floor", *cases),
+        *(line(label, *(multiples.get((label, case), "") for case in cases)) for label in labels),
         "",
-        *_header("times as fast as", "logits", "time", *peers),
+        *header("times as fast as", "logits", "time", *peers),
     ]
     for r in usual:
         if r["peers"]:
             ratios = (faster(r, peer) for peer in peers)
-            lines.append(_line(_label(r), _heading(r), seconds(r["seconds"]), *ratios))
+            lines.append(line(_label(r), _heading(r), seconds(r["seconds"]), *ratios))
     return "\n".join((*lines, "", *notes(results)))
 
 
@@ -164,12 +169,25 @@ def _heading(record: Record) -> str:
     return shape + ("" if last else f", axis {record['axis']}") + unusual
 
 
-def _line(*cells: str) -> str:
+def line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _header(*cells: str) -> tuple[str, str]:
-    return _line(*cells), _line(*("---" for _ in cells))
+def header(*cells: str) -> tuple[str, str]:
+    return line(*cells), line(*("---" for _ in cells))
+
+
+def merged(several: list[Results]) -> Results:
+    """Measurements of several runs of one device; of one that was done twice the later."""
+    devices = {results["environment"]["device"] for results in several}
+    if len(devices) > 1:
+        raise ReportError(f"results of different devices: {', '.join(sorted(devices))}")
+    found = {
+        benchmark["param"]: benchmark for results in several for benchmark in results["benchmarks"]
+    }
+    missing = {name: reason for results in several for name, reason in results["unmeasured"].items()}
+    unmeasured = {name: reason for name, reason in missing.items() if name not in found}
+    return several[-1] | {"benchmarks": list(found.values()), "unmeasured": unmeasured}
 
 
 def compare(old: Results, new: Results, fail_over: float) -> tuple[Table, list[str], list[str]]:

@@ -9,22 +9,16 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import pytest
 
 import fastll
 from bench.jobs import Job, Settings, Workload, select, workload
 from bench.peers import PEERS, Call, disagreement
+from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
 from bench.session import SETTINGS
 
 #: Rounds of a small array are short and noisy: there are more of them.
 SMALL, MORE_ROUNDS = 1 << 22, 10
-#: Calls in a round of a small call.
-CALLS = 200
-#: Seconds after which a slow peer is measured no more, and rounds that it gets in any case.
-PATIENCE, LEAST_ROUNDS = 1.5, 3
-#: By the bytes of an element, relative to the largest value: peers may sum in the dtype itself.
-TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}
 
 Times = dict[str, list[float]]
 
@@ -76,7 +70,7 @@ def bind_peers(
                 continue
             off = disagreement(result, call())
         except Exception as error:  # whatever goes wrong in a peer is a result
-            reports[name] = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+            reports[name] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         else:
             calls[name] = call
             agrees = off <= TOLERANCE[work.x.itemsize]
@@ -115,9 +109,3 @@ def seconds(call: Call) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    """Median over the rounds that both had."""
-    n = min(len(above), len(below))
-    return float(np.median(np.divide(above[:n], below[:n])))

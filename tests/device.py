@@ -1,14 +1,19 @@
 """A GPU for the tests: a real one where there is one, else the emulator of PTX.
 
 Tests are written for NumPy. `on_device` makes of a public function one that takes NumPy arrays, calls
-the function with arrays on the device, in the same strides, and brings back what it returns and writes.
+the function with arrays on the device, in the same strides, and brings back what it returns and has
+written. FASTLL_TEST_DEVICE=emulator leaves a real GPU alone.
 """
 
+import ctypes
 import functools
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
 import ptx
+import pytest
+from conftest import why_no_gpu
 from numpy.lib.array_utils import byte_bounds
 
 import fastll
@@ -17,28 +22,76 @@ from fastll.backends.cuda import compiler, launch
 from fastll.operations import OPERATIONS
 
 CAPABILITY = (9, 0)
-#: Arguments that are arrays, where they are named.
-ARRAYS = ("logits", "target", "x", "a", "b", "weight", "pos_weight", "out", "grad_out")
+#: Arguments that are arrays where they are given by name.
+OUTPUTS = ("out", "grad_out")
+ARRAYS = (*OUTPUTS, "x", "logits", "target", "weight", "pos_weight", "b")
 
 
 class DeviceArray:
-    """An array in emulated memory, where NumPy can see it as `host`."""
+    """An array on a device, with its geometry as a NumPy object, whose memory only an emulator has."""
 
-    def __init__(self, host, address, memory):
-        self.host, self.address, self.memory = host, address, memory
+    def __init__(self, geometry, address, memory):
+        self.geometry, self.address, self.memory = geometry, address, memory
 
     def __del__(self):
         if self.memory is not None:
             self.memory.release(self.address)
 
 
-class Emulated:
+class Library:
+    """A library of arrays on a device, whose memory is NaN in every format before it is written.
+
+    What it stands on: `allocate`, `release`, `write` and `contents`.
+    """
+
+    mutable = True
+
+    def __init__(self):
+        self.array = type(self.name, (DeviceArray,), {})
+        libraries._known[self.array] = self
+
+    def to_device(self, x):
+        """A copy of the memory that an array spans, and the array over it."""
+        low, high = byte_bounds(x) if x.size else (0, 0)
+        address = self.allocate(max(high - low, 1))
+        if x.size:
+            self.write(address, _raw(low, high - low))
+        return self.array(_view(address + _offset(x, low), x), address, self)
+
+    def device(self, x):
+        return libraries.Device("cuda", 0)
+
+    def view(self, x, name):
+        g = x.geometry
+        address = g.__array_interface__["data"][0]
+        return libraries.device_view(address, g.shape, g.strides, g.dtype, x, g.flags.writeable)
+
+    def writes(self, x):
+        pass
+
+    def empty(self, shape, dtype, device, order):
+        permuted, inverse = shape, tuple(range(len(shape)))
+        if order is not None:
+            permuted, inverse = libraries.permuted(shape, order)
+        address = self.allocate(max(int(np.prod(permuted)) * dtype.itemsize, 1))
+        geometry = _view(address, np.empty(permuted, dtype)).transpose(inverse)
+        return self.view(self.array(geometry, address, self), "new")
+
+    def give(self, view):
+        return view.owner
+
+    def order(self, x, device, consumer):
+        pass
+
+
+class Emulated(Library):
     """What `fastll.backends.cuda.launch.Gpu` is, by emulation; and the library of its arrays."""
 
-    name, mutable = "emulated", True
+    name = "emulated"
     capability = CAPABILITY
 
     def __init__(self):
+        super().__init__()
         self.memory = ptx.Memory(256 << 20)
         self.launches = []
         self.options = {}
@@ -61,54 +114,20 @@ class Emulated:
     def read(self, address, count, dtype, stream):
         return self.memory.view(address, dtype, (count,)).copy()
 
-    def release(self, address):
-        self.memory.free(address)
-
-    def to_device(self, x):
-        """A copy of the memory that an array spans, and the array over it."""
-        low, high = byte_bounds(x) if x.size else (0, 0)
-        address = self.memory.alloc(max(high - low, 1))
-        if x.size:
-            raw = np.lib.stride_tricks.as_strided(
-                np.asarray(SimpleNamespace(__array_interface__=_bytes(low, high - low)))
-            )
-            self.memory.write(address, raw)
-        return DeviceArray(_view(address + _offset(x, low), x), address, self)
-
-    # the library
-
-    def device(self, x):
-        return libraries.Device("cuda", 0)
-
-    def view(self, x, name):
-        h = x.host
-        return libraries.device_view(
-            h.__array_interface__["data"][0], h.shape, h.strides, h.dtype, x, h.flags.writeable
-        )
-
-    def writes(self, x):
-        pass
-
-    def converted(self, x, dtype):
-        return self.to_device(x.host.astype(dtype))
-
-    def empty(self, shape, dtype, device, order):
-        permuted, inverse = shape, tuple(range(len(shape)))
-        if order is not None:
-            permuted, inverse = libraries.permuted(shape, order)
-        size = int(np.prod(permuted)) * dtype.itemsize
-        address = self.memory.alloc(max(size, 1))
-        host = _view(address, np.empty(permuted, dtype)).transpose(inverse)
-        return self.view(DeviceArray(host, address, self), "new")
-
-    def give(self, view):
-        return view.owner
-
     def stream(self, device):
         return 7
 
-    def order(self, x, device, consumer):
-        pass
+    def allocate(self, size):
+        return self.memory.alloc(size)
+
+    def release(self, address):
+        self.memory.free(address)
+
+    def write(self, address, raw):
+        self.memory.write(address, raw)
+
+    def contents(self, x):
+        return x.geometry
 
 
 @functools.cache
@@ -117,8 +136,114 @@ def compiled(kernel, capability, bound):
     return ptx.Module(compiler.ptx(kernel, capability, bound)[0])
 
 
-def _bytes(address, size):
-    return {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
+class Real(Library):
+    """Arrays on a real GPU by its driver, and a stream that waits for no other."""
+
+    name = "real"
+
+    def __init__(self, driver=None):
+        super().__init__()
+        if driver is None:
+            from cuda.bindings import driver
+        self.driver = driver
+        self.checked(driver.cuInit(0))
+        self.context = self.checked(
+            driver.cuDevicePrimaryCtxRetain(self.checked(driver.cuDeviceGet(0)))
+        )
+        with self.current():
+            self.handle = int(self.checked(driver.cuStreamCreate(1)))  # CU_STREAM_NON_BLOCKING
+
+    def checked(self, result):
+        error, *values = result
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver says {error.name}")
+        return values[0] if values else None
+
+    @contextmanager
+    def current(self):
+        """The calling thread's context for a while."""
+        self.checked(self.driver.cuCtxPushCurrent(self.context))
+        try:
+            yield
+        finally:
+            self.checked(self.driver.cuCtxPopCurrent())
+
+    def stream(self, device):
+        return self.handle
+
+    def allocate(self, size):
+        with self.current():
+            address = int(self.checked(self.driver.cuMemAlloc(size)))
+            self.checked(self.driver.cuMemsetD8Async(address, 0xFF, size, self.handle))
+        return address
+
+    def release(self, address):
+        with suppress(Exception), self.current():  # at the end of the process there may be no driver
+            self.driver.cuStreamSynchronize(self.handle)
+            self.driver.cuMemFree(address)
+
+    def write(self, address, raw):
+        with self.current():
+            host = raw.ctypes.data
+            self.checked(self.driver.cuMemcpyHtoDAsync(address, host, raw.nbytes, self.handle))
+            self.checked(self.driver.cuStreamSynchronize(self.handle))
+
+    def contents(self, x):
+        g = x.geometry
+        if not g.size:
+            return np.empty(g.shape, g.dtype)
+        low, high = byte_bounds(g)
+        raw = np.empty(high - low, np.uint8)
+        with self.current():
+            self.checked(self.driver.cuMemcpyDtoHAsync(raw.ctypes.data, low, raw.nbytes, self.handle))
+            self.checked(self.driver.cuStreamSynchronize(self.handle))
+        return _view(raw.ctypes.data + _offset(g, low), g).copy()
+
+
+class Driver:
+    """What is asked of the CUDA driver, done to the memory of the emulator."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+
+    def __init__(self, memory):
+        self.memory, self.free = memory, 1 << 30
+        attributes = {"L2_CACHE_SIZE": 64, "MULTIPROCESSOR_COUNT": 2}
+        attributes |= {"COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0}
+        named = {f"CU_DEVICE_ATTRIBUTE_{name}": value for name, value in attributes.items()}
+        self.CUdevice_attribute = SimpleNamespace(**named)
+
+    def __getattr__(self, name):
+        functions = {
+            "cuDeviceGetAttribute": lambda attribute, device: attribute,
+            "cuDeviceGetName": lambda length, device: b"emulated\0  ",
+            "cuDriverGetVersion": lambda: 13000,
+            "cuMemAlloc": self.memory.alloc,
+            "cuMemFree": self.memory.free,
+            "cuMemcpyHtoDAsync": lambda to, at, size, stream: self.memory.write(to, _raw(at, size)),
+            "cuMemcpyDtoHAsync": self.to_host,
+            "cuMemcpyDtoDAsync": self.copy,
+            "cuMemsetD8Async": self.fill,
+            "cuEventElapsedTime": lambda start, stop: 1.0,
+        }
+        if name == "cuMemGetInfo":
+            return lambda: (0, self.free, 1 << 31)
+        return lambda *arguments: (0, functions.get(name, lambda *_: 0)(*arguments))
+
+    def to_host(self, to, at, size, stream):
+        found = self.memory.view(at, np.uint8, (size,))
+        ctypes.memmove(to, found.ctypes.data, size)
+
+    def copy(self, to, at, size, stream):
+        self.memory.write(to, self.memory.view(at, np.uint8, (size,)).copy())
+
+    def fill(self, to, value, size, stream):
+        self.memory.view(to, np.uint8, (size,))[:] = value
+
+
+def _raw(address, size):
+    """The bytes there; what they belong to must outlive them."""
+    interface = {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _offset(x, low):
@@ -137,46 +262,58 @@ def _view(address, x):
     return np.asarray(SimpleNamespace(__array_interface__=interface)).view(x.dtype)
 
 
+emulated = functools.cache(Emulated)
+
+
 @functools.cache
-def emulated():
-    gpu = Emulated()
-    libraries._known[DeviceArray] = gpu
-    return gpu
+def gpu():
+    """The GPU of the tests."""
+    return emulated() if why_no_gpu() else Real()
 
 
 def on_device(function):
     """The function for NumPy arrays, done on the device."""
-    gpu = emulated()
+    there = gpu()
 
     @functools.wraps(function)
     def called(*args, **options):
         moved = {}
 
-        def move(x):
+        def move(x, name=None):
             if isinstance(x, list | tuple) or np.isscalar(x):
+                if name in OUTPUTS:
+                    pytest.skip("a list is not on a GPU")
                 x = np.asarray(x) if np.size(x) else np.asarray(x, np.int64)
-            if isinstance(x, np.ndarray):
-                if not x.dtype.isnative:
-                    x = x.astype(x.dtype.newbyteorder("="))
-                if id(x) not in moved:
-                    moved[id(x)] = x, gpu.to_device(x)
-                return moved[id(x)][1]
-            return x
+            if not isinstance(x, np.ndarray):
+                return x
+            if not x.dtype.isnative:
+                x = x.astype(x.dtype.newbyteorder("="))
+            if id(x) not in moved:
+                if x.dtype.hasobject or any(
+                    np.may_share_memory(x, other) for other, _ in moved.values()
+                ):
+                    pytest.skip("neither objects nor what two arrays share is brought to a GPU")
+                moved[id(x)] = x, there.to_device(x)
+            return moved[id(x)][1]
 
+        if args and args[0] is None:
+            pytest.skip("no array of a GPU")
         arrays = [move(a) for a in args[:2]] + list(args[2:])
         if args[1:] and function.__name__ in ("softmax", "log_softmax", "logsumexp", "entropy"):
             arrays[1:2] = args[1:2]  # the axis
-        named = {name: move(value) if name in ARRAYS else value for name, value in options.items()}
+        named = {
+            name: move(value, name) if name in ARRAYS else value for name, value in options.items()
+        }
         result = function(*arrays, **named)
-        for host, there in moved.values():
+        for host, array in moved.values():
             if host.flags.writeable:
-                host[...] = there.host
+                host[...] = there.contents(array)
 
         def back(value):
-            for host, there in moved.values():
-                if value is there:
+            for host, array in moved.values():
+                if value is array:
                     return host
-            return value.host.copy()[()]
+            return there.contents(value).copy()[()]
 
         return tuple(back(value) for value in result) if isinstance(result, tuple) else back(result)
 
@@ -185,13 +322,25 @@ def on_device(function):
 
 def instead_of_host(monkeypatch):
     """The public functions for NumPy arrays, done on the device."""
-    gpu = emulated()
-    monkeypatch.setattr(launch, "gpu", lambda index: gpu)
-    monkeypatch.setattr(launch, "count", lambda: 1)
+    there = gpu()
+    if isinstance(there, Emulated):
+        monkeypatch.setattr(launch, "gpu", lambda index: there)
+        monkeypatch.setattr(launch, "count", lambda: 1)
     for name in fastll.__all__:
         function = getattr(fastll, name)
         if function.__module__ in ("fastll.api.reductions", "fastll.api.losses"):
             monkeypatch.setattr(fastll, name, on_device(function))
+    update, value = fastll.LogSumExp.update, fastll.LogSumExp.value.fget
+
+    def updated(self, x, axis=-1):
+        return update(self, there.to_device(np.asarray(x)), axis)
+
+    def fetched(self):
+        found = value(self)
+        return there.contents(found).copy()[()] if isinstance(found, DeviceArray) else found
+
+    monkeypatch.setattr(fastll.LogSumExp, "update", updated)
+    monkeypatch.setattr(fastll.LogSumExp, "value", property(fetched))
     for name, operation in OPERATIONS.items():
         replaced = operation._replace(function=on_device(operation.function))
         monkeypatch.setitem(OPERATIONS, name, replaced)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import require_numba_cuda
 
 import fastll
-from bench import cases, jobs, peers
+from bench import card, cases, gpu, gpu_report, jobs, peers, report
 from bench.__main__ import main
 from fastll.operations import OPERATIONS
 
@@ -255,3 +256,181 @@ def test_peers_agree(name: str, logits: str) -> None:
         if call is not None:
             with fastll.use_backend("numpy"):
                 assert peers.disagreement(work.call(), call()) < 1e-3, measure
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> card.Card:
+    """A card that takes a millisecond for whatever it is asked."""
+    require_numba_cuda()
+    import device
+
+    from fastll.backends.cuda import launch
+
+    found = device.emulated()
+    monkeypatch.setattr(launch, "gpu", lambda index: found)
+    monkeypatch.setattr(card, "COPY", 1 << 10)
+    monkeypatch.setattr(gpu, "SAMPLE", 1e-4)
+    monkeypatch.setattr(gpu, "MORE_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "CALLS", 2)
+    monkeypatch.setattr(card, "why_not", lambda: None)
+    made = card.Card(device.Driver(found.memory), found)
+    monkeypatch.setattr(gpu, "Card", lambda: made)
+    return made
+
+
+GPU_RUN = ("--device", "cuda", "--rounds", "2")
+
+
+def test_gpu_run(emulated: card.Card, tmp_path: Path) -> None:
+    done = invoke(
+        *GPU_RUN,
+        *("--shape", "1000x101,call", "--op", "logsumexp,sparse_cross_entropy/in-place"),
+        *("--dtype", "float32", "--output", tmp_path),
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["gpu"]["name"] == "emulated"
+    assert results["environment"]["gpu"]["copy_bandwidth"] > 0
+    lse, in_place, call = (benchmark["extra_info"] for benchmark in results["benchmarks"])
+    size = 4 * 1000 * 101
+    assert (lse["nbytes"], in_place["nbytes"]) == (size, 2 * size)
+    assert (lse["target"], in_place["target"], call["target"]) == (0.75, 0.75, None)
+    assert call["floor"] is None
+    assert call["synchronized"]["fastll"] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "gpu.png", "gpu.svg"}
+    assert "emulated (compute capability 9.0" in done.stdout
+    assert "logsumexp, 1000x101, float32" in done.stdout
+    assert "Not measured" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "measure", ["softmax/value", "sparse_cross_entropy/gradient", f"{cases.BCE}/gradient"]
+)
+def test_gpu_results_are_checked(
+    emulated: card.Card, monkeypatch: pytest.MonkeyPatch, measure: str
+) -> None:
+    """Against float64, in a few rows; one that is wrong is said to be."""
+    shape, axis = ((37, 5), 0) if measure.startswith("softmax") else ((6, 21), 1)
+    case = cases.Case("small", shape, axis, (measure,))
+    this = jobs.Job(*measure.split("/"), case, "bfloat16", "randn", "cuda", (), 1)
+    work = gpu.workload(emulated, this)
+    assert len(work.sets) == 2
+    assert work.nbytes == 2 * (3 if measure.startswith(cases.BCE) else 2) * np.prod(shape)
+    assert gpu.off_by(emulated, work) < gpu.ROW_TOLERANCE["bfloat16"]
+    calls = [lambda: work.calls[1]()]  # another one's results
+    assert gpu.off_by(emulated, work._replace(calls=calls)) == float("inf")
+
+
+def test_gpu_without_room(emulated: card.Card) -> None:
+    emulated.driver.free = 60_000_000
+    case = cases.Case("large", (1 << 20, 8), 1, ())
+    this = jobs.Job("softmax", "value", case, "float32", "randn", "cuda", (), 1)
+    # 8.4 MB each: two of x, two of the result, one to spare, and the numbers
+    assert gpu.fit(emulated, this, 4, 2) == ((1 << 18, 8), 2)
+    emulated.driver.free = 0
+    with pytest.raises(MemoryError, match="too few for one row"):
+        gpu.fit(emulated, this, 4, 2)
+
+
+def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "why_not", lambda: "the driver says no")
+    done = invoke("--device", "cuda")
+    assert done.exit_code == 2
+    assert done.stderr == "Error: no GPU to measure: the driver says no\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "scipy"], "'scipy' is none of torch, torch.compile, liger"),
+        (["--logits", "peaked"], "on a GPU the backend is cuda and the logits are randn"),
+        (["--backend", "numba"], "on a GPU the backend is cuda and the logits are randn"),
+    ],
+)
+def test_unknown_names_on_a_gpu(arguments: list[str], message: str) -> None:
+    done = invoke("--device", "cuda", *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_gpu_targets() -> None:
+    def targets(name: str, dtype: str = "float32") -> dict[str, float | None]:
+        case = cases.CUDA_CASES[name]
+        chosen = jobs.Settings(full=True, device="cuda", cases=(case,), dtypes=(dtype,))
+        measures = [f"{job.operation}/{job.variant}" for job in jobs.select(chosen)]
+        return {measure: cases.target(measure, case, dtype) for measure in measures}
+
+    assert targets("8192x50257")["logsumexp/value"] == 0.9
+    assert targets("8192x262144")["sparse_cross_entropy/value"] == 0.9
+    assert targets("8192x128256")["sparse_cross_entropy/gradient"] == 0.85
+    assert targets("8192x262144")["sparse_cross_entropy/gradient"] == 0.75
+    assert targets("8192x262144", "bfloat16")["softmax/value"] == 0.85
+    assert set(targets("short10").values()) == {0.75}
+    assert targets("elements")[f"{cases.BCE}/gradient"] == 0.9
+    assert set(targets("call").values()) == {None}
+
+
+def fake_gpu_results(path: Path) -> report.Results:
+    """Of everything there is to measure, at half of the copy's speed and twice that of the peers."""
+    benchmarks = []
+    for job in jobs.select(jobs.Settings(full=True, device="cuda", against=tuple(peers.CUDA_PEERS))):
+        large = job.case.group != "calls"
+        info = {
+            name: getattr(job, name) for name in ("operation", "variant", "dtype", "logits", "backend")
+        }
+        info |= {"case": job.case.name, "group": job.case.group, "axis": job.case.axis}
+        info |= {"shape": job.case.shape, "wanted_shape": job.case.shape, "nbytes": 8}
+        info |= {"floor": 1e-3 if large else None, "times_the_floor": 2.0 if large else None}
+        info |= {"target": 0.9, "off_by": 1e-7, "agrees": True, "host": 1e-5, "sets": 2}
+        info |= {"synchronized": {"fastll": 3e-5}} if not large else {}
+        info["peers"] = {peer: {"faster": 2.0, "seconds": 4e-3, "agrees": True} for peer in job.against}
+        benchmarks.append({"param": job.name, "stats": {"median": 2e-3}, "extra_info": info})
+    described = {"name": "A card", "capability": [9, 0], "multiprocessors": 132, "l2": 50_000_000}
+    described |= {"driver": "580", "copy_bandwidth": 3e12, "arrays": "torch"}
+    environment = {"device": "cuda", "gpu": described, "rounds": 21, "versions": {"fastll": "0"}}
+    environment["peers"] = {"torch": "2.11", "torch.compile": "2.11", "liger": None}
+    results = {"benchmarks": benchmarks, "environment": environment, "unmeasured": {}}
+    path.write_text(json.dumps(results))
+    return results
+
+
+def test_gpu_tables(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    results = fake_gpu_results(file)
+    lines = invoke("table", file).output.splitlines()
+    assert lines[0].startswith("| share of a copy's bandwidth / target | 8192 x 4096 | 8192 x 32000 |")
+    assert any(line.startswith("| `logsumexp`, float32 | 50% / 90% |") for line in lines)
+    assert any("| 8192 x 50257 | 2 ms | 2.00 | 2.00 | 2.00 |" in line for line in lines)
+    assert "| `logsumexp`, float32 | 32 x 1000 | 2 ms | 30 us |" in lines
+    assert "not measured" not in " ".join(lines)
+    assert "Not installed: liger." in lines
+    results["benchmarks"] = results["benchmarks"][1:]
+    results["benchmarks"][0]["extra_info"] |= {"agrees": False, "shape": (4096, 4096)}
+    said = gpu_report.markdown(results)
+    assert "| not measured / 90% |" in said
+    assert "50% ! / " in said
+    assert "4096 x 4096 instead of 8192 x 4096, which does not fit into memory" in said
+    assert invoke("plot", file).exit_code == 0
+    assert invoke("compare", file, file).exit_code == 0
+
+
+def test_gpu_targets_without_results(tmp_path: Path) -> None:
+    lines = invoke("table", "--device", "cuda", tmp_path / "none.json").output.splitlines()
+    assert lines[0] == "| on a GPU, share of a copy's bandwidth | operations | target | measured |"
+    assert len(lines) > 10
+    assert all(line.endswith("| not measured |") for line in lines[2:])
+
+
+def test_gpu_results_merge(tmp_path: Path) -> None:
+    results = fake_gpu_results(tmp_path / "whole.json")
+    first, second = deepcopy(results), deepcopy(results)
+    missing = first["benchmarks"].pop(0)["param"]
+    first["unmeasured"] = {missing: "TimeoutError"}
+    second["benchmarks"] = second["benchmarks"][:2]
+    for name, part in (("a", first), ("b", second)):
+        (tmp_path / name).write_text(json.dumps(part))
+    whole = tmp_path / "merged.json"
+    assert invoke("merge", whole, tmp_path / "a", tmp_path / "b").exit_code == 0
+    merged = json.loads(whole.read_text())
+    assert {b["param"] for b in merged["benchmarks"]} == {b["param"] for b in results["benchmarks"]}
+    assert merged["unmeasured"] == {}

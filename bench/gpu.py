@@ -1,0 +1,461 @@
+"""Measurements on a GPU: fastll and its peers by events, beside a copy by the card in the same round.
+
+Like those on the CPU: each round is each peer, the copy and then fastll, and ratios are medians over
+rounds. A sample is as many calls in a row as take two milliseconds, over several sets of arrays, which
+together are far larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import cycle, islice
+from math import ceil, prod
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+import fastll
+from bench import gpu_report
+from bench.card import Card, version_of, versions
+from bench.cases import BCE, Array, target
+from bench.jobs import Job, Settings, select
+from bench.peers import CUDA_PEERS, disagreement, torch
+from bench.report import ReportError
+from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
+from fastll.operations import OPERATIONS
+
+#: Seconds of one sample, and the most calls in it: a stream takes about a thousand launches at once.
+SAMPLE, MOST_CALLS = 2e-3, 200
+#: Rounds for each of those asked for: they are short.
+MORE_ROUNDS = 3
+#: Times the L2 cache that the sets of one array are together.
+SETS = 4
+#: Random numbers, which arrays repeat.
+BLOCK = 1 << 24
+#: Arrays in the shape of the logits that a peer may need for itself, and the share of memory to use.
+PEER_ARRAYS, SHARE = 3, 0.9
+#: What a few rows may be off by: the norm of the difference over the norm.
+ROW_TOLERANCE = {"float16": 2e-3, "bfloat16": 4e-3, "float32": 1e-5, "float64": 1e-12}
+#: Elements of an element-wise operation that are checked together.
+CHECKED = 4096
+
+Call = Callable[[], Any]
+Times = dict[str, list[float]]
+
+
+class Set(NamedTuple):
+    """Arrays of one call, as views."""
+
+    x: Any
+    arguments: tuple[Any, ...]
+    out: Any  # in the shape of x, or None
+
+
+class Workload(NamedTuple):
+    job: Job
+    shape: tuple[int, ...]  # fewer rows than the case has, where they do not fit
+    sets: list[Set]
+    calls: list[Call]
+    restore: Call  # the logits
+    overwrites: bool
+    nbytes: int  # that have to be read and written
+
+    @property
+    def losses(self) -> int:
+        """Numbers that a loss is the mean of."""
+        if OPERATIONS[self.job.operation].elementwise:
+            return prod(self.shape)
+        return prod(self.shape) // self.shape[self.job.case.axis]
+
+
+def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
+    """Run the jobs and write their results after each; 1 if one of them failed, 130 if interrupted."""
+    console = Console(stderr=True, highlight=False)
+    card = card or Card()
+    results: dict[str, Any] = {"benchmarks": [], "unmeasured": {}}
+    bandwidths: list[float] = []
+    jobs, start, code = select(settings), perf_counter(), 0
+    for number, job in enumerate(jobs, 1):
+        late = settings.seconds is not None and perf_counter() - start > settings.seconds
+        try:
+            if late:
+                raise TimeoutError(f"no time left of {settings.seconds:g} s")
+            record = measured(card, job, bandwidths)
+            results["benchmarks"].append(record)
+            said = gpu_report.describe(record["extra_info"] | {"seconds": record["stats"]["median"]})
+            code = code or int(not record["extra_info"]["agrees"])
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:  # the next one may do
+            said = results["unmeasured"][job.name] = f"{type(error).__name__}: {first_line(error)}"
+            code = code or int(not late)
+        console.print(f"{number}/{len(jobs)} {job.name}: {said}", soft_wrap=True, markup=False)
+        results["environment"] = environment(settings, card, bandwidths)
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if not results["benchmarks"]:
+        reasons = "".join(f"\n{name}: {reason}" for name, reason in results["unmeasured"].items())
+        raise ReportError(f"nothing was measured{reasons}")
+    return code
+
+
+def environment(settings: Settings, card: Card, bandwidths: list[float]) -> dict[str, Any]:
+    """The card, the versions, and the copy's bytes a second: the median over all rounds."""
+    bandwidth = median(bandwidths) if bandwidths else None
+    return {
+        "device": settings.device,
+        "gpu": card.describe() | {"copy_bandwidth": bandwidth},
+        "rounds": settings.rounds * MORE_ROUNDS,
+        "versions": {"fastll": fastll.__version__} | versions(),
+        "peers": {name: version_of(CUDA_PEERS[name].package) for name in settings.against},
+    }
+
+
+def measured(card: Card, job: Job, bandwidths: list[float]) -> dict[str, Any]:
+    """The record of a job, in the format of pytest-benchmark."""
+    work = workload(card, job)
+    off = off_by(card, work)
+    work.restore()
+    rivals, reports = bind_peers(card, work)
+    time = in_calls if job.case.group == "calls" else in_rounds
+    times, details = time(card, work, rivals)
+    ours, copies = times.pop("fastll"), times.pop("copy", None)
+    for name, theirs in times.items():
+        rounds = {"seconds": median(theirs), "rounds": len(theirs)}
+        reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+    floors = None
+    if copies:
+        bandwidths += copies
+        floors = [work.nbytes / copied for copied in copies]
+    fields = ("operation", "variant", "dtype", "logits", "backend")
+    info = {name: getattr(job, name) for name in fields} | {
+        "case": job.case.name,
+        "group": job.case.group,
+        "shape": list(work.shape),
+        "wanted_shape": list(job.case.shape),
+        "axis": job.case.axis,
+        "nbytes": work.nbytes,
+        "sets": len(work.sets),
+        "floor": median(floors) if floors else None,
+        "times_the_floor": ratio(ours, floors) if floors else None,
+        "target": target(f"{job.operation}/{job.variant}", job.case, job.dtype),
+        "off_by": off,
+        "agrees": off <= ROW_TOLERANCE[job.dtype],
+        "peers": reports,
+    }
+    return {
+        "name": job.name,
+        "param": job.name,
+        "stats": statistics(ours),
+        "extra_info": info | details,
+    }
+
+
+def statistics(times: list[float]) -> dict[str, Any]:
+    low, high = np.percentile(times, [25, 75])
+    return {
+        "median": median(times),
+        "min": min(times),
+        "max": max(times),
+        "q1": float(low),
+        "q3": float(high),
+        "iqr": float(high - low),
+        "rounds": len(times),
+        "data": times,
+    }
+
+
+# arrays
+
+
+def workload(card: Card, job: Job) -> Workload:
+    """The arrays of a job, filled, and the calls of fastll on them."""
+    operation, axis = OPERATIONS[job.operation], job.case.axis
+    writes = job.variant != "value" or not (operation.reduces or operation.gradient)
+    in_place = job.variant == "in-place"
+    full = job.operation in (BCE, "dense_cross_entropy")  # whether the target is in the shape of x
+    dtype = card.dtype(job.dtype)
+    kept = 1 + full + (writes and not in_place)
+    shape, count = fit(card, job, dtype.itemsize, kept)
+    if job.case.group == "calls":
+        count = 1
+
+    block = card.empty((min(BLOCK, prod(shape)),), dtype)
+    card.upload(block, normal(job.dtype)[: block.size])
+
+    def new(repeated: Any) -> Any:
+        array = card.empty(shape, dtype)
+        card.repeat(array, repeated)
+        return array
+
+    labels: tuple[Any, ...] = ()
+    if job.operation == "sparse_cross_entropy":
+        rows = shape[:axis] + shape[axis + 1 :]
+        labels = (card.empty(rows, np.dtype(np.int64)),)
+        card.upload(labels[0], np.random.default_rng(1).integers(0, shape[axis], rows))
+    elif full:
+        scale = 1.0 if operation.elementwise else 2 / shape[axis]
+        targets = card.empty((block.size,), dtype)
+        card.upload(targets, (scale * uniform()[: block.size]).astype(normal(job.dtype).dtype))
+    sets = []
+    for _ in range(count):
+        x = new(block)
+        out = x if in_place else card.empty(shape, dtype) if writes else None
+        sets.append(Set(x, (new(targets),) if full else labels, out))
+
+    overwrites = in_place or "liger" in job.against
+
+    def restore() -> None:
+        for arrays in sets if overwrites else ():
+            card.repeat(arrays.x, block)
+
+    calls = [partial(operation.function, *owners(arrays), **options(job, arrays)) for arrays in sets]
+    nbytes = (1 + full + writes) * prod(shape) * dtype.itemsize
+    return Workload(job, shape, sets, calls, restore, overwrites, nbytes)
+
+
+def owners(arrays: Set) -> list[Any]:
+    return [view.owner for view in (arrays.x, *arrays.arguments)]
+
+
+def options(job: Job, arrays: Set) -> dict[str, Any]:
+    operation = OPERATIONS[job.operation]
+    chosen: dict[str, Any] = {} if operation.elementwise else {"axis": job.case.axis}
+    if arrays.out is not None:
+        grad = operation.gradient
+        chosen |= (
+            {"return_grad": True, "grad_out": arrays.out.owner} if grad else {"out": arrays.out.owner}
+        )
+    return chosen
+
+
+def fit(card: Card, job: Job, itemsize: int, kept: int) -> tuple[tuple[int, ...], int]:
+    """The shape, with fewer rows where memory is too small, and the number of sets."""
+    shape, rows = job.case.shape, 0 if len(job.case.shape) == 1 or job.case.axis else 1
+    space = SHARE * card.free()
+    while True:
+        nbytes = prod(shape) * itemsize
+        least = max(1, ceil(SETS * card.l2 / nbytes))
+        for sets in (max(2, least), least):
+            arrays = sets * kept + (PEER_ARRAYS if job.against else 1)
+            if arrays * nbytes + min(nbytes, BLOCK * itemsize) <= space:
+                return shape, sets
+        if shape[rows] == 1:
+            raise MemoryError(f"{space / 1e9:.1f} GB are too few for one row")
+        shape = (*shape[:rows], shape[rows] // 2, *shape[rows + 1 :])
+
+
+@cache
+def normal(dtype: str) -> Array:
+    if dtype == "float64":
+        return np.random.default_rng(0).standard_normal(BLOCK)
+    if dtype == "float32":
+        return np.random.default_rng(0).standard_normal(BLOCK, np.float32)
+    return normal("float32").astype(dtype)
+
+
+@cache
+def uniform() -> Array:
+    return np.random.default_rng(2).random(BLOCK, np.float32)
+
+
+# correctness
+
+
+def off_by(card: Card, work: Workload) -> float:
+    """How far fastll is from float64 in a few rows; the largest of the relative norms.
+
+    Results are NaN before, so that a number that is not written is found.
+    """
+    job, arrays = work.job, work.sets[0]
+    operation = OPERATIONS[job.operation]
+    pick = partial(picked, card, work)
+    inputs = list(zip(*(pick(view) for view in (arrays.x, *arrays.arguments)), strict=True))
+    losses = None
+    if operation.gradient:
+        axis = {} if operation.elementwise else {"axis": job.case.axis}
+        losses = card.view(operation.function(*owners(arrays), reduction="none", **axis))
+        values = pick(losses)
+        mean = card.fetch(losses).mean(dtype=np.float64)
+    if arrays.out is not None and job.variant != "in-place":
+        card.poison(arrays.out)
+    result = work.calls[0]()
+    found = [0.0]
+    if operation.gradient:
+        loss = result[0] if isinstance(result, tuple) else result
+        found.append(distance(card.fetch(card.view(loss)), mean))
+    elif operation.reduces:
+        values = pick(card.view(result))
+    if arrays.out is not None:
+        written = pick(arrays.out)
+    for i, (x, *others) in enumerate(inputs):
+        value, matrix = reference(job.operation, arrays.out is not None, x, others)
+        if operation.gradient:
+            found.append(distance(np.mean(values[i], dtype=np.float64), value))
+            # that of a mean over fewer
+            scale = work.losses / (x.size if operation.elementwise else 1)
+            found += (
+                [distance(written[i].astype(np.float64) * scale, matrix)] if matrix is not None else []
+            )
+        else:
+            found.append(distance(values[i] if operation.reduces else written[i], value))
+    return max(found)
+
+
+def picked(card: Card, work: Workload, view: Any) -> list[Array]:
+    """A few rows of an array in the shape of the logits, or the numbers of these rows."""
+    axis, shape = work.job.case.axis, work.shape
+    if OPERATIONS[work.job.operation].elementwise:
+        size = prod(shape)
+        length = min(CHECKED, size)
+        return [card.fetch(view, at, length) for at in (0, (size - length) // 2, size - length)]
+    count = prod(shape) // shape[axis]
+    rows = sorted({0, count // 3, count - 1})
+    if len(view.shape) < len(shape):
+        return [card.fetch(view, row, 1) for row in rows]
+    if axis == len(shape) - 1:
+        return [card.fetch(view, row * shape[axis], shape[axis]) for row in rows]
+    whole = np.moveaxis(card.fetch(view).reshape(shape), axis, -1).reshape(count, -1)
+    return [whole[row] for row in rows]
+
+
+def reference(name: str, gradient: bool, x: Array, others: list[Array]) -> tuple[Any, Any]:
+    """The value of one row, or of the mean over elements, and its gradient, in float64 on the CPU."""
+    operation = OPERATIONS[name]
+    lead = (slice(None),) if operation.elementwise else (None,)
+    x = x.astype(np.float64)[lead]
+    t = tuple(a if a.dtype == np.int64 else a.astype(np.float64)[lead] for a in others)
+    axis = x.ndim - 1
+    gradient = gradient and operation.gradient
+    if version_of("torch"):
+        result = torch(name, gradient, x, axis, t)()
+    else:
+        chosen: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
+        chosen |= {"return_grad": True} if gradient else {}
+        with fastll.use_backend("numpy"):
+            result = operation.function(x, *t, **chosen)
+    value, matrix = result if gradient else (result, None)
+    return np.asarray(value).reshape(-1), None if matrix is None else np.asarray(matrix).reshape(-1)
+
+
+def distance(actual: Any, expected: Any) -> float:
+    """Norm of the difference over the norm; infinite for NaN."""
+    a, b = (np.asarray(value, np.float64).reshape(-1) for value in (actual, expected))
+    size = float(np.linalg.norm(b))
+    off = float(np.linalg.norm(a - b)) / size if size else float(np.linalg.norm(a))
+    return off if np.isfinite(off) else float("inf")
+
+
+# time
+
+
+def bind_peers(card: Card, work: Workload) -> tuple[dict[str, list[Call]], dict[str, dict[str, Any]]]:
+    """Calls of the peers, compared with fastll's result; and what there is to say of each."""
+    job = work.job
+    calls: dict[str, list[Call]] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    if card.library.name != "torch":
+        return calls, reports
+    for name in (name for name in job.against if version_of(CUDA_PEERS[name].package)):
+        try:
+            binder = CUDA_PEERS[name].bind(job.operation, work.job.variant != "value")
+            if binder is None:
+                continue
+            theirs = [binder(*owners(arrays), axis=job.case.axis) for arrays in work.sets]
+            result = theirs[0]()
+            off = compared(work, result)
+        except Exception as error:  # whatever goes wrong in a peer is a result
+            reports[name] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+        else:
+            calls[name] = theirs
+            reports[name] = {"off_by": off, "agrees": off <= TOLERANCE[work.sets[0].x.itemsize]}
+        result = None
+        card.free()
+        work.restore()
+    return calls, reports
+
+
+def compared(work: Workload, theirs: Any) -> float:
+    """How far a peer's result is from fastll's. What it wrote over the logits is kept aside first."""
+    if isinstance(theirs, tuple):
+        theirs = tuple(part.detach().reshape(-1)[: 1 << 20].clone() for part in theirs)
+    work.restore()
+    ours = work.calls[0]()
+    if isinstance(ours, tuple):
+        ours = tuple(part.reshape(-1)[: 1 << 20] for part in ours)
+    off = disagreement(ours, theirs)
+    work.restore()
+    return off
+
+
+class Sampler:
+    """Calls in turn over the sets."""
+
+    def __init__(self, card: Card, calls: list[Call], restore: Call | None) -> None:
+        self.card, self.restore = card, restore
+        self.calls: Iterator[Call] = cycle(calls)
+        self.count = max(3, len(calls))
+        self.sample()  # compiles and allocates
+        each, _ = self.sample()
+        self.count = min(MOST_CALLS, max(1, ceil(SAMPLE / each)))
+
+    def sample(self) -> tuple[float, float]:
+        """Seconds of a call on the GPU, and of starting it."""
+        if self.restore is not None:
+            self.restore()
+            self.card.synchronize()
+        device, host = self.card.seconds(islice(self.calls, self.count))
+        return device / self.count, host / self.count
+
+
+def in_rounds(
+    card: Card, work: Workload, rivals: dict[str, list[Call]]
+) -> tuple[Times, dict[str, Any]]:
+    """Seconds of fastll and of each peer, and the copy's bytes a second; and what else there is."""
+    restore = work.restore if work.overwrites else None
+    samplers = {name: Sampler(card, calls, restore) for name, calls in rivals.items()}
+    ours = Sampler(card, work.calls, restore)
+    copier = Sampler(card, [partial(card.copy, *card.copied)], None)
+    copied = 2 * prod(card.copied[0].shape)
+    times, hosts, spent = defaultdict(list), [], defaultdict(float)
+    for _ in range(work.job.rounds * MORE_ROUNDS):
+        for name, sampler in samplers.items():
+            if spent[name] < PATIENCE or len(times[name]) < LEAST_ROUNDS:
+                times[name].append(sampler.sample()[0])
+                spent[name] += times[name][-1] * sampler.count
+        times["copy"].append(copied / copier.sample()[0])
+        device, host = ours.sample()
+        times["fastll"].append(device)
+        hosts.append(host)
+    return dict(times), {"host": median(hosts), "calls": ours.count}
+
+
+def in_calls(card: Card, work: Workload, rivals: dict[str, list[Call]]) -> tuple[Times, dict[str, Any]]:
+    """Host seconds of a call that nothing waits for; and with a wait after each."""
+    times: Times = defaultdict(list)
+    waited: Times = defaultdict(list)
+    everyone = {name: calls[0] for name, calls in rivals.items()} | {"fastll": work.calls[0]}
+    for _ in range(work.job.rounds * MORE_ROUNDS):
+        for name, call in everyone.items():
+            times[name].append(host_seconds(card, call, lambda: None))
+            waited[name].append(host_seconds(card, call, card.synchronize))
+    synchronized = {name: median(seconds) for name, seconds in waited.items()}
+    return dict(times), {"host": median(times["fastll"]), "synchronized": synchronized}
+
+
+def host_seconds(card: Card, call: Call, after: Call) -> float:
+    """Of one call, by as many as a stream takes without making the host wait."""
+    card.synchronize()
+    start = perf_counter()
+    for _ in range(CALLS):
+        call()
+        after()
+    seconds = (perf_counter() - start) / CALLS
+    card.synchronize()
+    return seconds
