@@ -35,12 +35,12 @@ def kernels():
     """Kernels as they are launched, by name: (kernel, threads of a block)."""
     over_rows = {"modern": True, "written": True}
     return {
-        "softmax float32": (rows.kernel("float32", 4, "softmax", aligned=True, **over_rows), 1024),
-        "softmax float32 of any length": (rows.kernel("float32", 4, "softmax", **over_rows), 1024),
-        "logsumexp float32": (rows.kernel("float32", 4, "logsumexp", aligned=True), 1024),
+        "softmax float32": (rows.kernel("float32", 8, "softmax", aligned=True, **over_rows), 768),
+        "softmax float32 of any length": (rows.kernel("float32", 8, "softmax", **over_rows), 768),
+        "logsumexp float32": (rows.kernel("float32", 8, "logsumexp", aligned=True), 768),
         "labels float32 in a cluster": (
-            rows.kernel("float32", 4, "sparse", labels="int64", aligned=True, cluster=8, **over_rows),
-            1024,
+            rows.kernel("float32", 8, "sparse", labels="int64", aligned=True, cluster=8, **over_rows),
+            768,
         ),
         "labels bfloat16": (
             rows.kernel("bfloat16", 4, "sparse", labels="int64", aligned=True, **over_rows),

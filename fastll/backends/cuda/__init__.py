@@ -15,6 +15,7 @@ from fastll import dispatch, layout
 from fastll.arrays import bad_label
 from fastll.backends.cuda import elementwise, geometry, launch, rows, strided, team, totals
 from fastll.backends.cuda.primitives import FLOATS, VECTOR, lanes_of, size_of
+from fastll.backends.cuda.state import PARTS
 from fastll.contract import CrossEntropyOptions
 from fastll.dtypes import FORMATS, kind_of
 
@@ -190,7 +191,7 @@ class Backend:
             per_block = threads = geometry.staged_rows(classes, real_size)
             shared = threads * (classes | 1) * real_size
         elif lanes > 1:
-            shared = strided.STATE * threads * real_size
+            shared = PARTS * threads * real_size
         arguments = (
             count,
             classes,

@@ -29,7 +29,6 @@ from fastll.backends.cuda.primitives import (
     lanes_of,
     larger,
     numba_type,
-    read_peer,
     reader,
     size_of,
     vector_reader,
@@ -62,11 +61,11 @@ def kernel(
 ):
     """The kernel for rows of the format `name`, `vectors` to a thread.
 
-    `operation` is "softmax", "log_softmax", "sparse" or "dense". `labels` and `weights` are the formats
-    of the labels of a sparse one and of class weights, or None; `written` whether there is an output in
-    the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of its options are
-    in force; `cluster` how many blocks share a row, `chunked` whether a block has more than one chunk;
-    `aligned` whether every row begins and ends with a vector; `modern` as in `maths.of`.
+    `operation` is "logsumexp", "softmax", "log_softmax", "sparse" or "dense". `labels` and `weights` are
+    the formats of the labels of a sparse one and of class weights, or None; `written` whether there is
+    an output in the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of its
+    options are in force; `cluster` how many blocks share a row, `chunked` whether a block has more than
+    one chunk; `aligned` whether every row begins and ends with a vector; `modern` as in `maths.of`.
     """
     real = compute_type(name)
     lanes, size = lanes_of(name), size_of(name)
@@ -85,8 +84,10 @@ def kernel(
         f.window,
         f.exp_minus_scaled,
     )
-    lead_of, two_part_sum, softcap, row = f.lead_of, f.add, f.softcap, state.of(real, sparse, dense)
-    joined, finite, rebased, finish = row.joined, row.finite, row.rebased, row.finish
+    lead_of, softcap = f.lead_of, f.softcap
+    states = state.of(real, sparse, dense, spread_out)
+    identity, merged, finite, finish = states.identity, states.merged, states.finite, states.finish
+    put, take_from_peer = states.put, states.take_from_peer
     maximum, post, collect = group.maximum, group.post, group.collect
     read, write, read_number = reader(name), writer(name), reader(number)
     write_number, read_weight = writer(number), reader(weights or number, real)
@@ -248,8 +249,7 @@ def kernel(
                 if weighted:
                     w_y = read_weight(weight + y * weight_step)
 
-        m, e, low, k = -infinity, zero, zero, zero
-        distance, distance_low, mass, mass_low = zero, zero, zero, zero
+        row_state = identity()
         top, lead = -infinity, zero
         begin = first
         while True:
@@ -315,20 +315,16 @@ def kernel(
                 if teams > 1:
                     part_top = memory[np.uint32(RESULTS + member)]
                     part_lead = memory[np.uint32(RESULTS + WARPS + member)]
-                part, part_low = collect(memory, SUMS, member)
-                part_k, _ = collect(memory, EQUALS, member)
-                part, part_low = part / part_lead, part_low / part_lead
+                e, low = collect(memory, SUMS, member)
+                k, _ = collect(memory, EQUALS, member)
                 if part_top == -infinity:
-                    part_k = zero
-                before = m
-                m, e, low, k = joined(m, e, low, k, part_top, part, part_low, part_k)
+                    k = zero
+                d, d_low, w, w_low = zero, zero, zero, zero
                 if spread_out:
                     d, d_low = collect(memory, DISTANCES, member)
                     w, w_low = collect(memory, MASSES, member)
-                    d, d_low = rebased(d, d_low, w, part_top, m)
-                    distance, distance_low = rebased(distance, distance_low, mass, before, m)
-                    distance, distance_low = two_part_sum(distance, distance_low, d, d_low)
-                    mass, mass_low = two_part_sum(mass, mass_low, w, w_low)
+                part = part_top, e / part_lead, low / part_lead, k, d, d_low, w, w_low
+                row_state = merged(row_state, part)
             if not chunked:
                 break
             begin += capacity
@@ -337,40 +333,18 @@ def kernel(
 
         if clustered:
             if finisher:
-                memory[np.uint32(RESULTS)], memory[np.uint32(RESULTS + 1)] = m, e
-                memory[np.uint32(RESULTS + 2)], memory[np.uint32(RESULTS + 3)] = low, k
-                memory[np.uint32(RESULTS + 4)], memory[np.uint32(RESULTS + 5)] = distance, distance_low
-                memory[np.uint32(RESULTS + 6)], memory[np.uint32(RESULTS + 7)] = mass, mass_low
+                put(memory, RESULTS, 1, row_state)
             cluster_barrier()
             if finisher:
-                m, e, low, k = -infinity, zero, zero, zero
-                distance, distance_low, mass, mass_low = zero, zero, zero, zero
+                row_state = identity()
                 for peer in range(np.int64(cluster)):
-                    before = m
-                    part_top = read_peer(memory, RESULTS, peer)
-                    part = read_peer(memory, RESULTS + 1, peer)
-                    part_low = read_peer(memory, RESULTS + 2, peer)
-                    part_k = read_peer(memory, RESULTS + 3, peer)
-                    m, e, low, k = joined(m, e, low, k, part_top, part, part_low, part_k)
-                    if spread_out:
-                        d = read_peer(memory, RESULTS + 4, peer)
-                        d_low = read_peer(memory, RESULTS + 5, peer)
-                        w = read_peer(memory, RESULTS + 6, peer)
-                        w_low = read_peer(memory, RESULTS + 7, peer)
-                        d, d_low = rebased(d, d_low, w, part_top, m)
-                        distance, distance_low = rebased(distance, distance_low, mass, before, m)
-                        distance, distance_low = two_part_sum(distance, distance_low, d, d_low)
-                        mass, mass_low = two_part_sum(mass, mass_low, w, w_low)
+                    row_state = merged(row_state, take_from_peer(memory, RESULTS, peer))
 
         gradient = scale * read_number(divisor) if divisor != 0 else scale
         if finisher:
+            m = row_state[0]
             result, row_lse, log_s, factor, g_y = finish(
-                m,
-                e,
-                low,
-                k,
-                distance + distance_low,
-                mass + mass_low,
+                row_state,
                 classes,
                 y,
                 kept,

@@ -35,8 +35,6 @@ from fastll.backends.cuda.primitives import (
 
 #: Classes that a thread takes together.
 TOGETHER = 4
-#: Numbers of a state in shared memory.
-STATE = 8
 
 
 @functools.cache
@@ -139,8 +137,9 @@ def kernel(
         f.exp_minus_scaled,
     )
     lead_of, two_part_sum, softcap = f.lead_of, f.add, f.softcap
-    own = states.of(real, sparse, dense is not None)
-    joined, finite, rebased, finish = own.joined, own.finite, own.rebased, own.finish
+    own = states.of(real, sparse, dense is not None, spread_out)
+    merged, finite, rebased, finish = own.merged, own.finite, own.rebased, own.finish
+    put, take_state = own.put, own.take
     join_doubles = states.of(np.float64).joined
     signed = factors is not None
     exact = operation == "logsumexp" and (signed or running)
@@ -335,39 +334,22 @@ def kernel(
         if m == -infinity:
             k = zero
 
+        row_state = m, e, low, k, distance, distance_low, mass, mass_low
         if lanes_of_row > 1:
-            step = cuda.blockDim.x
-            me = cuda.threadIdx.x
+            step, me = cuda.blockDim.x, cuda.threadIdx.x
             apart = rows_of_block if across else 1
             half = lanes_of_row
-            while half > 0:
-                memory[me], memory[me + step] = m, e
-                memory[me + 2 * step], memory[me + 3 * step] = low, k
-                if spread_out:
-                    memory[me + 4 * step], memory[me + 5 * step] = distance, distance_low
-                    memory[me + 6 * step], memory[me + 7 * step] = mass, mass_low
+            while half > 1:
+                put(memory, me, step, row_state)
                 cuda.syncthreads()
                 half //= 2
-                # in the last round everybody takes what the first has
-                it = me + half * apart if half > 0 else me - lane * apart
-                top, more, more_low = memory[it], memory[it + step], memory[it + 2 * step]
-                more_k = memory[it + 3 * step] if lane < half or half == 0 else zero
-                d, d_low, w, w_low = zero, zero, zero, zero
-                if spread_out and (lane < half or half == 0):
-                    d, d_low = memory[it + 4 * step], memory[it + 5 * step]
-                    w, w_low = memory[it + 6 * step], memory[it + 7 * step]
+                if lane < half:
+                    row_state = merged(row_state, take_state(memory, me + half * apart, step))
                 cuda.syncthreads()
-                if half == 0:
-                    m, e, low, k = top, more, more_low, more_k
-                    distance, distance_low, mass, mass_low = d, d_low, w, w_low
-                elif lane < half:
-                    before = m
-                    m, e, low, k = joined(m, e, low, k, top, more, more_low, more_k)
-                    if spread_out:
-                        d, d_low = rebased(d, d_low, w, top, m)
-                        distance, distance_low = rebased(distance, distance_low, mass, before, m)
-                        distance, distance_low = two_part_sum(distance, distance_low, d, d_low)
-                        mass, mass_low = two_part_sum(mass, mass_low, w, w_low)
+            put(memory, me, step, row_state)
+            cuda.syncthreads()
+            row_state = take_state(memory, me - lane * apart, step)  # the first one's, for all
+        m, e, low, k, distance, distance_low, mass, mass_low = row_state
 
         place = state + o * state_outer + i * state_inner
         value_place = value + o * value_outer + i * value_inner
@@ -410,12 +392,7 @@ def kernel(
                 low, k = zero, real(read_state(place + 2 * state_part))
             gradient = scale * read_number(divisor) if divisor != 0 else scale
             result, row_lse, log_s, factor, g_y = finish(
-                m,
-                e,
-                low,
-                k,
-                distance + distance_low,
-                mass + mass_low,
+                (m, e, low, k, distance, distance_low, mass, mass_low),
                 classes,
                 y,
                 kept,
