@@ -63,9 +63,10 @@ def kernel(
 
     `operation` is "logsumexp", "softmax", "log_softmax", "sparse" or "dense". `labels` and `weights`
     are the formats of the labels of a sparse one and of class weights, or None; `written` whether there
-    is an output in the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of its
-    options are in force; `cluster` how many blocks share a row, `chunked` whether a block has more than
-    one chunk; `aligned` whether every row begins and ends with a vector; `modern` as in `maths.of`.
+    is an output in the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of
+    its options are in force; `cluster` how many blocks share a row, `chunked` whether a block has more
+    than one chunk; `aligned` whether every row begins and ends with a vector; `modern` as in
+    `maths.of`.
     """
     real = compute_type(name)
     lanes, size = lanes_of(name), size_of(name)
