@@ -288,21 +288,20 @@ def kernel(
             equal, level = zero, top
             if offset != zero:
                 level = top - offset
-                for i in range(count):
-                    values[i] -= offset
+                if not logs:
+                    for i in range(count):
+                        values[i] -= offset
             for i in range(lanes):
                 lane[i] = zero
             for i in range(count):
-                term = exponential(values[i], floor, magic)
-                if values[i] == level:
+                v = values[i] - offset if logs else values[i]
+                term = exponential(v, floor, magic)
+                if v == level:
                     equal += one
                 else:
                     lane[i % lanes] += term
                 if held and not logs:
                     values[i] = term
-            if held and logs and offset != zero:
-                for i in range(count):
-                    values[i] += offset
             if ragged:
                 in_order(lane, shift, memory, exchange)
             post(folded(lane), memory, SUMS)
