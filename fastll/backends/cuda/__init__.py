@@ -7,7 +7,7 @@ An operation's kernel is made for the formats and options it meets, when it firs
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -95,32 +95,28 @@ class Backend:
     def _over_teams(
         self, operation, x, out, t, labels, weight=None, options=None, value=None, other=None
     ):
-        name, classes, count = _format(x), x.shape[1], x.shape[0] * x.shape[2]
+        name, (outer, classes, inner) = _format(x), x.shape
         options = options or _NO_OPTIONS
-        plan = geometry.team(classes, name, 1 if t is None else 2, self._gpu.capability)
         target = t if t is not None else labels
         places = [(_address(a), _step(a)) for a in (x, value, other, out, target)]
-        whole = [places[0], places[3]] + ([places[4]] if t is not None else [])
-        aligned = classes % lanes_of(name) == 0 and not any(
-            (address | step) % VECTOR for address, step in whole
-        )
-        kernel = rows.kernel(
+        whole = places[0][0] | places[0][1] | places[3][0] | places[3][1]
+        if t is not None:
+            whole |= places[4][0] | places[4][1]
+        kernel, plan, shared = _team_kernel(
             name,
-            plan.vectors,
+            classes,
             "dense" if t is not None else "sparse" if labels is not None else operation,
-            labels=None if labels is None else _format(labels),
-            weights=None if weight is None else _format(weight),
-            written=out is not None,
-            smoothed=options.label_smoothing != 0.0,
-            capped=options.softcap != 0.0,
-            cluster=plan.cluster,
-            chunked=plan.chunked,
-            aligned=aligned,
-            modern=self._gpu.capability >= (8, 0),
+            None if labels is None else _format(labels),
+            None if weight is None else _format(weight),
+            out is not None,
+            options.label_smoothing != 0.0,
+            options.softcap != 0.0,
+            whole % VECTOR == 0,
+            self._gpu.capability,
         )
         arguments = (
             *places[0],
-            count,
+            outer * inner,
             classes,
             plan.segment,
             plan.capacity,
@@ -134,17 +130,13 @@ class Backend:
             options.ignore_index,
             *_numbers(options, classes, kernel),
         )
-        real_size = np.dtype(kernel.real).itemsize
-        shared = rows.SCRATCH
-        if classes % lanes_of(name):
-            shared += plan.teams * plan.threads * lanes_of(name)
         return self._launch(
             kernel,
-            -(-count // plan.teams) * plan.cluster,
+            -(-outer * inner // plan.teams) * plan.cluster,
             (plan.threads, plan.teams),
             arguments,
             bound=plan.bound,
-            shared=shared * real_size,
+            shared=shared,
         )
 
     def _over_strides(
@@ -228,7 +220,7 @@ class Backend:
 
     def _weigh(self, labels, classes, ignore_index, weight, debugging=False):
         """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
-        pieces = list(layout.elementwise((labels,)))
+        pieces = list(layout.elementwise((labels,)))  # one, as a rule
         blocks = [-(-piece.size // totals.UNIT) for (piece,) in pieces]
         alone = len(blocks) == 1 and blocks[0] == 1
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
@@ -384,6 +376,31 @@ class _Weight:
 _NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)
 
 
+@lru_cache(1024)
+def _team_kernel(
+    name, classes, operation, labels, weights, written, smoothed, capped, aligned, capability
+):
+    """The kernel of `rows` for a call, the team of each row, and bytes of shared memory."""
+    plan = geometry.team(classes, name, 2 if operation == "dense" else 1, capability)
+    ragged = classes % lanes_of(name) != 0
+    kernel = rows.kernel(
+        name,
+        plan.vectors,
+        operation,
+        labels=labels,
+        weights=weights,
+        written=written,
+        smoothed=smoothed,
+        capped=capped,
+        cluster=plan.cluster,
+        chunked=plan.chunked,
+        aligned=aligned and not ragged,
+        modern=capability >= (8, 0),
+    )
+    shared = rows.SCRATCH + (plan.teams * plan.threads * lanes_of(name) if ragged else 0)
+    return kernel, plan, shared * np.dtype(kernel.real).itemsize
+
+
 def _numbers(options, classes, kernel):
     """keep, spread, z_loss, cap and scale in the kernel's compute type."""
     eps = options.label_smoothing
@@ -400,8 +417,12 @@ def _divisor(options, kernel):
 
 
 def _format(a):
-    kind = kind_of(a.dtype)
-    return FORMATS[kind.code]
+    return _named(a.dtype)
+
+
+@lru_cache(64)
+def _named(dtype):
+    return FORMATS[kind_of(dtype).code]
 
 
 def _address(a):
