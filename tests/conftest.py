@@ -16,9 +16,10 @@ BACKENDS = (*TABLE["cpu"], "cuda")
 #: Of so many tests one runs on the emulator of a GPU; all do with FASTLL_EMULATE=all, or on a GPU.
 EMULATED = 25
 
-#: An own cache, empty at first: the processes that tests start find what this one has compiled.
+#: An own cache, empty at first: the processes that tests start find what this one has compiled. On a
+#: GPU thousands of kernels are, which FASTLL_TEST_CACHE keeps.
 _kernels = tempfile.TemporaryDirectory(prefix="fastll-")
-os.environ["NUMBA_CACHE_DIR"] = _kernels.name
+os.environ["NUMBA_CACHE_DIR"] = os.environ.get("FASTLL_TEST_CACHE") or _kernels.name
 
 
 def require(name):

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from conftest import require_numba_cuda
 
 import fastll
-from bench import card, cases, gpu, gpu_report, jobs, peers, report
+from bench import card, cases, families, gpu, gpu_report, jobs, peers, report
 from bench.__main__ import main
 from fastll.operations import OPERATIONS
 
@@ -434,3 +434,16 @@ def test_gpu_results_merge(tmp_path: Path) -> None:
     merged = json.loads(whole.read_text())
     assert {b["param"] for b in merged["benchmarks"]} == {b["param"] for b in results["benchmarks"]}
     assert merged["unmeasured"] == {}
+
+
+def test_families_of_kernels(emulated: card.Card, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def some() -> Any:
+        calls = {call[0]: call for call in families.totals()}
+        return iter([calls["weighted logsumexp"], calls["parts"]])
+
+    monkeypatch.setitem(families.FAMILIES, "some", some)
+    assert families.check(emulated, ["some"]) == 0
+    assert "0 wrong" in capsys.readouterr().out
+    monkeypatch.setitem(families.TOLERANCE, 4, 1e-30)
+    assert families.check(emulated, ["some"]) == 1
+    assert "weighted logsumexp: off by" in capsys.readouterr().out

@@ -1,0 +1,241 @@
+"""Each family of kernels once, on a GPU, beside the reference: for a checker or a profiler to watch.
+
+python -m bench.families                    # every family, small arrays
+python -m bench.families rows columns       # some of them
+python -m bench.families --profile          # three large calls, for a profiler that was told to wait
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import fastll
+from bench.card import Card, why_not
+
+Call = Callable[..., Any]
+#: Classes, from a thread of a row to eight blocks of one in chunks; whole vectors and ragged ones.
+CLASSES = (
+    1,
+    10,
+    100,
+    128,
+    300,
+    1000,
+    1001,
+    4096,
+    5003,
+    12345,
+    30000,
+    50257,
+    100003,
+    128256,
+    140001,
+    300001,
+)
+ROWS = 5
+#: Shapes of three axes, the middle one of classes, and of classes in front.
+COLUMNS = ((1, 300, 33), (2, 17, 100), (3, 2000, 7))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "capped": {"softcap": 5.0},
+}
+#: Off by this much in norm, by the bytes of an element.
+TOLERANCE = {2: 5e-3, 4: 1e-5, 8: 1e-12}
+
+Calls = Iterator[tuple[str, Call, tuple[np.ndarray[Any, Any], ...]]]
+
+
+def rows() -> Calls:
+    """Rows that lie in memory as they are."""
+    rng = np.random.default_rng(0)
+    for classes in CLASSES:
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            if dtype in ("float16", "float64") and classes not in (10, 1001, 50257):
+                continue
+            x = numbers(rng, (ROWS, classes), dtype)
+            y = rng.integers(0, classes, ROWS)
+            yield f"logsumexp {classes} {dtype}", lambda x: fastll.logsumexp(x, axis=1), (x,)
+            yield f"softmax {classes} {dtype}", lambda x: fastll.softmax(x, axis=1), (x,)
+            yield f"value {classes} {dtype}", fastll.cross_entropy, (x, y)
+            yield f"gradient {classes} {dtype}", with_gradient(fastll.cross_entropy), (x, y)
+
+
+def options() -> Calls:
+    """Options of a cross-entropy, and dense targets."""
+    rng = np.random.default_rng(1)
+    for classes in (10, 1001, 70001):
+        x, y = numbers(rng, (ROWS, classes), "float32"), rng.integers(0, classes, ROWS)
+        t = (rng.random(x.shape) / classes).astype(np.float32)
+        w = rng.random(classes).astype(np.float32)
+        for name, chosen in OPTIONS.items():
+            for target in (y, t):
+                call = with_gradient(fastll.cross_entropy, return_lse=True, **chosen)
+                yield f"{name} {classes} {target.dtype}", call, (x, target)
+
+        def weighted(x: Any, y: Any, w: Any) -> Any:
+            return fastll.cross_entropy(x, y, weight=w, return_grad=True)
+
+        yield f"weights {classes}", weighted, (x, y, w)
+        yield f"log_softmax {classes}", lambda x: fastll.log_softmax(x, axis=1), (x,)
+
+
+def columns() -> Calls:
+    """An axis that is not the last."""
+    rng = np.random.default_rng(2)
+    for shape in COLUMNS:
+        for dtype in ("float32", "bfloat16"):
+            x = numbers(rng, shape, dtype)
+            y = rng.integers(0, shape[1], (shape[0], shape[2]))
+            yield f"logsumexp {shape} {dtype}", lambda x: fastll.logsumexp(x, axis=1), (x,)
+            yield f"softmax {shape} {dtype}", lambda x: fastll.softmax(x, axis=1), (x,)
+            yield f"gradient {shape} {dtype}", with_gradient(fastll.cross_entropy, axis=1), (x, y)
+
+
+def elements() -> Calls:
+    """One number after the other, in whole vectors and not."""
+    rng = np.random.default_rng(3)
+    for size in (1, 1000, 70_000, 70_001):
+        for dtype in ("float32", "bfloat16"):
+            x, t = numbers(rng, (size,), dtype), rng.random(size).astype(dtype)
+            bce = with_gradient(fastll.binary_cross_entropy_with_logits)
+            each = with_gradient(fastll.binary_cross_entropy_with_logits, reduction="none")
+            yield f"sigmoid {size} {dtype}", fastll.sigmoid, (x,)
+            yield f"log_sigmoid {size} {dtype}", fastll.log_sigmoid, (x,)
+            yield f"binary {size} {dtype}", bce, (x, t)
+            yield f"binary, each {size} {dtype}", each, (x, t)
+
+
+def totals() -> Calls:
+    """Sums over more rows than a block has numbers, weights of labels, and parts of a log-sum-exp."""
+    rng = np.random.default_rng(4)
+    x, y = numbers(rng, (70_000, 10), "float32"), rng.integers(0, 10, 70_000)
+    y[::3] = -100
+    yield "many rows", with_gradient(fastll.cross_entropy), (x, y)
+    b = rng.random((40, 300)).astype(np.float32)
+    a = numbers(rng, b.shape, "float32")
+    yield "weighted logsumexp", lambda a, b: fastll.logsumexp(a, axis=1, b=b), (a, b)
+
+    def parts(a: Any, b: Any) -> Any:
+        first, second = fastll.LogSumExp(40, np.float32), fastll.LogSumExp(40, np.float32)
+        return first.update(a).merge(second.update(b)).value
+
+    yield "parts", parts, (a, b)
+
+
+FAMILIES = {f.__name__: f for f in (rows, options, columns, elements, totals)}
+
+
+def with_gradient(function: Call, **chosen: Any) -> Call:
+    return lambda x, t: function(x, t, return_grad=True, **chosen)
+
+
+def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    return (3 * rng.standard_normal(shape)).astype(dtype)
+
+
+def moved(card: Card, x: np.ndarray[Any, Any]) -> Any:
+    """An array of the card's library, of the same numbers."""
+    name = "bfloat16" if x.dtype == ml_dtypes.bfloat16 else str(x.dtype)
+    view = card.empty(x.shape, card.dtype(name))
+    card.upload(view, x)
+    return view.owner
+
+
+def off_by(card: Card, call: Call, arrays: tuple[np.ndarray[Any, Any], ...]) -> float:
+    """How far the results are from the reference's, as a share of what they may be off by."""
+    found = call(*(moved(card, a) for a in arrays))
+    with fastll.use_backend("numpy"):
+        expected = call(*arrays)
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True)
+    worst = 0.0
+    for result, wanted in pairs:
+        wanted = np.asarray(wanted)
+        actual = card.fetch(card.view(result)).astype(np.float64).reshape(wanted.shape)
+        size = np.linalg.norm(wanted.astype(np.float64))
+        off = np.linalg.norm(actual - wanted.astype(np.float64)) / (size or 1)
+        worst = max(worst, off / TOLERANCE[wanted.dtype.itemsize]) if np.isfinite(off) else np.inf
+    return float(worst)
+
+
+def check(card: Card, names: list[str]) -> int:
+    """Run families and say what is wrong; how many calls were."""
+    wrong = 0
+    for name in names:
+        start, done = perf_counter(), 0
+        for what, call, arrays in FAMILIES[name]():
+            done += 1
+            try:
+                off = off_by(card, call, arrays)
+                said = "" if off <= 1 else f"off by {off:.3g} times what is allowed"
+            except Exception as error:  # the next one may do
+                said = f"{type(error).__name__}: {error}"
+            if said:
+                wrong += 1
+                print(f"  {name}, {what}: {said}", flush=True)
+        print(f"{name}: {done} calls in {perf_counter() - start:.1f} s", flush=True)
+    print(f"{wrong} wrong", flush=True)
+    return wrong
+
+
+def profile(card: Card) -> None:
+    """Three large calls between the start and the stop of a profiler."""
+    rng = np.random.default_rng(5)
+    dtype = np.dtype(np.float32)
+    block = card.empty((1 << 20,), dtype)
+    card.upload(block, numbers(rng, (1 << 20,), "float32"))
+
+    def filled(*shape: int) -> Any:
+        view = card.empty(shape, dtype)
+        card.repeat(view, block)
+        return view.owner
+
+    x, grad = filled(4096, 32000), filled(4096, 32000)
+    ragged = filled(2048, 50257)
+    y = moved(card, rng.integers(0, 32000, 4096))
+    some = moved(card, rng.integers(0, 50257, 2048))
+
+    def calls() -> None:
+        fastll.logsumexp(x, axis=1)
+        fastll.cross_entropy(x, y, return_grad=True, grad_out=grad)
+        fastll.cross_entropy(ragged, some, return_grad=True, grad_out=ragged)
+        fastll.binary_cross_entropy_with_logits(x, grad, return_grad=True, grad_out=grad)
+
+    calls()
+    card.synchronize()
+    card.driver.cuProfilerStart()
+    calls()
+    card.synchronize()
+    card.driver.cuProfilerStop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.families")
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default: all")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--arrays", choices=("torch", "cupy", "numba"), help="library of the arrays")
+    chosen = parser.parse_args()
+    unknown = set(chosen.families) - set(FAMILIES)
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: none of {', '.join(FAMILIES)}")
+    reason = why_not()
+    if reason is not None:
+        print(f"no GPU: {reason}", file=sys.stderr)
+        return 2
+    library = fastll.libraries.load(chosen.arrays) if chosen.arrays else None
+    card = Card(library=library)
+    if chosen.profile:
+        profile(card)
+        return 0
+    return min(1, check(card, chosen.families or list(FAMILIES)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
