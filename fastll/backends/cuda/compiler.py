@@ -111,7 +111,8 @@ def _version():
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     here = Path(__file__)
-    return disk.version([*here.parent.glob("*.py"), *here.parents[2].glob("*.py")], versions)
+    folders = here.parent, here.parents[1], here.parents[2]
+    return disk.version([path for folder in folders for path in folder.glob("*.py")], versions)
 
 
 try:

@@ -38,6 +38,7 @@ from fastll.backends.cuda.primitives import (
     power_of_two,
     to_power,
 )
+from fastll.backends.polynomials import ATANH, EXP
 
 #: Of the exponentials of a row: terms keep their digits down to 2**-158 of the largest in float32.
 SHIFT = 32
@@ -49,40 +50,15 @@ _FLOAT32 = SimpleNamespace(
     mantissa=23,
     bias=127,
     limit=2.0**14,  # of maxima that serve as references
-    r=(
-        0.5,
-        0.16666577025255677587,
-        0.041666554661622913223,
-        0.0083631731335131513025,
-        0.0013926176191150313267,
-    ),
-    atanh=(0.33333342519814533154, 0.19994390272121269827, 0.14789975190232547312),
+    r=EXP["float32"],
+    atanh=ATANH["float32"],
 )
 _FLOAT64 = SimpleNamespace(
     mantissa=52,
     bias=1023,
     limit=2.0**20,
-    r=(
-        0.50000000000000010211,
-        0.16666666666666667452,
-        0.041666666666624161578,
-        0.0083333333333300644245,
-        0.001388888891719688114,
-        0.000198412698630406699,
-        0.000024801521322116824174,
-        2.755726848011633485e-6,
-        2.7620075999810651055e-7,
-        2.5100375924709716851e-8,
-    ),
-    atanh=(
-        0.33333333333333348431,
-        0.19999999999949751953,
-        0.14285714312987874917,
-        0.11111105567375917728,
-        0.090914445642062292024,
-        0.076658607479130060874,
-        0.073082254897760543173,
-    ),
+    r=EXP["float64"],
+    atanh=ATANH["float64"],
 )
 
 

@@ -89,7 +89,8 @@ class _Cache(NullCache):
 def _version():
     """A name for these sources and the packages they are compiled by; None: no cache."""
     here = Path(__file__)
-    sources = [*here.parent.glob("*.py"), *here.parents[2].glob("*.py")]
+    folders = here.parent, here.parents[1], here.parents[2]
+    sources = [path for folder in folders for path in folder.glob("*.py")]
     versions = np.__version__, numba.__version__, llvmlite.__version__
     return disk.version(sources if here in sources else [], versions)
 
