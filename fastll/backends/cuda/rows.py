@@ -102,46 +102,41 @@ def kernel(
         return np.int32(np.int32(cuda.threadIdx.x + q * cuda.blockDim.x) * lanes - shift)
 
     @device
-    def is_whole(address, shift):
-        """Whether the vectors of a row are those of the memory."""
-        return aligned or ((address - shift * size) & (VECTOR - 1)) == 0
+    def whole_below(address, length, shift):
+        """The place below which vectors are whole, in memory as well; 0 if the memory's are others."""
+        if not aligned and (address - shift * size) & (VECTOR - 1) != 0:
+            return np.uint32(0)
+        return np.uint32(max(length - (lanes - 1), 0))
 
     @device
     def load(values, source, length, shift, target):
         """The thread's part of a chunk; -inf, or of a target 0, where it has none."""
-        whole = is_whole(source, shift)
-        end = np.int32(length - lanes)
+        limit = whole_below(source, length, shift)
         for q in range(vectors):
             j = place(q, shift)
-            full = j <= end
-            if not aligned:
-                full = full & whole & (j >= 0)
+            whole = np.uint32(j) < limit  # nor is one below 0
             if target:
-                fetch_t(values, q * lanes, source + j * size, full)
+                fetch_t(values, q * lanes, source + j * size, whole)
             else:
-                fetch_x(values, q * lanes, source + j * size, full)
+                fetch_x(values, q * lanes, source + j * size, whole)
         if not aligned:
             for q in range(vectors):
                 j = place(q, shift)
-                if j < length and not (whole & (j >= 0) & (j <= end)):
+                if j < length and not np.uint32(j) < limit:
                     for i in range(lanes):
-                        if 0 <= j + i < length:
+                        if np.uint32(j + i) < np.uint32(length):
                             values[q * lanes + i] = read(source + (j + i) * size)
 
     @device
     def store(target, values, length, shift):
-        whole = is_whole(target, shift)
-        end = np.int32(length - lanes)
+        limit = whole_below(target, length, shift)
         for q in range(vectors):
             j = place(q, shift)
-            if aligned:
-                if j <= end:
-                    deliver(target + j * size, values, q * lanes)
-            elif whole & (j >= 0) & (j <= end):
+            if np.uint32(j) < limit:
                 deliver(target + j * size, values, q * lanes)
-            elif j < length:
+            elif not aligned and j < length:
                 for i in range(lanes):
-                    if 0 <= j + i < length:
+                    if np.uint32(j + i) < np.uint32(length):
                         write(target + (j + i) * size, values[q * lanes + i])
 
     @device
