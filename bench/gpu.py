@@ -76,7 +76,7 @@ class Workload(NamedTuple):
 
 
 def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
-    """Run the jobs and write their results after each; 1 if one of them failed, 130 if interrupted."""
+    """Run the jobs and write their results after each; 0, or 1 if one of them failed, 2 if interrupted."""
     console = Console(stderr=True, highlight=False)
     card = card or Card()
     results: dict[str, Any] = {"benchmarks": [], "unmeasured": {}}
@@ -92,7 +92,7 @@ def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
             said = gpu_report.describe(record["extra_info"] | {"seconds": record["stats"]["median"]})
             code = code or int(not record["extra_info"]["agrees"])
         except KeyboardInterrupt:
-            return 130
+            return 2  # as pytest has it
         except Exception as error:  # the next one may do
             said = results["unmeasured"][job.name] = f"{type(error).__name__}: {first_line(error)}"
             code = code or int(not late)
