@@ -444,6 +444,6 @@ def test_families_of_kernels(emulated: card.Card, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(families.FAMILIES, "some", some)
     assert families.check(emulated, ["some"]) == 0
     assert "0 wrong" in capsys.readouterr().out
-    monkeypatch.setitem(families.TOLERANCE, 4, 1e-30)
-    assert families.check(emulated, ["some"]) == 1
-    assert "weighted logsumexp: off by" in capsys.readouterr().out
+    monkeypatch.setattr(families, "off_by", lambda card, call, arrays: 3.0)
+    assert families.check(emulated, ["some"]) == 2
+    assert "weighted logsumexp: off by 3 times what is allowed" in capsys.readouterr().out
