@@ -76,7 +76,7 @@ class Workload(NamedTuple):
 
 
 def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
-    """Run the jobs and write their results after each; 0, or 1 if one of them failed, 2 if interrupted."""
+    """Run the jobs, and write their results after each; 1 if one of them failed, 2 if interrupted."""
     console = Console(stderr=True, highlight=False)
     card = card or Card()
     results: dict[str, Any] = {"benchmarks": [], "unmeasured": {}}
