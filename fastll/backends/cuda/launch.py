@@ -8,14 +8,13 @@ import functools
 from contextlib import contextmanager
 
 import numpy as np
+from cuda import core
+from cuda.bindings import driver
 
 from fastll.backends.cuda import compiler
 
-try:
-    from cuda import core
-except ImportError:  # before its version 0.5
+if not hasattr(core, "Device"):  # before its version 0.5
     from cuda.core import experimental as core
-from cuda.bindings import driver
 
 
 class Gpu:
@@ -76,7 +75,9 @@ def _config(blocks, block, shared):
 @functools.lru_cache(1024)
 def _stream(handle):
     """A stream by its handle, of which 0 is the default one by its older name."""
-    return core.Stream.from_handle(handle) if handle else core.LEGACY_DEFAULT_STREAM
+    if handle:
+        return core.Stream.from_handle(handle)
+    return getattr(core, "LEGACY_DEFAULT_STREAM", None) or core.Device().default_stream
 
 
 @functools.cache
