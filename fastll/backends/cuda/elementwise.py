@@ -7,10 +7,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import cuda
 
 from fastll.backends.cuda import maths, team
-from fastll.backends.cuda.compiler import WORD, device, variants
+from fastll.backends.cuda.compiler import WORD, cuda, device, variants
 from fastll.backends.cuda.primitives import (
     compute_type,
     fma,

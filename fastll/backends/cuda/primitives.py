@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import cuda, types
 
-from fastll.backends.cuda.compiler import intrinsic
+from fastll.backends.cuda.compiler import cuda, intrinsic, types
 
 WARP = 32
 #: Bytes of the widest access.

@@ -15,10 +15,9 @@ another thread are exchanged before they fold.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from fastll.backends.cuda import maths, state, team
-from fastll.backends.cuda.compiler import WORD, device, variants
+from fastll.backends.cuda.compiler import WORD, cuda, device, variants
 from fastll.backends.cuda.primitives import (
     VECTOR,
     cluster_barrier,

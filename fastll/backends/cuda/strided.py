@@ -13,11 +13,10 @@ import functools
 import math
 
 import numpy as np
-from numba import cuda
 
 from fastll.backends.cuda import maths
 from fastll.backends.cuda import state as states
-from fastll.backends.cuda.compiler import WORD, device, variants
+from fastll.backends.cuda.compiler import WORD, cuda, device, variants
 from fastll.backends.cuda.primitives import (
     VECTOR,
     compute_type,

@@ -13,10 +13,9 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
-from numba import cuda
 
 from fastll.backends.cuda import maths
-from fastll.backends.cuda.compiler import device
+from fastll.backends.cuda.compiler import cuda, device
 from fastll.backends.cuda.primitives import WARP, larger, shuffle
 
 #: Most warps of a block, and so the numbers of one kind that they leave in shared memory.

@@ -8,10 +8,9 @@ All in float64: there is one number a row at most.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from fastll.backends.cuda import state, team
-from fastll.backends.cuda.compiler import WORD, variants
+from fastll.backends.cuda.compiler import WORD, cuda, variants
 from fastll.backends.cuda.primitives import integer_reader, numba_type, reader, writer
 
 THREADS = 1024
