@@ -21,7 +21,6 @@ class Gpu:
     """One device: what it can do, and the kernels it has."""
 
     def __init__(self, index):
-        self.index = index
         _checked(driver.cuInit(0))
         device = core.Device(index)
         self.capability = tuple(device.compute_capability)

@@ -113,6 +113,12 @@ def of(real, approximate=False, modern=False):
         return fma(n, ln2, lowest), magic + (shift - n)
 
     @device
+    def split(y, z, k):
+        """(q, s) with exp(y) 2**(SHIFT - n) = s (1 + q), where z rounded to k."""
+        f = fma(k, -ln2_low, fma(k, -ln2, y))
+        return fma(f * f, r(f), f), as_exponent(z)
+
+    @device
     def exponential(x, floor, magic):
         """exp(x) 2**(SHIFT - n), for floor and magic of `window`; 0 below floor, NaN of a NaN."""
         y = larger_or_nan(x, floor) if by_instruction else (floor if x < floor else x)
@@ -121,9 +127,8 @@ def of(real, approximate=False, modern=False):
         if approximate:
             f = fma(y, log2e_low, fma(y, log2e, -k))
             return power_of_two(f) * as_exponent(z)
-        f = fma(k, -ln2_low, fma(k, -ln2, y))
-        s = as_exponent(z)
-        return fma(fma(f * f, r(f), f), s, s)
+        q, s = split(y, z, k)
+        return fma(q, s, s)
 
     @device
     def lead_of(m, offset, floor, magic):
@@ -147,10 +152,8 @@ def of(real, approximate=False, modern=False):
         floor, magic_0 = window(zero)
         y = floor if d < floor else d
         z = fma(y, log2e, magic_0)
-        k = z - magic_0
-        f = fma(k, -ln2_low, fma(k, -ln2, y))
-        s = as_exponent(z)
-        e = fma(fma(f * f, r(f), f), s, s)
+        q, s = split(y, z, z - magic_0)
+        e = fma(q, s, s)
         return fma(e, error, e)
 
     @device
@@ -220,9 +223,8 @@ def of(real, approximate=False, modern=False):
         d = floor if d < floor else d
         z = fma(d, log2e, magic)
         k = z - magic
-        f = fma(k, -ln2_low, fma(k, -ln2, d))
-        s = as_exponent(z) if k > least else zero
-        q = fma(f * f, r(f), f)
+        q, s = split(d, z, k)
+        s = s if k > least else zero
         e = fma(q, s, s)
         fall = fma(q, s, s - one)
         share = one / (fall + two)

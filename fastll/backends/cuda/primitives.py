@@ -338,8 +338,8 @@ def _special(register):
     return read
 
 
-#: The block's number in its cluster, and the blocks of a cluster.
-cluster_rank, cluster_size = _special("cluster_ctarank"), _special("cluster_nctarank")
+#: The block's number in its cluster.
+cluster_rank = _special("cluster_ctarank")
 
 
 @intrinsic

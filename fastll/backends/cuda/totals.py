@@ -16,7 +16,7 @@ from fastll.backends.cuda.primitives import integer_reader, numba_type, reader, 
 THREADS = 1024
 #: Numbers that a block adds up.
 UNIT = 16 * THREADS
-#: Bytes of what `weigh` leaves of all labels: the sum, 1 / sum, and 1 / sum in float32.
+#: What `weigh` leaves of all labels: the sum, 1 / sum, and 1 / sum in float32.
 WEIGHT_WORDS = 3
 
 _read, _write = reader("float64"), writer("float64")
@@ -66,7 +66,6 @@ def weigh(labels, weights):
     read_weight = reader(weights or "float64", np.float64)
     group = team.of(np.float64)
     post, collect, maximum = group.post, group.collect, group.maximum
-    write_place = writer("float64")
 
     def kernel(
         count,
@@ -103,7 +102,7 @@ def weigh(labels, weights):
                 _write(out + 8, 1.0 / total)
                 _write_single(out + 16, np.float32(1.0 / total))
             if bad != 0:
-                write_place(bad + block * 8, -first_bad)
+                _write(bad + block * 8, -first_bad)
 
     kernel.signature = (WORD,) * 11
     return kernel
