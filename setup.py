@@ -7,7 +7,7 @@ import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-FOLDER = "fastll/backends/cython"
+FOLDER = "fastll/backend/cython"
 
 #: IEEE arithmetic: nothing is reordered or contracted.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -27,7 +27,7 @@ else:
 
 extensions = [
     Extension(
-        f"fastll.backends.cython.{name}",
+        f"fastll.backend.cython.{name}",
         [f"{FOLDER}/{name}.pyx"],
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *INLINE],

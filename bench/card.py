@@ -19,7 +19,7 @@ import numpy as np
 
 import fastll
 from bench.report import ReportError
-from fastll import libraries
+from fastll import array_libraries as libraries
 from fastll.dtypes import BFLOAT16
 
 #: Array libraries, the first one of which that sees the GPU is used.

@@ -229,7 +229,7 @@ def main() -> int:
     if reason is not None:
         print(f"no GPU: {reason}", file=sys.stderr)
         return 2
-    library = fastll.libraries.load(chosen.arrays) if chosen.arrays else None
+    library = fastll.array_libraries.load(chosen.arrays) if chosen.arrays else None
     card = Card(library=library)
     if chosen.profile:
         profile(card)

@@ -55,7 +55,7 @@ def _maximum() -> Callable[[int, int], float]:
     """The maximum of the float32 between two addresses, as fast as memory gives them."""
     from numba import njit
 
-    from fastll.backends.numba.vector import largest, load_ahead, maximum, splat
+    from fastll.backend.numba.vector import largest, load_ahead, maximum, splat
 
     @njit(nogil=True)
     def kernel(start: int, stop: int) -> float:

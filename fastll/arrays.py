@@ -17,8 +17,8 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import NDArray
 
+from fastll.array_libraries import CPU, Device, Library, library_of
 from fastll.dtypes import kind_of, name_of
-from fastll.libraries import CPU, Device, Library, library_of
 
 Array = NDArray[Any]
 

@@ -293,8 +293,7 @@ def _version(package: str) -> str | None:
 
 
 def _instruction_set() -> str:
-    # not fastll.backends: in the public namespace that is the function
-    return str(importlib.import_module("fastll.backends.cython").backend.instruction_set)
+    return str(importlib.import_module("fastll.backend.cython").backend.instruction_set)
 
 
 def _cpu() -> str:

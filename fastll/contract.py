@@ -2,7 +2,7 @@
 
 Every array that reaches a backend has been validated, allocated and brought to one of three shapes,
 as a view with any strides (zero and negative ones too) and with nothing copied. One on a GPU is a NumPy
-array object too, whose address, shape and strides are those on the device (`fastll.libraries`):
+array object too, whose address, shape and strides are those on the device (`fastll.array_libraries`):
 
 * *full*: ``(outer, classes, inner)``, reduced over ``classes``;
 * *row*: ``(outer, inner)``, one entry a row, where row ``r`` is ``divmod(r, inner)``;
@@ -71,7 +71,7 @@ class CrossEntropyOptions(NamedTuple):
 class Backend(Protocol):
     """One implementation of every operation, for arrays on one device and, on a GPU, one stream of it.
 
-    The backends of the CPU have all but the kernels in common: `fastll.backends.host.Host`.
+    The backends of the CPU have all but the kernels in common: `fastll.backend.host.Host`.
     """
 
     name: str

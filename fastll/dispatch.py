@@ -11,10 +11,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple, cast
 
-import fastll.backends  # noqa: F401  before the name becomes that of the function below
+from fastll.array_libraries import NEEDS_NUMBA_CUDA
 from fastll.arrays import Place
 from fastll.contract import Backend
-from fastll.libraries import NEEDS_NUMBA_CUDA
 
 #: Candidates for arrays on a device: the first available one that is worth it does the call.
 TABLE = {
@@ -119,7 +118,7 @@ def _load(name: str) -> Backend | str:
 @cache
 def _import(name: str) -> ModuleType | str:
     """The module of a backend, or why it is not available."""
-    path = f"fastll.backends.{name}"
+    path = f"fastll.backend.{name}"
     try:
         return import_module(path)
     except ImportError as error:

@@ -17,8 +17,8 @@ from conftest import why_no_gpu
 from numpy.lib.array_utils import byte_bounds
 
 import fastll
-from fastll import libraries
-from fastll.backends.cuda import compiler, launch
+from fastll import array_libraries as libraries
+from fastll.backend.cuda import compiler, launch
 from fastll.operations import OPERATIONS
 
 CAPABILITY = (9, 0)
@@ -85,7 +85,7 @@ class Library:
 
 
 class Emulated(Library):
-    """What `fastll.backends.cuda.launch.Gpu` is, by emulation; and the library of its arrays."""
+    """What `fastll.backend.cuda.launch.Gpu` is, by emulation; and the library of its arrays."""
 
     name = "emulated"
     capability = CAPABILITY

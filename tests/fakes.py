@@ -9,10 +9,10 @@ from importlib import import_module
 import numpy as np
 
 from fastll import dispatch
+from fastll.array_libraries import DeviceView, _known
 from fastll.arrays import bad_label
-from fastll.backends.host import Host
-from fastll.backends.numpy import backend as reference
-from fastll.libraries import DeviceView, _known
+from fastll.backend.host import Host
+from fastll.backend.numpy import backend as reference
 
 #: Elements of one unit of the fake GPU, which is not the CPU's.
 UNIT = 10
@@ -203,8 +203,8 @@ class Interface:
 def installed(monkeypatch):
     """The fake GPU and its CuPy, for a while."""
     gpu = GPU()
-    backend = module("fastll.backends.cuda", bind=gpu.bind, why_not=lambda: None)
-    monkeypatch.setitem(sys.modules, "fastll.backends.cuda", backend)
+    backend = module("fastll.backend.cuda", bind=gpu.bind, why_not=lambda: None)
+    monkeypatch.setitem(sys.modules, "fastll.backend.cuda", backend)
     monkeypatch.setitem(sys.modules, "cupy", cupy(gpu))
 
     def order(device, before, after):
@@ -212,9 +212,9 @@ def installed(monkeypatch):
             gpu.ordered.append((device.index, before, after))
 
     for name in ("cupy", "dlpack"):
-        library = import_module(f"fastll.libraries.{name}")
+        library = import_module(f"fastll.array_libraries.{name}")
         monkeypatch.setattr(library, "order_streams", order)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     yield gpu
     _known.pop(CupyArray, None)
-    del sys.modules["fastll.libraries.cupy"]
+    del sys.modules["fastll.array_libraries.cupy"]

@@ -264,7 +264,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> card.Card:
     require_numba_cuda()
     import device
 
-    from fastll.backends.cuda import launch
+    from fastll.backend.cuda import launch
 
     found = device.emulated()
     monkeypatch.setattr(launch, "gpu", lambda index: found)

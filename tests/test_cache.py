@@ -16,14 +16,14 @@ import fastll
 
 numba = pytest.importorskip("numba")
 config = numba.core.config
-cache = import_module("fastll.backends.numba.cache")
-disk = import_module("fastll.backends.disk")
-rows = import_module("fastll.backends.numba.rows")
+cache = import_module("fastll.backend.numba.cache")
+disk = import_module("fastll.backend.disk")
+rows = import_module("fastll.backend.numba.rows")
 
 #: Calls the smallest kernel; prints whether it was compiled.
 CHECK_LABELS = """
-import numpy as np, fastll.backends.numba
-from fastll.backends.numba.rows import check_labels
+import numpy as np, fastll.backend.numba
+from fastll.backend.numba.rows import check_labels
 assert check_labels(np.arange(3), 2, -100, np.empty(0)) == (2, 0.0)
 print(not check_labels.stats.cache_hits)
 """
@@ -101,8 +101,8 @@ def test_entries_of_several_processes_meet(tmp_path):
     code = """
     import sys, numpy as np
     from ctypes import CFUNCTYPE, c_int64
-    import fastll.backends.numba
-    from fastll.backends.numba.convert import reader
+    import fastll.backend.numba
+    from fastll.backend.numba.convert import reader
     source, results = np.array([-1]), np.empty(1)
     for code in {codes}:
         function = CFUNCTYPE(None, *[c_int64] * 5)(reader(code, False, "float64").address)

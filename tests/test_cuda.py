@@ -14,9 +14,9 @@ from table import assert_close
 import fastll
 
 pytest.importorskip("numba_cuda")
-device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backends.cuda"))
+device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
 compiler, elementwise, geometry, launch, primitives, rows, strided = (
-    import_module(f"fastll.backends.cuda.{name}")
+    import_module(f"fastll.backend.cuda.{name}")
     for name in ("compiler", "elementwise", "geometry", "launch", "primitives", "rows", "strided")
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -263,8 +263,8 @@ def test_streaming(gpu, rng):
     second.update(x[:, 150:])
     assert_close(first.merge(second).value, oracle.logsumexp(x, 1)[0], np.float32)
     assert {launched.kernel.key.split("'")[1] for launched in gpu.launches} == {
-        "fastll.backends.cuda.strided",
-        "fastll.backends.cuda.totals",
+        "fastll.backend.cuda.strided",
+        "fastll.backend.cuda.totals",
     }
     everything = fastll.logsumexp(x[:, ::-1], axis=(0, 1))
     assert_close(everything, oracle.logsumexp(x.reshape(-1), 0)[0], np.float32)

@@ -15,7 +15,7 @@ def real(monkeypatch):
     require_numba_cuda()
     import device
 
-    from fastll.backends.cuda import launch
+    from fastll.backend.cuda import launch
 
     emulated = device.emulated()
     made = device.Real(device.Driver(emulated.memory))

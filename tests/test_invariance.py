@@ -99,7 +99,7 @@ def test_compiled_backends_agree_to_the_bit(name, case, request):
     """Numba and Cython hold the same numbers and the same order of sums (where there is an FMA)."""
     require("numba")
     require("cython")
-    from fastll.backends.cython import backend as cython
+    from fastll.backend.cython import backend as cython
 
     if cython.instruction_set == "baseline":
         pytest.skip("no fused multiply-add in the extension for this CPU")
@@ -122,7 +122,7 @@ def test_instruction_sets(monkeypatch, module, name):
     require("cython")
     best = dispatch._load("cython")
     try:
-        other = import_module(f"fastll.backends.cython.{module}").backend
+        other = import_module(f"fastll.backend.cython.{module}").backend
     except ImportError:
         pytest.skip("not built")
     if module == "_v3" and best.instruction_set == "baseline":

@@ -14,9 +14,9 @@ from test_processes import run
 
 import fastll
 from fastll import LogSumExp, dispatch, layout
+from fastll.array_libraries import CPU, Device, DeviceView, device_view
 from fastll.arrays import HOST, place_of
 from fastll.dtypes import BFLOAT16, as_floats, kind_of, rounded
-from fastll.libraries import CPU, Device, DeviceView, device_view
 from fastll.operations import OPERATIONS
 
 
@@ -249,7 +249,7 @@ def test_nothing_is_imported_for_numpy():
         fastll.cross_entropy(x, [1, 2, 3, 4], return_grad=True)
         fastll.LogSumExp().update([1.0]).value
         fastll.softmax(np.matrix(x)), fastll.sigmoid(np.float32(1))
-        heavy = ("torch", "jax", "cupy", "numba", "cuda", "fastll.libraries.dlpack")
+        heavy = ("torch", "jax", "cupy", "numba", "cuda", "fastll.array_libraries.dlpack")
         print([name for name in heavy if name in sys.modules])
         """
     )
@@ -500,7 +500,7 @@ def test_other_devices(code, name):
 
 def test_without_numba_cuda(monkeypatch):
     advice = r'needs the package numba-cuda: pip install "fastll\[cuda12\]" or "fastll\[cuda13\]"'
-    monkeypatch.setitem(sys.modules, "fastll.backends.cuda", None)
+    monkeypatch.setitem(sys.modules, "fastll.backend.cuda", None)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     with pytest.raises(RuntimeError, match=f"an array on cuda:0 {advice}"):
         fastll.cross_entropy(Interface(np.zeros((2, 3))), Interface(np.zeros((2, 3))), reduction="sum")
@@ -516,7 +516,7 @@ def test_without_numba_cuda(monkeypatch):
 
 def test_availability_of_the_gpu(gpu):
     assert fastll.backends()["cuda"].available
-    sys.modules["fastll.backends.cuda"].why_not = lambda: "no GPU is visible"
+    sys.modules["fastll.backend.cuda"].why_not = lambda: "no GPU is visible"
     assert fastll.backends()["cuda"][:2] == (False, "no GPU is visible")
 
 
@@ -529,7 +529,7 @@ def test_simulator():
         sys.path.insert(0, "tests")
         import fakes, numpy as np, fastll
         gpu = fakes.GPU()
-        sys.modules["fastll.backends.cuda"] = fakes.module("fastll.backends.cuda", bind=gpu.bind)
+        sys.modules["fastll.backend.cuda"] = fakes.module("fastll.backend.cuda", bind=gpu.bind)
         from numba import cuda
         x = np.arange(12.0).reshape(3, 4)
         for array in (cuda.to_device(x), fakes.Interface(x), cuda.to_device(x.T.copy()).transpose()):

@@ -69,9 +69,9 @@ def test_small_calls_compile_nothing():
     assert loaded == "False"
 
 
-@pytest.mark.parametrize("missing", ["numba", "fastll.backends.cython", "both"])
+@pytest.mark.parametrize("missing", ["numba", "fastll.backend.cython", "both"])
 def test_missing_packages(missing):
-    names = ["numba", "fastll.backends.cython"] if missing == "both" else [missing]
+    names = ["numba", "fastll.backend.cython"] if missing == "both" else [missing]
     printed = run(
         f"""
         import sys

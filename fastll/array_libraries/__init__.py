@@ -1,0 +1,219 @@
+"""Arrays of other libraries: whose an array is, and what fastll asks of that library.
+
+Inside fastll every array, also one on a GPU, is a NumPy array *object*: its shape, strides, dtype and
+address are what validation, layout and kernels go by. Nothing here imports a library: an array can only
+come from one that is imported already.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Device(NamedTuple):
+    """Where memory is: "cpu", or "cuda" and its index."""
+
+    type: str
+    index: int = 0  # type: ignore[assignment]  # not the method of tuples
+
+    def __str__(self) -> str:
+        return self.type if self == CPU else f"{self.type}:{self.index}"
+
+
+CPU = Device("cpu")
+
+#: What is said where a GPU's array comes without the package that handles it.
+NEEDS_NUMBA_CUDA = 'needs the package numba-cuda: pip install "fastll[cuda12]" or "fastll[cuda13]"'
+
+
+class Library(Protocol):
+    """What fastll asks of an array library; a module will do.
+
+    `stream` and `order` are asked only of arrays on a GPU.
+    """
+
+    #: For messages.
+    name: str
+    #: Whether its arrays may be written.
+    mutable: bool
+
+    def device(self, x: Any) -> Device:
+        """Where an array is."""
+        ...
+
+    def view(self, x: Any, name: str) -> Array:
+        """An array as the NumPy object of its geometry; `TypeError` naming one that has none."""
+        ...
+
+    def writes(self, x: Any) -> None:
+        """Say that an array is going to be written."""
+        ...
+
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        device: Device,
+        order: tuple[int, ...] | None,
+    ) -> Array:
+        """The view of a new array, its `owner`; `order`: its axes, from the outermost in memory on."""
+        ...
+
+    def give(self, view: Array) -> Any:
+        """The library's array for a result: its `owner`, or an array or scalar of NumPy's."""
+        ...
+
+    def stream(self, device: Device) -> int:
+        """Handle of the caller's current stream."""
+        ...
+
+    def order(self, x: Any, device: Device, consumer: int) -> None:
+        """Order the work on a stream after what makes an array, without waiting for either."""
+        ...
+
+
+class View(np.ndarray[Any, np.dtype[Any]]):
+    """An array that knows the library's own object for the same memory."""
+
+    owner: Any = None
+
+
+class DeviceView(View):
+    """The geometry of an array on a device: views can be made, and nothing else."""
+
+    __array_ufunc__ = None  # type: ignore[assignment]
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func not in _GEOMETRY:
+            _refuse(self)
+        return super().__array_function__(func, types, args, kwargs)
+
+    def __getitem__(self, at: Any) -> Any:
+        index = at if isinstance(at, tuple) else (at,)
+        if not all(i is None or i is ... or isinstance(i, int | slice) for i in index):
+            _refuse(self)
+        return super().__getitem__(index if ... in index else (*index, ...))  # an array, never a scalar
+
+    def reshape(self, *shape: Any, **options: Any) -> Any:
+        if not self.flags.c_contiguous:
+            _refuse(self)
+        return super().reshape(*shape, **options)
+
+    def __repr__(self) -> str:
+        return f"DeviceView(shape={self.shape}, dtype={self.dtype}, address={self.ctypes.data:#x})"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+
+_GEOMETRY = {np.broadcast_to, np.may_share_memory, np.shares_memory, np.shape, np.ndim, np.size}
+
+
+def _refuse(self: DeviceView, *args: Any, **options: Any) -> NoReturn:
+    raise TypeError("an array on a device is geometry only: NumPy cannot touch its memory")
+
+
+_TOUCHING = """
+    __bool__ __complex__ __contains__ __copy__ __deepcopy__ __float__ __index__ __int__ __iter__
+    __reduce__ __reduce_ex__ __setitem__ all any argmax argmin argpartition argsort astype byteswap
+    choose clip compress conj conjugate copy cumprod cumsum diagonal dot dump dumps fill flatten item
+    max mean min nonzero partition prod put ravel repeat round searchsorted sort std sum take tobytes
+    tofile tolist trace var
+"""
+for _name in _TOUCHING.split():
+    setattr(DeviceView, _name, _refuse)
+
+
+class _Memory:
+    """Memory by its address, kept alive by what owns it."""
+
+    def __init__(self, interface: dict[str, Any], owner: Any) -> None:
+        self.__array_interface__ = interface
+        self.owner = owner
+
+
+def device_view(
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,  # in bytes; None: C order
+    dtype: np.dtype[Any],
+    owner: Any,
+    writeable: bool = True,
+) -> DeviceView:
+    """The view of memory on a device; nothing is read."""
+    interface = {
+        "data": (address, not writeable),
+        "shape": tuple(shape),
+        "strides": strides,
+        "typestr": f"|V{dtype.itemsize}",
+        "version": 3,
+    }
+    view = np.asarray(_Memory(interface, owner)).view(dtype).view(DeviceView)
+    view.owner = owner
+    return view
+
+
+#: Library of each type of array that has been met; None: NumPy's, or for np.asarray.
+_known: dict[type, Library | None] = dict.fromkeys((np.ndarray, list, tuple, int, float, bool))
+
+#: Modules of this package, by package and name of a library's class of arrays.
+_MODULES = {
+    ("torch", "Tensor"): "torch",
+    ("cupy", "ndarray"): "cupy",
+    ("numba", "DeviceNDArrayBase"): "numba",
+    ("numba", "FakeCUDAArray"): "numba",  # of its simulator
+}
+
+
+def library_of(x: Any) -> Library | None:
+    """The library of an array; None for NumPy's own and for whatever np.asarray takes."""
+    try:
+        return _known[type(x)]
+    except KeyError:
+        return _find(x)
+
+
+def _find(x: Any) -> Library | None:
+    kind = type(x)
+    if isinstance(x, np.ndarray | np.generic):
+        return _known.setdefault(kind, None)
+    for base in kind.__mro__:
+        module = _MODULES.get((base.__module__.partition(".")[0], base.__name__))
+        if module is not None:
+            return _known.setdefault(kind, load(module))
+    if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack_device__"):
+        from fastll.array_libraries.dlpack import Exchanged
+
+        return Exchanged(x)
+    return None
+
+
+def load(module: str) -> Library:
+    """A library by its module in this package."""
+    return cast(Library, import_module(f"fastll.array_libraries.{module}"))
+
+
+def order_streams(device: Device, after: int, stream: int) -> None:
+    """Order the work on a stream of a device after what another stream has been given."""
+    if after == stream:
+        return
+    from numba import cuda
+
+    with cuda.gpus[device.index]:
+        event = cuda.event(timing=False)
+        event.record(cuda.external_stream(after))
+        event.wait(cuda.external_stream(stream))
+
+
+def permuted(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape to allocate for axes in an order in memory, and how to transpose what was allocated."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tuple([shape[axis] for axis in order]), tuple(inverse)

@@ -1,0 +1,99 @@
+"""Kernels on a GPU: loaded once, launched on the caller's stream through `cuda.core`."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+
+import numpy as np
+from cuda import core
+from cuda.bindings import driver
+
+from fastll.backend.cuda import compiler
+
+if not hasattr(core, "Device"):  # before its version 0.5
+    from cuda.core import experimental as core
+
+
+class Gpu:
+    """One device: what it can do, and the kernels it has."""
+
+    def __init__(self, index):
+        _checked(driver.cuInit(0))
+        device = core.Device(index)
+        self.capability = tuple(device.compute_capability)
+        before = _checked(driver.cuCtxGetCurrent())
+        device.set_current()
+        self._context = _checked(driver.cuCtxGetCurrent())
+        _checked(driver.cuCtxSetCurrent(before))
+        self._function = functools.cache(self._load)
+
+    @contextmanager
+    def current(self):
+        """The calling thread's device for a while."""
+        before = _checked(driver.cuCtxGetCurrent())
+        if int(before) == int(self._context):
+            yield
+            return
+        _checked(driver.cuCtxSetCurrent(self._context))
+        try:
+            yield
+        finally:
+            _checked(driver.cuCtxSetCurrent(before))
+
+    def _load(self, kernel, threads):
+        code, entry = compiler.machine_code(kernel, self.capability, threads)
+        return core.ObjectCode.from_cubin(code).get_kernel(entry)
+
+    def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
+        """Start a kernel of `blocks` blocks; `bound` is the most threads it is compiled for."""
+        with self.current():
+            core.launch(
+                _stream(stream),
+                _config(blocks, block, shared),
+                self._function(kernel, bound),
+                *arguments,
+            )
+
+    def read(self, address, count, dtype, stream):
+        """Numbers from the device's memory; waits for the stream."""
+        result = np.empty(count, dtype)
+        with self.current():
+            _checked(driver.cuMemcpyDtoHAsync(result.ctypes.data, address, result.nbytes, stream))
+            _checked(driver.cuStreamSynchronize(stream))
+        return result
+
+
+@functools.lru_cache(1024)
+def _config(blocks, block, shared):
+    return core.LaunchConfig(grid=blocks, block=block, shmem_size=shared)
+
+
+@functools.lru_cache(1024)
+def _stream(handle):
+    """A stream by its handle, of which 0 is the default one by its older name."""
+    if handle:
+        return core.Stream.from_handle(handle)
+    return getattr(core, "LEGACY_DEFAULT_STREAM", None) or core.Device().default_stream
+
+
+@functools.cache
+def gpu(index):
+    """The `Gpu` of a number."""
+    return Gpu(index)
+
+
+def count():
+    """Number of devices; `RuntimeError` without a driver."""
+    _checked(driver.cuInit(0))
+    return _checked(driver.cuDeviceGetCount())
+
+
+def _checked(result):
+    """The value of a call of the driver, or its error."""
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver says {error.name}")
+    return values[0] if values else None

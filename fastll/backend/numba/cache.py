@@ -1,0 +1,101 @@
+"""Compiled kernels on disk, so that a process need not compile what an earlier one did.
+
+Numba's own cache notices changes in one source file only, and a bad file or directory fails the import
+or the call. Here an entry is named after all that its code depends on, and whatever goes wrong, the
+kernel is compiled as if there were no cache.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+from numba.core import config, sigutils
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
+from numba.core.serialize import dumps
+
+from fastll.backend import disk
+from fastll.backend.disk import digest
+
+
+def cached(kernel):
+    """A dispatcher that looks for its machine code on disk before it compiles."""
+    kernel._cache = _Cache(kernel)
+    return kernel
+
+
+def cached_cfunc(signature, name):
+    """`numba.cfunc` that does so too.
+
+    Code of several processes meets in one, linked by symbols. `name` becomes a part of them, as the
+    functions that a factory makes are otherwise told apart by the order in which a process made them.
+    """
+
+    def compiled(function):
+        function.__qualname__ = name
+        options = {"error_model": "numpy"}
+        made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        made._cache = _Cache(function)
+        made.compile()
+        return made
+
+    return compiled
+
+
+class _Cache(NullCache):
+    """The entries of one function, as Numba asks for them."""
+
+    def __init__(self, function):
+        self._name = f"{function.__module__}.{function.__qualname__}"
+
+    def load_overload(self, sig, target_context):
+        try:
+            code = disk.read(self._path(sig, target_context))
+            # `target_context.refresh()` would do this, and spend 0.4 s on what only compiling needs
+            rtsys.initialize(target_context)
+            return CompileResult._rebuild(target_context, *pickle.loads(code))
+        except Exception:
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            if not data.lifted and not data.library.has_dynamic_globals:
+                disk.write(self._path(sig, data.target_context), dumps(data._reduce()))
+        except Exception:
+            pass
+
+    def _path(self, sig, target_context):
+        settings = (
+            target_context.codegen().magic_tuple(),  # system, CPU and its features
+            config.OPT,
+            config.BOUNDSCHECK,
+            config.DEBUGINFO_DEFAULT,
+            config.LOOP_VECTORIZE,
+            config.SLP_VECTORIZE,
+        )
+        if _IMPORTED is None or _version() != _IMPORTED:  # the files are no longer what was imported
+            raise OSError
+        return disk.root() / _IMPORTED / digest(repr((self._name, str(sig), settings)).encode()).hex()
+
+
+def _version():
+    """A name for these sources and the packages they are compiled by; None: no cache."""
+    here = Path(__file__)
+    folders = here.parent, here.parents[1], here.parents[2]
+    sources = [path for folder in folders for path in folder.glob("*.py")]
+    versions = np.__version__, numba.__version__, llvmlite.__version__
+    return disk.version(sources if here in sources else [], versions)
+
+
+try:
+    _IMPORTED = _version()  # before the kernels are imported, so that no older ones go by this name
+except Exception:
+    _IMPORTED = None
