@@ -10,17 +10,19 @@ copied, and nothing waits for a device.
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import NDArray
 
 from fastll.array_libraries import CPU, Device, Library, library_of
 from fastll.dtypes import kind_of, name_of
 
 Array = NDArray[Any]
+Axis = int | Sequence[int] | None
 
 
 class Place:
@@ -39,6 +41,7 @@ class Place:
     def take(self, x: Any, name: str) -> Array:
         """An argument as an array of a dtype that fastll computes with; no copy where it is one."""
         library = self._library_of(x, name)
+        check_unmasked(x, name)
         array: Array = np.asarray(x) if library is None else self._view(library, x, name)
         kind_of(array.dtype, name)
         return array
@@ -59,6 +62,7 @@ class Place:
         if library is None:
             if not isinstance(out, np.ndarray):
                 raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
+            check_unmasked(out, name)
             check_output(out, name, shape, dtype, inputs, like, cast)
             return out
         if not library.mutable:
@@ -164,38 +168,59 @@ def place_of(x: Any) -> Place:
     return Place(library, device)
 
 
-def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
     """Axes as numbers from 0, in ascending order; None is all of them."""
     if axis is None:
         return tuple(range(ndim))
     if type(axis) is int and -ndim <= axis < ndim:
         return (axis % ndim,)
-    try:
-        return tuple(sorted(normalize_axis_tuple(axis, ndim, "axis")))
-    except TypeError:
-        raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None") from None
+    axes = tuple(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,)
+    if any(isinstance(a, (bool, np.bool_)) or not hasattr(a, "__index__") for a in axes):
+        raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None")
+    numbers = [operator.index(a) for a in axes]
+    for number in numbers:
+        if not -ndim <= number < ndim:
+            raise np.exceptions.AxisError(
+                f"axis is {axis!r}; expected {-ndim} <= axis < {ndim} for {ndim} dimensions"
+            )
+    if len({number % ndim for number in numbers}) < len(numbers):
+        raise ValueError(f"axis is {axis!r}; expected each axis once")
+    return tuple(sorted(number % ndim for number in numbers))
 
 
-def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
-    """A shape without some of its axes: that of the rows of a reduction over them."""
+def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = False) -> tuple[int, ...]:
+    """The shape of a reduction over some axes."""
+    if keepdims:
+        return tuple([1 if i in axes else n for i, n in enumerate(shape)])
+    if len(axes) == 1:
+        return shape[: axes[0]] + shape[axes[0] + 1 :]
     return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, as a number from 0."""
-    if type(axis) is not int and (not hasattr(axis, "__index__") or isinstance(axis, bool)):
+    if isinstance(axis, Sequence) or axis is None:
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
 
 
 def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
     """A view of `x` in a shape."""
+    if x.shape == shape:
+        return x
     try:
         return np.broadcast_to(x, shape, subok=True)
     except ValueError:
         raise ValueError(
             f"{name} has shape {x.shape}; expected one that broadcasts to {shape}"
         ) from None
+
+
+def check_unmasked(x: Any, name: str) -> None:
+    """`TypeError` for a masked array with a mask, which would be ignored."""
+    ma = sys.modules.get("numpy.ma")  # else nobody has made one
+    if ma is not None and isinstance(x, ma.MaskedArray) and ma.is_masked(x):
+        raise TypeError(f"{name} is a masked array with masked elements; expected one without a mask")
 
 
 def check_output(

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 #: bfloat16 without the package that has it for NumPy: as the field of a record.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 
-ACCEPTED = "float16, bfloat16, float32, float64, integers and bool"
+FLOATING = "float16, bfloat16, float32, float64"
+ACCEPTED = f"{FLOATING}, integers and bool"
 
 #: Storage formats a compiled backend can read, in the order of the codes it is told them by.
 FORMATS = (
@@ -52,6 +53,8 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
     """The `Kind` of a dtype; `TypeError` naming the argument where fastll does not take it."""
     kind = _known.get(dtype)
     if kind is None:
+        if dtype.kind not in "biufV":  # some of the others have no byte order to ask for
+            raise TypeError(f"{name} has dtype {name_of(dtype)}; fastll takes {ACCEPTED}")
         stored = dtype.newbyteorder("=")
         format_name = "uint8" if stored.kind == "b" else name_of(stored)
         # longdouble is a float128 or, where it is no wider than double, a second float64

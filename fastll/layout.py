@@ -38,16 +38,22 @@ def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[P
     """
     shape = full[0].shape
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first != len(axes) or not _contiguous(full) or not _contiguous(row):
+    if last - first != len(axes):
         return _strided_rows(axes, full, row)
     ndim = len(shape) - len(axes)
-    kept = prod(shape[:first]), prod(shape[last:]) if first < ndim else 1
-    whole = kept[0], prod(shape[first:last]), kept[1]
+    kept = prod(shape[:first]) if first else 1, prod(shape[last:]) if first < ndim else 1
+    whole = kept[0], shape[first] if last - first == 1 else prod(shape[first:last]), kept[1]
     piece = []
     for a in full:
-        piece.append(None if a is None else a.reshape(whole))
+        if a is not None:
+            if not a.flags.c_contiguous:
+                return _strided_rows(axes, full, row)
+            a = a.reshape(whole)
+        piece.append(a)
     for a in row:
         if a is not None:
+            if not a.flags.c_contiguous:
+                return _strided_rows(axes, full, row)
             a = a.reshape(kept if a.ndim == ndim else kept + a.shape[ndim:])
         piece.append(a)
     return (piece,), 1

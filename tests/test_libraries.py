@@ -357,7 +357,7 @@ def test_options_on_gpu(gpu, rng):
     nothing = fastll.cross_entropy(CupyArray(x), CupyArray(np.full(6, -100)), return_grad=True)
     assert np.isnan(nothing[0].memory)
     with pytest.raises(
-        ValueError, match=r"weight has shape \(3,\); expected one weight a class, \(4,\)"
+        ValueError, match=r"weight has shape \(3,\); expected one weight per class, \(4,\)"
     ):
         fastll.cross_entropy(CupyArray(x), CupyArray(y), weight=CupyArray(np.ones(3)))
 

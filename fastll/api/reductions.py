@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastll import dispatch, layout
-from fastll.api import _run
-from fastll.arrays import axes_of, broadcast, kept_shape, place_of
-from fastll.contract import Fold, Map
-from fastll.dtypes import kind_of, rounded
-
-Array = NDArray[Any]
-Axis = int | Sequence[int] | None
+from fastll import calls
+from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
+from fastll.calls import Call
+from fastll.contract import Fold
+from fastll.dtypes import rounded
 
 
 def logsumexp(
@@ -90,8 +86,8 @@ def logsumexp(
     >>> float(log_difference), float(sign)
     (1.541324854612918, -1.0)
     """
-    place = place_of(a)
-    x = place.take(a, "a")
+    call = Call("logsumexp", a, "a")
+    x, place = call.x, call.place
     weights = None
     if b is not None:
         weights = place.take(b, "b")
@@ -105,31 +101,19 @@ def logsumexp(
     if x.ndim == 0:
         x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
     axes = axes_of(axis, x.ndim)
-    kept = kept_shape(x.shape, axes)
-    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
-    value = kind_of(x.dtype).compute
-    # the kernels of a GPU write `out` itself; on the CPU it may be of another dtype
+    shape = kept_shape(x.shape, axes, keepdims)
+    # the kernels of a GPU write `out` itself; on the CPU it may have another dtype
     output = None
     if out is not None:
-        output = place.output(out, "out", shape, value, (x, weights), cast=place.on_cpu)
+        output = place.output(out, "out", shape, call.compute, (x, weights), cast=place.on_cpu)
     direct = output is not None and not place.on_cpu
-    result = output if output is not None and direct else place.empty(shape, value)
-    sign = place.empty(shape, value) if return_sign else None
-    row: tuple[Array, Array | None] = result, sign
-    if keepdims:  # the rows: without the axes of one entry
+    result = output if output is not None and direct else place.empty(shape, call.compute)
+    sign = place.empty(shape, call.compute) if return_sign else None
+    lse, signs = result, sign
+    if keepdims:  # the rows are what is left without the axes of one entry
         at = (*(0 if i in axes else slice(None) for i in range(x.ndim)), ...)
-        row = result[at], None if sign is None else sign[at]
-    backend = dispatch.choose("logsumexp", value, x.size, place)
-    pieces, folds = layout.rows(axes, (x, weights), row)
-    if folds == 1:
-        for x_, b_, out_, sign_ in pieces:
-            call = Fold("logsumexp", x_, second=b_, lse=out_, sign=sign_)
-            _run.rows(backend, backend.fold(call), x_)
-    else:
-        state = _run.new_state(backend, place, kept)
-        _run.fold(backend, x, weights, axes, state)
-        _run.finish(backend, place, state, weights is not None, *row)
-
+        lse, signs = result[at], None if sign is None else sign[at]
+    calls.fold(call.backend, place, Fold("logsumexp", x, weights, lse=lse, sign=signs), axes)
     if output is not None and not direct:
         np.copyto(output, rounded(result, output.dtype))
     returned = place.give(result) if out is None else out
@@ -137,7 +121,7 @@ def logsumexp(
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Softmax, in one read and one write.
+    r"""Softmax over the last axis (where SciPy takes all axes), in one read and one write.
 
     .. math:: p_j = \exp(x_j - m) / \sum_i \exp(x_i - m), \quad m = \max_i x_i
 
@@ -174,11 +158,13 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     >>> softmax([0.0, 0.0, float("-inf")])
     array([0.5, 0.5, 0. ])
     """
-    return _softmax(x, axis, out, log=False)
+    return _softmax("softmax", x, axis, out)
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Logarithm of the softmax, in one read and one write.
+    r"""Logarithm of the softmax over the last axis (where SciPy takes all axes).
+
+    One read and one write.
 
     .. math:: \log p_j = (x_j - m) - \log \sum_i \exp(x_i - m), \quad m = \max_i x_i
 
@@ -217,27 +203,17 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
     >>> log_softmax([1000.0, 0.0])
     array([    0., -1000.])
     """
-    return _softmax(x, axis, out, log=True)
+    return _softmax("log_softmax", x, axis, out)
 
 
-def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
-    place = place_of(x)
-    x = place.take(x, "x")
-    result = place.result(x, out, "out")
-    full, target = (x, result) if x.ndim else (x.reshape(1), result.reshape(1))
+def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any:
+    call = Call(operation, x, "x")
+    result = call.place.result(call.x, out, "out")
+    full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
-    backend = dispatch.choose("softmax", kind_of(x.dtype).compute, x.size, place)
-    if x.size:
-        state = None
-        pieces, folds = layout.rows(axes, (full, target), (state,))
-        if folds > 1:
-            state = _run.new_state(backend, place, kept_shape(full.shape, axes))
-            _run.fold(backend, full, None, axes, state)
-            pieces, _ = layout.rows(axes, (full, target), (state,))
-        for x_, out_, state_ in pieces:
-            name = "log_softmax" if log else "softmax"
-            _run.rows(backend, backend.fold(Fold(name, x_, state=state_, out=out_)), x_)
-    return place.give(result) if out is None else out
+    if full.size:
+        calls.fold(call.backend, call.place, Fold(operation, full, out=target), axes)
+    return call.place.give(result) if out is None else out
 
 
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
@@ -274,7 +250,7 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     >>> sigmoid([-1000.0, -40.0, 0.0])
     array([0.00000000e+00, 4.24835426e-18, 5.00000000e-01])
     """
-    return _sigmoid(x, out, log=False)
+    return _elementwise("sigmoid", x, out)
 
 
 def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
@@ -311,15 +287,11 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     >>> log_sigmoid([-1000.0, 40.0])
     array([-1.00000000e+03, -4.24835426e-18])
     """
-    return _sigmoid(x, out, log=True)
+    return _elementwise("log_sigmoid", x, out)
 
 
-def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
-    place = place_of(x)
-    x = place.take(x, "x")
-    result = place.result(x, out, "out")
-    backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size, place)
-    for x_, out_ in layout.elementwise((x, result)):
-        call = Map("log_sigmoid" if log else "sigmoid", (x_,), value=out_)
-        _run.elements(backend, backend.map(call), x_)
-    return place.give(result) if out is None else out
+def _elementwise(operation: str, x: ArrayLike, out: Array | None) -> Any:
+    call = Call(operation, x, "x")
+    result = call.place.result(call.x, out, "out")
+    call.map(call.backend, (call.x,), result)
+    return call.place.give(result) if out is None else out
