@@ -72,7 +72,7 @@ BAD_OUTPUTS = [
     (
         np.lib.stride_tricks.as_strided(np.zeros(12), (3, 4), (8, 8)),
         ValueError,
-        "has several elements in one",
+        "has several elements at one",
     ),
 ]
 

@@ -37,7 +37,7 @@ def cross_entropy(
 ) -> Any:
     r"""Cross-entropy of logits against class labels or a distribution, with its gradient.
 
-    Of one row of C logits x, with ``lse = log sum_j exp(x_j)`` and label smoothing :math:`\epsilon`:
+    For a row of C logits x, with ``lse = log sum_j exp(x_j)`` and label smoothing :math:`\epsilon`:
 
     .. math::
 
@@ -54,50 +54,51 @@ def cross_entropy(
     logits : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     target : array_like
-        Integers: labels in [0, C), in the shape of `logits` without `axis`. Floating: a distribution
-        a row, in the shape of `logits`; it need not sum to one. A target of 0 contributes 0, even
-        at a logit of -inf.
+        Integers: labels in [0, C), with the shape of `logits` without `axis`. Floating: one
+        distribution per row, with the shape of `logits`; it need not sum to one. A target of 0
+        contributes 0, even at a logit of -inf.
     axis : int
         The axis of the classes.
     weight : array_like, optional
-        A factor for each class, shape (C,).
+        One factor per class, shape (C,).
     ignore_index : int
-        Rows with this label have loss 0, gradient 0, and do not count in the mean, whatever their
-        logits are. For labels only.
+        Rows with this label have loss 0 and gradient 0 and do not count in the mean, even if their
+        logits are NaN. For labels only.
     label_smoothing : float
-        In [0, 1]: the share of the target that is spread over all classes.
+        Share of the target that is spread evenly over all classes, in [0, 1].
     z_loss : float
         Factor of ``lse**2``, added to each row's loss; at least 0.
     softcap : float, optional
         Replaces x by ``softcap * tanh(x / softcap)`` first; positive.
     reduction : {"mean", "sum", "none"}
-        "mean" divides by the summed weight of the kept labels, or by the number of rows for a dense
-        target; over nothing it is NaN. "none" gives each row's loss.
+        "mean" divides by the summed weight of the kept labels or, for a dense target, by the number of
+        rows, and is NaN if that is 0. "none" gives each row's loss.
     return_lse : bool
-        Also return the log-sum-exp of each row (of ignored rows too).
+        Also return the log-sum-exp of each row, ignored rows included.
     return_grad : bool
         Also return the gradient of the reduced loss (with "none": of each row's own loss) with respect
         to `logits`.
     grad_out : array, optional
-        Where to leave the gradient, which is then computed in any case: of the shape and dtype of
-        `logits`. May be `logits` itself.
+        Output array for the gradient, with the shape and dtype of `logits`; may be `logits` itself.
+        The gradient is then computed even without `return_grad`.
 
     Returns
     -------
     loss : array or scalar
-        float64 for float64 and integer logits, float32 for every other.
+        float64 for float64 and integer logits, float32 for all others.
     lse : array or scalar
-        In the same dtype; only if `return_lse`.
+        Of the same dtype; only if `return_lse`.
     grad : array
-        In the shape and dtype of `logits`; only if `return_grad`.
+        Same shape and dtype as `logits`; only if `return_grad`.
 
     Raises
     ------
     IndexError
-        If a label is outside [0, C) and is not `ignore_index`; nothing has been written then. On a GPU
-        the loss and gradient of such a row are NaN, and only `debug_labels` has it raised.
+        If a label is outside [0, C) and is not `ignore_index`; nothing has been written by then. On a
+        GPU the loss and gradient of such a row are NaN instead, unless `debug_labels` is in force.
     TypeError
-        If a dtype is complex, longdouble, object, string, or (of `target`) bool.
+        If a dtype is complex, longdouble, object or string, or that of `target` is bool; if labels are
+        floats; if an array is masked.
     ValueError
         If shapes or devices do not match, an option is out of its range, or `grad_out` cannot be
         written.
@@ -151,19 +152,21 @@ def sparse_cross_entropy(
     logits : array_like
         Any shape and strides.
     target : array_like
-        Integer labels in [0, C), in the shape of `logits` without `axis`.
-    **options
-        Those of `cross_entropy`.
+        Integer labels in [0, C), with the shape of `logits` without `axis`.
+    axis, weight, ignore_index, label_smoothing, z_loss, softcap
+        As for `cross_entropy`.
+    reduction, return_lse, return_grad, grad_out
+        As for `cross_entropy`.
 
     Returns
     -------
     loss, lse, grad
-        As of `cross_entropy`.
+        As for `cross_entropy`.
 
     Raises
     ------
     TypeError
-        If `target` is not an array of integers; else as `cross_entropy`.
+        If `target` is not an array of integers; otherwise as for `cross_entropy`.
 
     Examples
     --------
@@ -190,26 +193,28 @@ def dense_cross_entropy(
     return_grad: bool = False,
     grad_out: Array | None = None,
 ) -> Any:
-    """`cross_entropy` for a target that is a distribution a row, with the same options.
+    """`cross_entropy` for a target of one distribution per row, with the same options.
 
     Parameters
     ----------
     logits : array_like
         Any shape and strides.
     target : array_like
-        In the shape of `logits`, of any real dtype.
-    **options
-        Those of `cross_entropy`, except `ignore_index`.
+        Same shape as `logits`, any real dtype.
+    axis, weight, label_smoothing, z_loss, softcap
+        As for `cross_entropy`.
+    reduction, return_lse, return_grad, grad_out
+        As for `cross_entropy`.
 
     Returns
     -------
     loss, lse, grad
-        As of `cross_entropy`.
+        As for `cross_entropy`.
 
     Raises
     ------
     TypeError, ValueError
-        As `cross_entropy`.
+        As for `cross_entropy`.
 
     Examples
     --------
@@ -287,7 +292,7 @@ def binary_cross_entropy_with_logits(
 ) -> Any:
     r"""Binary cross-entropy of logits, with its gradient.
 
-    Of one logit x with target t, weight w and weight p of the positive class:
+    For a logit x with target t, weight w and weight p of the positive class:
 
     .. math::
 
@@ -301,35 +306,35 @@ def binary_cross_entropy_with_logits(
     logits : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     target : array_like
-        Probabilities of the positive class, or bools or integers 0 and 1, in the shape of `logits`.
+        Probabilities of the positive class, or bools or integers 0 and 1, with the shape of `logits`.
         The values are not checked.
     weight : array_like, optional
-        A factor of each element's loss; broadcasts to `logits`.
+        Factor of each element's loss; broadcasts to `logits`.
     pos_weight : array_like, optional
-        A factor of the positive part of the loss; broadcasts to `logits`.
+        Factor of the positive part of the loss; broadcasts to `logits`.
     reduction : {"mean", "sum", "none"}
-        "mean" divides by the number of elements; over nothing it is NaN. "none" gives each element's
-        loss.
+        "mean" divides by the number of elements and is NaN if there are none. "none" gives each
+        element's loss.
     return_grad : bool
         Also return the gradient of the reduced loss (with "none": of each element's own loss) with
         respect to `logits`.
     grad_out : array, optional
-        Where to leave the gradient, which is then computed in any case: of the shape and dtype of
-        `logits`. May be `logits` itself.
+        Output array for the gradient, with the shape and dtype of `logits`; may be `logits` itself.
+        The gradient is then computed even without `return_grad`.
 
     Returns
     -------
     loss : array or scalar
-        float64 for float64 and integer logits, float32 for every other.
+        float64 for float64 and integer logits, float32 for all others.
     grad : array
-        In the shape and dtype of `logits`; only if `return_grad`.
+        Same shape and dtype as `logits`; only if `return_grad`.
 
     Raises
     ------
     TypeError
         If a dtype is complex, longdouble, object or string.
     ValueError
-        If shapes or devices do not match, `reduction` is none of the three, or `grad_out` cannot be
+        If shapes or devices do not match, `reduction` is not one of the three, or `grad_out` cannot be
         written.
 
     References

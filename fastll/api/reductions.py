@@ -35,23 +35,23 @@ def logsumexp(
     a : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     axis : int, tuple of int or None
-        Axes to reduce over; None: all.
+        Axes to reduce over; None means all.
     b : array_like, optional
-        Weights; `a` and `b` broadcast to one shape. Where a weight is 0 its element counts for
-        nothing, even inf or NaN.
+        Weights; `a` and `b` broadcast to one shape. An element whose weight is 0 is ignored, even if it
+        is inf or NaN.
     keepdims : bool
-        Leave the reduced axes in the result, with size 1.
+        Keep the reduced axes in the result, with size 1.
     return_sign : bool
-        Also return the sign of the sum, and let the result be the logarithm of its magnitude.
-        Without it a negative sum gives NaN.
+        Also return the sign of the sum; the result is then the logarithm of its magnitude. Without
+        it, a negative sum gives NaN.
     out : array, optional
-        Where to leave the result: of its shape and, except on a GPU, any dtype that it can be cast to.
+        Output array of the result's shape and, except on a GPU, of any dtype it can be cast to.
 
     Returns
     -------
     res : array or scalar
-        float64 for float64 and integer `a`, float32 for every other. Over no element: -inf. With
-        +inf among the elements: +inf; with NaN: NaN.
+        float64 for float64 and integer `a`, float32 for all others. -inf if there are no elements,
+        +inf if one is +inf, NaN if one is NaN.
     sgn : array or scalar
         -1, 0 or 1 (NaN if `res` is); only if `return_sign`.
 
@@ -65,7 +65,7 @@ def logsumexp(
 
     See Also
     --------
-    LogSumExp : the same in parts, over chunks, processes and machines.
+    LogSumExp : the same over chunks, processes or machines.
 
     References
     ----------
@@ -131,15 +131,15 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
         Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
         as float64.
     axis : int, tuple of int or None
-        Axes that the probabilities sum to one over; None: all.
+        Axes over which the probabilities sum to one; None means all.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers). The probability of -inf is 0. A row
-        whose maximum is infinite or that has a NaN is NaN.
+        Same shape and dtype as `x` (float64 for integers). The probability of -inf is 0. A row that
+        contains NaN or whose maximum is infinite is NaN.
 
     Raises
     ------
@@ -176,15 +176,15 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
         Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
         as float64.
     axis : int, tuple of int or None
-        Axes that the probabilities sum to one over; None: all.
+        Axes over which the probabilities sum to one; None means all.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers). That of -inf is -inf; a row of
-        nothing else, or with a NaN, is NaN.
+        Same shape and dtype as `x` (float64 for integers). The result for -inf is -inf; a row that
+        contains NaN, or only -inf, is NaN.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any
 
 
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
-    r"""Logistic sigmoid, at full precision in both tails.
+    r"""Logistic sigmoid, accurate in both tails.
 
     .. math:: \sigma(x) = 1 / (1 + \exp(-x))
 
@@ -226,12 +226,12 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers).
+        Same shape and dtype as `x` (float64 for integers).
 
     Raises
     ------
@@ -254,7 +254,7 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
 
 def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
-    r"""Logarithm of the logistic sigmoid, at full precision in both tails.
+    r"""Logarithm of the logistic sigmoid, accurate in both tails.
 
     .. math:: \log \sigma(x) = \min(x, 0) - \operatorname{log1p}(\exp(-|x|))
 
@@ -263,12 +263,12 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers).
+        Same shape and dtype as `x` (float64 for integers).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Likelihoods in parts: states that are updated, merged and sent elsewhere."""
+"""Streaming: running states that can be updated, merged and sent elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 class LogSumExp:
-    r"""Log-sum-exp in parts.
+    r"""Streaming log-sum-exp.
 
     The state of each row is the pair (m, s), the maximum so far and the sum of ``exp(x - m)``, whose
     log-sum-exp is ``m + log(s)``. ``(-inf, 0)`` is the identity; `merge` is associative and
@@ -26,16 +26,16 @@ class LogSumExp:
     .. math:: (m_1, s_1) \oplus (m_2, s_2) = (m, s_1 e^{m_1 - m} + s_2 e^{m_2 - m}),
               \quad m = \max(m_1, m_2)
 
-    The state is where the first array was, on the CPU or a GPU, and further ones must be there too.
-    What comes out is in that array's library.
+    The state lives on the device of the first array; later arrays must be there too. Results are
+    arrays of that array's library.
 
     Parameters
     ----------
     shape : int or tuple of int
-        Shape of the rows, which is that of the value.
+        Shape of the rows, and so of the value.
     dtype : dtype_like
-        A floating dtype; the value is float64 for float64 and float32 for every other. The state is
-        float64 in any case.
+        A floating dtype; the value is float64 for float64 and float32 for all others. The state is
+        always float64.
 
     Raises
     ------
@@ -90,22 +90,22 @@ class LogSumExp:
         Parameters
         ----------
         x : array_like
-            Any shape and strides; without `axis`, in the shape of the rows.
+            Any shape and strides; its shape without `axis` must be that of the rows.
         axis : int, tuple of int or None
-            Axes to reduce over; None: all.
+            Axes to reduce over; None means all.
 
         Returns
         -------
         LogSumExp
-            This one.
+            This accumulator.
 
         Raises
         ------
         TypeError
             If the dtype is complex, longdouble, object or string.
         ValueError
-            If `x` without `axis` is not in the shape of the rows, or on another device than the arrays
-            before; nothing has been added then.
+            If the shape of `x` without `axis` is not that of the rows, or `x` is on another device than
+            earlier arrays; nothing has been added by then.
         """
         call = Call("logsumexp", x, "x", self._place)
         x = call.x if call.x.ndim else call.x.reshape(1)
@@ -129,17 +129,17 @@ class LogSumExp:
                 self._state = calls.new_state(backend, place, self.shape)
 
     def merge(self, other: LogSumExp) -> Self:
-        """Add the elements of another accumulator, which stays as it is.
+        """Add the elements of another accumulator, which is not changed.
 
         Parameters
         ----------
         other : LogSumExp
-            Of the same shape.
+            One of the same shape.
 
         Returns
         -------
         LogSumExp
-            This one.
+            This accumulator.
 
         Raises
         ------
@@ -190,24 +190,24 @@ class LogSumExp:
 
     @classmethod
     def from_state(cls, state: tuple[ArrayLike, ArrayLike], dtype: DTypeLike = np.float64) -> Self:
-        """An accumulator with a given state.
+        """Make an accumulator from a state.
 
         Parameters
         ----------
         state : tuple of array_like
-            The pair (m, s), of one shape, as `state` gives it.
+            The pair (m, s), two arrays of one shape, as returned by `state`.
         dtype : dtype_like
-            As of the class.
+            As for the class.
 
         Returns
         -------
         LogSumExp
-            A new one.
+            A new accumulator.
 
         Raises
         ------
         ValueError
-            If the shapes differ, or an s is negative (which is not looked at on a GPU).
+            If the shapes differ, or an s is negative (not checked on a GPU).
         """
         place = place_of(state[0])
         m, s = (place.take(part, "state") for part in state)
