@@ -232,7 +232,7 @@ def check_output(
     like: Array | None,
     cast: bool,
 ) -> None:
-    """Check that `out` can be written: shape, dtype, writable, no element twice, no overlap with inputs.
+    """Check that `out` can be written: shape, dtype, no element twice, no overlap with inputs.
 
     It may be `like` itself (the same memory in the same order), for an operation in place. With `cast`,
     any dtype will do that `dtype` can be cast to.
