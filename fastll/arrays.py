@@ -25,6 +25,10 @@ Array = NDArray[Any]
 Axis = int | Sequence[int] | None
 
 
+#: All axes of an array, by their number.
+_ALL_AXES = tuple(tuple(range(ndim)) for ndim in range(65))
+
+
 class Place:
     """The library and device of a call's arrays and results."""
 
@@ -171,7 +175,7 @@ def place_of(x: Any) -> Place:
 def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
     """Axes counted from 0, in ascending order; None means all."""
     if axis is None:
-        return tuple(range(ndim))
+        return _ALL_AXES[ndim]
     if type(axis) is int and -ndim <= axis < ndim:
         return (axis % ndim,)
     axes = tuple(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,)
@@ -192,6 +196,8 @@ def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = Fal
     """The shape of a reduction over some axes."""
     if keepdims:
         return tuple([1 if i in axes else n for i, n in enumerate(shape)])
+    if len(axes) == len(shape):
+        return ()
     if len(axes) == 1:
         return shape[: axes[0]] + shape[axes[0] + 1 :]
     return tuple([n for i, n in enumerate(shape) if i not in axes])
@@ -199,6 +205,8 @@ def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = Fal
 
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, counted from 0."""
+    if type(axis) is int and -ndim <= axis < ndim:
+        return axis % ndim
     if isinstance(axis, Sequence) or axis is None:
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
