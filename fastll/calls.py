@@ -6,24 +6,14 @@ of whole arrays, piece by piece as `fastll.layout` cuts it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastll import dispatch, layout
-from fastll.arrays import Array, Place, kept_shape, place_of
-from fastll.contract import Backend, Floats, Fold, Map, units_of
+from fastll.arrays import HOST, Array, Place, kept_shape, place_of
+from fastll.contract import Backend, Floats, Fold, Map, new
 from fastll.dtypes import kind_of
-
-
-class Outputs(NamedTuple):
-    """What a loss is asked to return."""
-
-    reduction: str
-    return_grad: bool
-    grad_out: Any
-    return_lse: bool = False
 
 
 class Call:
@@ -32,21 +22,18 @@ class Call:
     __slots__ = ("compute", "name", "operation", "place", "x")
 
     def __init__(self, operation: str, x: Any, name: str, place: Place | None = None) -> None:
-        self.operation, self.name = operation, name
-        self.place = place or place_of(x)
-        self.x = self.place.take(x, name)
-        self.compute = kind_of(self.x.dtype).compute
+        if type(x) is np.ndarray and place is None:
+            place = HOST
+        else:
+            place = place or place_of(x)
+            x = place.take(x, name)
+        self.operation, self.name, self.place, self.x = operation, name, place, x
+        self.compute = kind_of(x.dtype, name).compute
 
     @property
     def backend(self) -> Backend:
         """The backend for this call."""
         return dispatch.choose(self.operation, self.compute, self.x.size, self.place)
-
-    def gradient(self, outputs: Outputs, inputs: Iterable[Array | None]) -> Array | None:
-        """Where to write the gradient; None if it is not asked for."""
-        if not outputs.return_grad and outputs.grad_out is None:
-            return None
-        return self.place.result(self.x, outputs.grad_out, "grad_out", inputs)
 
     def map(
         self,
@@ -59,58 +46,51 @@ class Call:
         scale: float = 1.0,
     ) -> Array | None:
         """Run an element-wise operation; without `value`, return partial sums of the values."""
-        count, unit = len(inputs), backend.unit
-        pieces = layout.elementwise((*inputs, value, slope, weight))
+        unit, operation = backend.unit, self.operation
+        pieces = layout.elements(inputs, value, slope, weight)
         partial = sums = None
         if value is None:
-            outer, length = pieces[0][0].shape if pieces else (0, 0)
-            shape = len(pieces) * outer, units_of(length, unit)
+            outer, length = pieces[0][0][0].shape if pieces else (0, 0)
+            shape = len(pieces) * outer, -(-length // unit)
             partial = sums = self.place.scratch(shape, backend.partial_dtype or self.compute)
-        for i, piece in enumerate(pieces):
-            first = piece[0]
-            outer, length = first.shape
+        for i, (inputs, value, slope, weight) in enumerate(pieces):
+            outer, length = inputs[0].shape
             if partial is not None and len(pieces) > 1:
                 sums = partial[i * outer : (i + 1) * outer]
-            values, slopes, weights = piece[count:]
-            operands = tuple(piece[:count]), values, sums, slopes, weights
-            call = Map(self.operation, *operands, parameters, scale)
-            backend.run(backend.map(call), outer * units_of(length, unit), first.size)
+            fields = operation, inputs, value, sums, slope, weight, parameters, scale
+            backend.run(backend.map(new(Map, fields)), outer * -(-length // unit), outer * length)
         return partial
 
-    def results(self, outputs: Outputs, loss: Any, lse: Array | None, grad: Array | None) -> Any:
+    def results(
+        self, loss: Any, lse: Array | None, grad: Array | None, return_grad: bool, grad_out: Any
+    ) -> Any:
         """The loss alone, or a tuple of what was asked for."""
-        loss = self.place.give(loss)
-        if lse is None and not outputs.return_grad:
-            return loss
-        results = [loss]
-        if lse is not None:
-            results.append(self.place.give(lse))
-        if outputs.return_grad and grad is not None:
-            given = outputs.grad_out
-            results.append(self.place.give_array(grad) if given is None else given)
-        return tuple(results)
+        place = self.place
+        loss = place.give(loss)
+        if not return_grad:
+            return loss if lse is None else (loss, place.give(lse))
+        given = place.give_array(grad) if grad_out is None else grad_out  # type: ignore[arg-type]
+        return (loss, given) if lse is None else (loss, place.give(lse), given)
 
 
-def fold(backend: Backend, place: Place, call: Fold, axes: Sequence[int]) -> None:
+def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
     """Run a reduction of rows over `axes`; rows that no one view covers go by a running state."""
-    operation, x, second, labels, weight, options, state, value, lse, sign, out = call
-    row = (labels, state, value, lse, sign)
-    pieces, parts = layout.rows(axes, (x, second, out), row)
-    if parts > 1 and state is None:
-        state = new_state(backend, place, kept_shape(x.shape, axes))
-        part = operation if out is None else "logsumexp"
-        fold(backend, place, Fold(part, x, second, state=state), axes)
+    pieces, parts = layout.folds(call, axes)
+    if parts > 1 and call.state is None:
+        state = new_state(backend, place, kept_shape(call.x.shape, axes))
+        operation = call.operation if call.out is None else "logsumexp"
+        fold(backend, place, Fold(operation, call.x, call.second, state=state), axes)
         call = call._replace(state=state)
-        if out is None:
+        if call.out is None:
             finish(backend, place, call)
         else:
             fold(backend, place, call, axes)
         return
-    for x, second, out, labels, state, value, lse, sign in pieces:
-        piece = operation, x, second, labels, weight, options, state, value, lse, sign, out
-        outer, _, inner = x.shape
+    for piece in pieces:
+        outer, classes, inner = piece.x.shape
+        rows = outer * inner
         # a row without classes is work too: it has a result
-        backend.run(backend.fold(Fold._make(piece)), outer * inner, x.size or outer * inner)
+        backend.run(backend.fold(piece), rows, rows * (classes or 1))
 
 
 def finish(backend: Backend, place: Place, call: Fold) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from fastll import calls, dispatch
 from fastll.api._options import Reduction, check_reduction, integer, number
 from fastll.arrays import Array, axis_of, broadcast
-from fastll.calls import Call, Outputs
+from fastll.calls import Call
 from fastll.contract import Fold, Options
 from fastll.dtypes import as_floats, kind_of, name_of
 
@@ -126,8 +126,9 @@ def cross_entropy(
            [ 0.   ,  0.   ,  0.   ]])
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    outputs = Outputs(reduction, return_grad, grad_out, return_lse)
-    return _cross_entropy("any", logits, target, axis, weight, options, outputs)
+    return _cross_entropy(
+        "any", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
+    )
 
 
 def sparse_cross_entropy(
@@ -175,8 +176,9 @@ def sparse_cross_entropy(
     0.6931471805599453
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    outputs = Outputs(reduction, return_grad, grad_out, return_lse)
-    return _cross_entropy("sparse", logits, target, axis, weight, options, outputs)
+    return _cross_entropy(
+        "sparse", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
+    )
 
 
 def dense_cross_entropy(
@@ -223,8 +225,9 @@ def dense_cross_entropy(
     0.6931471805599453
     """
     options = (-100, label_smoothing, z_loss, softcap)
-    outputs = Outputs(reduction, return_grad, grad_out, return_lse)
-    return _cross_entropy("dense", logits, target, axis, weight, options, outputs)
+    return _cross_entropy(
+        "dense", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
+    )
 
 
 def _cross_entropy(
@@ -234,7 +237,10 @@ def _cross_entropy(
     axis: int,
     weight: ArrayLike | None,
     options: CrossEntropyOptions,
-    outputs: Outputs,
+    reduction: str,
+    return_lse: bool,
+    return_grad: bool,
+    grad_out: Any,
 ) -> Any:
     call = Call("cross_entropy", logits, "logits")
     x, place, compute = call.x, call.place, call.compute
@@ -244,10 +250,12 @@ def _cross_entropy(
     classes, rows = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
     dense, labels = _target(call, kind, target, axis)
     weights = None if weight is None else _class_weight(call, weight, classes)
-    mean = check_reduction(outputs.reduction) == "mean"
+    mean = check_reduction(reduction) == "mean"
     numbers = _checked(options, dense is not None)
     ignore_index = numbers[0]
-    grad = call.gradient(outputs, (dense, labels, weights))
+    grad = None
+    if return_grad or grad_out is not None:
+        grad = place.result(x, grad_out, "grad_out", (dense, labels, weights))
 
     backend = call.backend
     denominator: Any = float(math.prod(rows))
@@ -255,15 +263,15 @@ def _cross_entropy(
         check = dispatch.debugging_labels()
         labels, denominator = backend.labels(labels, classes, ignore_index, weights, check)
     scale = backend.factor(denominator) if mean else 1.0
-    each = outputs.reduction == "none"
+    each = reduction == "none"
     loss = (place.empty if each else place.scratch)(rows, compute)
-    lse = place.empty(rows, compute) if outputs.return_lse else None
+    lse = place.empty(rows, compute) if return_lse else None
     scalars = Options(*numbers, scale)
     fold = Fold("cross_entropy", x, dense, labels, weights, scalars, None, loss, lse, None, grad)
     calls.fold(backend, place, fold, (axis,))
     if not each:
         loss = backend.total(loss, denominator if mean else None, compute)
-    return call.results(outputs, loss, lse, grad)
+    return call.results(loss, lse, grad, return_grad, grad_out)
 
 
 def _checked(options: CrossEntropyOptions, dense: bool) -> Numbers:
@@ -350,36 +358,41 @@ def binary_cross_entropy_with_logits(
     name, others = "binary_cross_entropy", {"target": target}
     if pos_weight is not None:
         name, others["pos_weight"] = "binary_cross_entropy_pos_weight", pos_weight
-    outputs = Outputs(reduction, return_grad, grad_out)
-    return _elementwise(Call(name, logits, "logits"), others, outputs, weight=weight)
+    call = Call(name, logits, "logits")
+    return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
 
 
 def _elementwise(
     call: Call,
     others: dict[str, ArrayLike],
-    outputs: Outputs,
-    *,
-    weight: ArrayLike | None = None,
-    parameters: tuple[float, ...] = (),
+    weight: ArrayLike | None,
+    parameters: tuple[float, ...],
+    reduction: str,
+    return_grad: bool,
+    grad_out: Any,
 ) -> Any:
     """An element-wise loss of the first array and others, of which only a target may not broadcast."""
     x, place = call.x, call.place
-    inputs = [x]
+    inputs, shape = [x], x.shape
     for name, other in others.items():
         a = place.take(other, name)
-        if name == "target" and a.shape != x.shape:
-            raise ValueError(f"target has shape {a.shape}; expected that of {call.name}, {x.shape}")
-        inputs.append(broadcast(a, x.shape, name))
-    w = None if weight is None else broadcast(place.take(weight, "weight"), x.shape, "weight")
-    mean = check_reduction(outputs.reduction) == "mean"
-    grad = call.gradient(outputs, (*inputs[1:], w))
+        if a.shape != shape:
+            if name == "target":
+                raise ValueError(f"target has shape {a.shape}; expected that of {call.name}, {shape}")
+            a = broadcast(a, shape, name)
+        inputs.append(a)
+    w = None if weight is None else broadcast(place.take(weight, "weight"), shape, "weight")
+    mean = check_reduction(reduction) == "mean"
+    grad = None
+    if return_grad or grad_out is not None:
+        grad = place.result(x, grad_out, "grad_out", (*inputs[1:], w))
     scale = 1 / x.size if mean and x.size else 1.0
-    loss = place.empty_like(x, call.compute) if outputs.reduction == "none" else None
+    loss = place.empty_like(x, call.compute) if reduction == "none" else None
     backend = call.backend
     sums = call.map(backend, tuple(inputs), loss, grad, w, parameters, scale)
     if sums is not None:
         loss = backend.total(sums, float(x.size) if mean else None, call.compute)
-    return call.results(outputs, loss, None, grad)
+    return call.results(loss, None, grad, return_grad, grad_out)
 
 
 def _target(call: Call, kind: str, target: ArrayLike, axis: int) -> tuple[Array | None, Array | None]:
