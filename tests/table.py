@@ -114,8 +114,8 @@ def _case(name, dtype, shape, axis, option, subtracted):
 
 
 def parts(result):
-    """A result as a tuple."""
-    return result if isinstance(result, tuple) else (result,)
+    """A result as a sequence of arrays."""
+    return result if isinstance(result, tuple | list) else (result,)
 
 
 def label(options):
