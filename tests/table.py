@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from fastll.operations import OPERATIONS
+from fastll.operations import OPERATIONS, Argument
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -111,6 +111,27 @@ def _case(name, dtype, shape, axis, option, subtracted):
     arrays, keywords = inputs(name, dtype, shape, axis, OPERATIONS[name].options[option])
     with np.errstate(all="ignore"):
         return Case(arrays, keywords, getattr(oracle, name)(*arrays, **keywords))
+
+
+class Call:
+    """Arrays and keywords of an operation on rows, and what of them belongs to some of the rows."""
+
+    def __init__(self, name, dtype, shape, option, rng=None):
+        self.operation = OPERATIONS[name]
+        options = self.operation.options[option]
+        self.arrays, self.keywords = inputs(name, dtype, shape, 1, options, rng, spread=4)
+        self.keywords.pop("axis", None)
+        self._shapes = {a.name: a.shape for a in self.operation.arguments}
+        self._shapes |= {k: v.shape for k, v in options.items() if isinstance(v, Argument)}
+
+    def arguments(self, change):
+        """Arrays and keywords, with a change of those that have an entry for each row."""
+        names = [argument.name for argument in self.operation.arguments]
+        arrays = [self._changed(*item, change) for item in zip(names, self.arrays, strict=True)]
+        return arrays, {k: self._changed(k, v, change) for k, v in self.keywords.items()}
+
+    def _changed(self, name, value, change):
+        return change(value) if self._shapes.get(name) in ("full", "rows") else value
 
 
 def parts(result):
