@@ -1,9 +1,9 @@
-"""The operations, each with arguments to try it on: what tests, benchmark and `warmup` go by."""
+"""The table of operations: what tests, benchmark and `warmup` need to know about each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -13,64 +13,257 @@ from fastll.dispatch import use_backend
 
 Array = NDArray[Any]
 
+#: What the values of an array are: any real numbers (logits, and "real" of the order of 1), labels in
+#: [0, C), a distribution over the axis, probabilities in [0, 1), positive numbers of the order of 1, or
+#: factors of both signs and 0.
+Domain = Literal["logits", "real", "labels", "distribution", "probability", "positive", "factor"]
+#: The shape of an array: that of the first argument, that without the axis, (C,), or one entry.
+Shape = Literal["full", "rows", "classes", "one"]
+#: The dotted name of a function, or a function of a library's module and the arrays. It is called with
+#: the arrays as fastll is, the axis second where there is one, and returns the value.
+Peer = str | Callable[..., Any]
+
+
+class Argument(NamedTuple):
+    """An array argument: its name, and what it holds."""
+
+    name: str
+    domain: Domain
+    shape: Shape = "full"
+
+    def make(
+        self, rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike
+    ) -> Array:
+        """Such an array, for a first argument of a shape and dtype."""
+        axis %= len(shape)
+        rows = shape[:axis] + shape[axis + 1 :]
+        shapes = {"full": shape, "rows": rows, "classes": shape[axis : axis + 1]}
+        own = shapes.get(self.shape, (1,) * len(shape))
+        dtype = np.dtype(dtype)
+        wide = np.float32 if dtype.kind in "fV" and dtype.itemsize < 8 else np.float64
+        if self.domain == "labels":
+            return rng.integers(0, shape[axis], own) if shape[axis] else np.full(own, -100)
+        if self.domain in ("logits", "real"):
+            return rng.standard_normal(own, wide).astype(dtype, copy=False)
+        if self.domain == "factor":
+            return np.round(2 * rng.standard_normal(own, wide)).astype(dtype)
+        values = rng.random(own, wide)
+        if self.domain == "distribution":
+            values /= values.sum(axis=axis, keepdims=True)
+        if self.domain == "positive":
+            values = wide(0.5) + wide(1.5) * values
+        # what is not in the shape of the first argument need not have its dtype
+        return values.astype(dtype if self.shape == "full" else wide, copy=False)
+
 
 class Operation(NamedTuple):
-    """A public function and what it is called with besides its first argument."""
+    """A public function, what it is called with, and what the tests and the benchmark need to know.
+
+    Its formula in extended precision, which results are compared with, is the function of the same
+    name in ``tests/oracle.py``.
+    """
 
     function: Callable[..., Any]
-    arguments: Callable[[np.random.Generator, Array, int], tuple[Array, ...]]  # of rng, x, axis
-    elementwise: bool = False
-    reduces: bool = False  # to one value a row; otherwise the result is in the shape of x
-    gradient: bool = False  # takes return_grad and grad_out
+    #: The positional array arguments; the first one decides dtype, library and device.
+    arguments: tuple[Argument, ...]
+    elementwise: bool = False  # otherwise it has the keyword `axis`
+    reduces: bool = False  # to one value per row; otherwise the result has the shape of the first one
+    gradient: bool = False  # takes `reduction`, `return_grad` and `grad_out`
+    #: Keywords that each add a result after the first one, in this order.
+    extras: tuple[str, ...] = ()
+    #: Keywords to try together, from none to all. An `Argument` stands for such an array.
+    options: tuple[Mapping[str, Any], ...] = ({},)
+    #: The public function that chooses this one by its arguments.
+    chosen_by: str = ""
+    #: The same in other libraries, by the name of the library (see ``bench/peers.py``).
+    peers: Mapping[str, Peer] = {}
+    #: How often the quick benchmark measures it: in every case that suits it, in one, or never.
+    measured: Literal["throughout", "once", "full"] = "once"
+
+    @property
+    def writes(self) -> bool:
+        """Whether a result can have the shape of the first argument."""
+        return self.gradient or not self.reduces
+
+    def make(
+        self, rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike
+    ) -> tuple[Array, ...]:
+        """The positional arguments, of random values."""
+        return tuple(argument.make(rng, shape, axis, dtype) for argument in self.arguments)
+
+    def keywords(
+        self,
+        rng: np.random.Generator,
+        shape: tuple[int, ...],
+        axis: int,
+        dtype: DTypeLike,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Options with their arrays, of random values; and the axis."""
+        made = {
+            name: value.make(rng, shape, axis, dtype) if isinstance(value, Argument) else value
+            for name, value in options.items()
+        }
+        return made if self.elementwise else made | {"axis": axis}
 
 
-def _none(rng: np.random.Generator, x: Array, axis: int) -> tuple[Array, ...]:
-    return ()
+def _logsumexp(np: Any, a: Any, axis: int) -> Any:
+    m = a.max(axis, keepdims=True)
+    return np.squeeze(m + np.log(np.exp(a - m).sum(axis, keepdims=True)), axis)
 
 
-def _labels(rng: np.random.Generator, x: Array, axis: int) -> tuple[Array, ...]:
-    kept = np.delete(x.shape, axis)
-    return (rng.integers(0, x.shape[axis], kept) if x.shape[axis] else np.full(kept, -100),)
+def _softmax(np: Any, x: Any, axis: int) -> Any:
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
 
 
-def _distribution(rng: np.random.Generator, x: Array, axis: int) -> tuple[Array, ...]:
-    t = rng.random(x.shape)
-    return ((t / t.sum(axis=axis, keepdims=True)).astype(x.dtype),)
+def _log_softmax(np: Any, x: Any, axis: int) -> Any:
+    return x - np.expand_dims(_logsumexp(np, x, axis), axis)
 
 
-def _probabilities(rng: np.random.Generator, x: Array, axis: int) -> tuple[Array, ...]:
-    return (rng.random(x.shape).astype(x.dtype),)
+def _sparse(np: Any, lse: Any, x: Any, axis: int, labels: Any) -> Any:
+    """The mean loss over the rows with a label, for any library with NumPy's functions."""
+    at_label = np.take_along_axis(x, np.expand_dims(labels, axis), axis).squeeze(axis)
+    return np.mean(lse - at_label, where=labels >= 0)
 
+
+_CLASS_WEIGHT = Argument("weight", "positive", "classes")
+_CROSS_ENTROPY: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"weight": _CLASS_WEIGHT},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"softcap": 5.0},
+    {"weight": _CLASS_WEIGHT, "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0},
+)
+_WEIGHT, _POS_WEIGHT = Argument("weight", "positive", "one"), Argument("pos_weight", "positive")
 
 OPERATIONS = {
-    "logsumexp": Operation(reductions.logsumexp, _none, reduces=True),
-    "softmax": Operation(reductions.softmax, _none),
-    "log_softmax": Operation(reductions.log_softmax, _none),
-    "sigmoid": Operation(reductions.sigmoid, _none, elementwise=True),
-    "log_sigmoid": Operation(reductions.log_sigmoid, _none, elementwise=True),
+    "logsumexp": Operation(
+        reductions.logsumexp,
+        (Argument("a", "logits"),),
+        reduces=True,
+        options=({}, {"b": Argument("b", "factor"), "return_sign": True}),
+        peers={
+            "numpy": _logsumexp,
+            "scipy": "scipy.special.logsumexp",
+            "torch": "torch.logsumexp",
+            "jax": "jax.nn.logsumexp",
+        },
+        measured="throughout",
+    ),
+    "softmax": Operation(
+        reductions.softmax,
+        (Argument("x", "logits"),),
+        peers={
+            "numpy": _softmax,
+            "scipy": "scipy.special.softmax",
+            "torch": "torch.softmax",
+            "jax": "jax.nn.softmax",
+        },
+    ),
+    "log_softmax": Operation(
+        reductions.log_softmax,
+        (Argument("x", "logits"),),
+        peers={
+            "numpy": _log_softmax,
+            "scipy": "scipy.special.log_softmax",
+            "torch": "torch.log_softmax",
+            "jax": "jax.nn.log_softmax",
+        },
+        measured="full",
+    ),
+    "sigmoid": Operation(
+        reductions.sigmoid,
+        (Argument("x", "logits"),),
+        elementwise=True,
+        peers={
+            "numpy": lambda np, x: 1 / (1 + np.exp(-x)),
+            "scipy": "scipy.special.expit",
+            "torch": "torch.sigmoid",
+            "jax": "jax.nn.sigmoid",
+        },
+        measured="full",
+    ),
+    "log_sigmoid": Operation(
+        reductions.log_sigmoid,
+        (Argument("x", "logits"),),
+        elementwise=True,
+        peers={
+            "numpy": lambda np, x: -np.logaddexp(0, -x),
+            "scipy": "scipy.special.log_expit",
+            "torch": "torch.nn.functional.logsigmoid",
+            "jax": "jax.nn.log_sigmoid",
+        },
+        measured="full",
+    ),
     "sparse_cross_entropy": Operation(
-        losses.sparse_cross_entropy, _labels, reduces=True, gradient=True
+        losses.sparse_cross_entropy,
+        (Argument("logits", "logits"), Argument("target", "labels", "rows")),
+        reduces=True,
+        gradient=True,
+        extras=("return_lse",),
+        options=_CROSS_ENTROPY,
+        chosen_by="cross_entropy",
+        peers={
+            "numpy": lambda np, x, axis, t: _sparse(np, _logsumexp(np, x, axis), x, axis, t),
+            "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(x.movedim(axis, 1), t),
+            "jax": lambda jax, x, axis, t: _sparse(jax.numpy, jax.nn.logsumexp(x, axis), x, axis, t),
+            "liger": lambda liger, x, axis, t: liger.LigerCrossEntropyFunction.apply(x, t, None)[0],
+        },
+        measured="throughout",
     ),
     "dense_cross_entropy": Operation(
-        losses.dense_cross_entropy, _distribution, reduces=True, gradient=True
+        losses.dense_cross_entropy,
+        (Argument("logits", "logits"), Argument("target", "distribution")),
+        reduces=True,
+        gradient=True,
+        extras=("return_lse",),
+        options=_CROSS_ENTROPY,
+        chosen_by="cross_entropy",
+        peers={
+            "numpy": lambda np, x, axis, t: -(t * _log_softmax(np, x, axis)).sum(axis).mean(),
+            "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(
+                x.movedim(axis, 1), t.movedim(axis, 1)
+            ),
+            "jax": lambda jax, x, axis, t: -(t * jax.nn.log_softmax(x, axis)).sum(axis).mean(),
+        },
+        measured="full",
     ),
     "binary_cross_entropy_with_logits": Operation(
-        losses.binary_cross_entropy_with_logits, _probabilities, elementwise=True, gradient=True
+        losses.binary_cross_entropy_with_logits,
+        (Argument("logits", "logits"), Argument("target", "probability")),
+        elementwise=True,
+        gradient=True,
+        options=(
+            {},
+            {"weight": _WEIGHT},
+            {"pos_weight": _POS_WEIGHT},
+            {"weight": _WEIGHT, "pos_weight": _POS_WEIGHT},
+        ),
+        peers={
+            "numpy": lambda np, x, t: np.mean(np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))),
+            "torch": "torch.nn.functional.binary_cross_entropy_with_logits",
+            "jax": lambda jax, x, t: (
+                -(t * jax.nn.log_sigmoid(x) + (1 - t) * jax.nn.log_sigmoid(-x)).mean()
+            ),
+        },
+        measured="throughout",
     ),
 }
 
 
 #: An array for each family of kernels, as (shape, axis): over rows, and over columns. On a GPU over
 #: rows of several lengths, up to those that a cluster shares.
-_SHAPES = {
+_SHAPES: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {
     "cpu": (((2, 64), 1), ((64, 2), 0)),
     "cuda": (((2, 64), 1), ((64, 2), 0), ((2, 1000), 1), ((2, 32000), 1), ((2, 50257), 1)),
 }
 
 
 def warmup(
-    operations: Sequence[str] | None = None,
-    dtypes: Sequence[DTypeLike] = (np.float32, np.float64),
+    operations: str | Iterable[str] | None = None,
+    dtypes: Iterable[DTypeLike] = (np.float32, np.float64),
     *,
     backend: str = "numba",
 ) -> None:
@@ -78,9 +271,9 @@ def warmup(
 
     Parameters
     ----------
-    operations : sequence of str, optional
-        Names of public functions; all of them by default.
-    dtypes : sequence of dtype_like
+    operations : str or iterable of str, optional
+        Names of public functions, or one name; all of them by default.
+    dtypes : iterable of dtype_like
         Dtypes of their first argument.
     backend : str
         The backend to compile for; see `backends`.
@@ -95,12 +288,10 @@ def warmup(
     Examples
     --------
     >>> import fastll
-    >>> fastll.warmup(["logsumexp"], ["float32"], backend="numpy")
+    >>> fastll.warmup("logsumexp", ["float32"], backend="numpy")
+    >>> fastll.warmup(["cross_entropy", "softmax"], backend="numpy")
     """
-    names = list(OPERATIONS) if operations is None else list(operations)
-    for name in names:
-        if name not in OPERATIONS:
-            raise ValueError(f"operations has {name!r}; expected some of {', '.join(OPERATIONS)}")
+    chosen = _named(operations)
     rng = np.random.default_rng(0)
     with use_backend(backend):
         place, shapes = _host, _SHAPES["cpu"]
@@ -110,19 +301,28 @@ def warmup(
             place, shapes = cuda.to_device, _SHAPES["cuda"]
         for dtype in dtypes:
             for shape, axis in shapes:
-                x = rng.standard_normal(shape).astype(dtype)
-                for name in names:
-                    operation = OPERATIONS[name]
-                    arguments = [place(a) for a in operation.arguments(rng, x, axis)]
-                    _call(operation, place(x), arguments, axis)
+                for operation in chosen:
+                    arrays = map(place, operation.make(rng, shape, axis, dtype))
+                    keywords = operation.keywords(rng, shape, axis, dtype, {})
+                    if operation.gradient:
+                        keywords["return_grad"] = True
+                    operation.function(*arrays, **keywords)
+
+
+def _named(operations: str | Iterable[str] | None) -> list[Operation]:
+    """The rows of public functions."""
+    if operations is None:
+        return list(OPERATIONS.values())
+    found = []
+    for name in [operations] if isinstance(operations, str) else operations:
+        rows = [row for key, row in OPERATIONS.items() if name in (key, row.chosen_by)]
+        if not rows or not name:
+            known = dict.fromkeys((*OPERATIONS, *(r.chosen_by for r in OPERATIONS.values())))
+            expected = ", ".join(filter(None, known))
+            raise ValueError(f"operations has {name!r}; expected some of {expected}")
+        found += rows
+    return found
 
 
 def _host(x: Array) -> Array:
     return x
-
-
-def _call(operation: Operation, x: Array, arguments: Sequence[Array], axis: int) -> None:
-    options: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
-    if operation.gradient:
-        options["return_grad"] = True
-    operation.function(x, *arguments, **options)

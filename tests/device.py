@@ -19,12 +19,26 @@ from numpy.lib.array_utils import byte_bounds
 import fastll
 from fastll import array_libraries as libraries
 from fastll.backend.cuda import compiler, launch
-from fastll.operations import OPERATIONS
+from fastll.operations import OPERATIONS, Argument
 
 CAPABILITY = (9, 0)
 #: Arguments that are arrays where they are given by name.
 OUTPUTS = ("out", "grad_out")
-ARRAYS = (*OUTPUTS, "x", "logits", "target", "weight", "pos_weight", "b")
+ARRAYS = {
+    *OUTPUTS,
+    *(argument.name for row in OPERATIONS.values() for argument in row.arguments),
+    *(
+        value.name
+        for row in OPERATIONS.values()
+        for options in row.options
+        for value in options.values()
+        if isinstance(value, Argument)
+    ),
+}
+#: How many positional arguments of a public function are arrays.
+POSITIONAL = {
+    name: len(row.arguments) for key, row in OPERATIONS.items() for name in (key, row.chosen_by)
+}
 
 
 class DeviceArray:
@@ -296,11 +310,10 @@ def on_device(function):
                 moved[id(x)] = x, there.to_device(x)
             return moved[id(x)][1]
 
-        if args and args[0] is None:
+        count = POSITIONAL[function.__name__]
+        if any(a is None for a in args[:count]):
             pytest.skip("no array of a GPU")
-        arrays = [move(a) for a in args[:2]] + list(args[2:])
-        if args[1:] and function.__name__ in ("softmax", "log_softmax", "logsumexp", "entropy"):
-            arrays[1:2] = args[1:2]  # the axis
+        arrays = [*map(move, args[:count]), *args[count:]]
         named = {
             name: move(value, name) if name in ARRAYS else value for name, value in options.items()
         }
@@ -328,7 +341,7 @@ def instead_of_host(monkeypatch):
         monkeypatch.setattr(launch, "count", lambda: 1)
     for name in fastll.__all__:
         function = getattr(fastll, name)
-        if function.__module__ in ("fastll.api.reductions", "fastll.api.losses"):
+        if name in POSITIONAL:
             monkeypatch.setattr(fastll, name, on_device(function))
     update, value = fastll.LogSumExp.update, fastll.LogSumExp.value.fget
 

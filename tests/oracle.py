@@ -1,15 +1,32 @@
 """The formulas once more, plainly and in extended precision, each with the size of what it sums.
 
+An operation of the table has a function of its name here. It is called as the operation is (arrays,
+`axis` unless it is element-wise, options) and returns an `Expected`, per row or per element.
+
 A result is a pair (value, scale). With an arithmetic of unit roundoff eps, a method that adds terms of
 one sign is off by a few eps times the sum of the terms' magnitudes, which is `scale`: the tests allow
 that much and no more. Written from the formulas of PyTorch and SciPy, without looking at the package.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Real = np.longdouble
 #: 1 for a method that rounds x - m before the exponential, which costs |x - m| roundoffs; else 0.
 SUBTRACTED = 0
+
+
+Pair = tuple[Any, Any]
+
+
+class Expected(NamedTuple):
+    """What an operation returns with reduction "none", and what a mean divides by."""
+
+    value: Pair
+    extras: tuple[Pair, ...] = ()  # in the order of the table
+    gradient: Pair | None = None
+    count: Any = None  # the divisor of a mean; None: the number of values
 
 
 def _moved(a, axis):
@@ -25,9 +42,9 @@ def _log_sum(x):
     return m, np.log1p(e.sum(axis=-1, keepdims=True))
 
 
-def logsumexp(x, axis, b=None):
-    """(log|s|, |m| + |log|s/exp(m)||), sign of s."""
-    x = _moved(x, axis)
+def logsumexp(a, axis, b=None, return_sign=False):
+    """log|s| with the scale |m| + |log|s/exp(m)||, and the sign of s, exact."""
+    x = _moved(a, axis)
     b = np.ones_like(x) if b is None else _moved(b, axis)
     x = np.where(b == 0, -np.inf, x)
     m = np.max(x, axis=-1, initial=-np.inf, keepdims=True)
@@ -38,14 +55,17 @@ def logsumexp(x, axis, b=None):
     with np.errstate(divide="ignore", invalid="ignore"):
         condition = np.abs(terms).sum(axis=-1) / np.abs(s)
         log_s = np.log(np.abs(s))
-    return (log_s + m[..., 0], np.abs(m[..., 0]) + np.abs(log_s) + condition), np.sign(s)
+    sign = np.sign(s)
+    value = (log_s + m[..., 0], np.abs(m[..., 0]) + np.abs(log_s) + condition)
+    return Expected(value, ((sign, np.zeros_like(sign)),) if return_sign else ())
 
 
 def softmax(x, axis):
     x = _moved(x, axis)
     m, log_s = _log_sum(x)
     p = np.exp(x - m) / np.exp(log_s)
-    return np.moveaxis(p, -1, axis), np.moveaxis(p * (1 + SUBTRACTED * np.abs(x - m)), -1, axis)
+    scale = p * (1 + SUBTRACTED * np.abs(x - m))
+    return Expected((np.moveaxis(p, -1, axis), np.moveaxis(scale, -1, axis)))
 
 
 def log_softmax(x, axis):
@@ -53,26 +73,34 @@ def log_softmax(x, axis):
     m, log_s = _log_sum(x)
     value = (x - m) - log_s
     scale = np.abs(value) + SUBTRACTED * log_s * np.abs(x - m).max(axis=-1, keepdims=True)
-    return np.moveaxis(value, -1, axis), np.moveaxis(scale, -1, axis)
+    return Expected((np.moveaxis(value, -1, axis), np.moveaxis(scale, -1, axis)))
 
 
 def sigmoid(x):
     x = np.asarray(x, Real)
     value = np.where(x < 0, np.exp(x), 1) / (1 + np.exp(-np.abs(x)))
-    return value, value
+    return Expected((value, value))
 
 
 def log_sigmoid(x):
     x = np.asarray(x, Real)
     value = np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
-    return value, np.abs(value)
+    return Expected((value, np.abs(value)))
 
 
 def cross_entropy(
-    x, target, axis, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None
+    logits,
+    target,
+    axis,
+    *,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
 ):
-    """Per row: loss, lse; per element: gradient; and the mean's denominator."""
-    x = _moved(x, axis)
+    """Loss and lse of a row, gradient of an element. Labels are those of integers."""
+    x = _moved(logits, axis)
     classes = x.shape[-1]
     slope = np.ones_like(x)
     if softcap is not None:
@@ -81,13 +109,13 @@ def cross_entropy(
     w = np.ones(classes, Real) if weight is None else np.asarray(weight, Real)
     target = np.asarray(target)
     kept = np.ones(x.shape[:-1], bool)
+    count = None
     if target.dtype.kind in "iu":
         kept = target != ignore_index
         t = (np.where(kept, target, 0)[..., None] == np.arange(classes)).astype(Real)
-        denominator = (kept * (t * w).sum(axis=-1)).sum()
+        count = (kept * (t * w).sum(axis=-1)).sum()
     else:
         t = _moved(target, axis)
-        denominator = Real(kept.size)
     u = w * ((1 - label_smoothing) * t + label_smoothing / Real(classes))
     m, log_s = _log_sum(x)
     terms = u * (log_s + (m - x))
@@ -107,21 +135,17 @@ def cross_entropy(
     )
     loss_scale = loss_scale * (1 + shift.max(axis=-1))
     grad_scale = grad_scale * (1 + shift)
-    back = lambda a: np.moveaxis(a, -1, axis)  # noqa: E731
-    return (
-        (loss, loss_scale),
-        (lse, spread + 1),
-        (back(grad), back(grad_scale)),
-        denominator,
-    )
+    gradient = (np.moveaxis(grad, -1, axis), np.moveaxis(grad_scale, -1, axis))
+    return Expected((loss, loss_scale), ((lse, spread + 1),), gradient, count)
 
 
-def binary_cross_entropy(x, target, *, weight=1.0, pos_weight=1.0):
-    """Per element: loss and gradient."""
-    x, t = np.asarray(x, Real), np.asarray(target).astype(Real)
+sparse_cross_entropy = dense_cross_entropy = cross_entropy
+
+
+def binary_cross_entropy_with_logits(logits, target, *, weight=1.0, pos_weight=1.0):
+    x, t = np.asarray(logits, Real), np.asarray(target).astype(Real)
     w, p = np.asarray(weight, Real), np.asarray(pos_weight, Real)
     soft = np.log1p(np.exp(-np.abs(x)))
     loss = w * (p * t * (np.maximum(-x, 0) + soft) + (1 - t) * (np.maximum(x, 0) + soft))
-    grad = w * ((1 - t) * sigmoid(x)[0] - p * t * sigmoid(-x)[0])
-    scale = w * ((1 - t) * sigmoid(x)[0] + p * t * sigmoid(-x)[0])
-    return (loss, np.abs(loss)), (grad, np.abs(scale))
+    rising, falling = w * (1 - t) * sigmoid(x).value[0], w * p * t * sigmoid(-x).value[0]
+    return Expected((loss, np.abs(loss)), (), (rising - falling, np.abs(rising + falling)))

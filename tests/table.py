@@ -1,7 +1,14 @@
-"""The axes of the test table: dtypes, layouts, shapes, options; and what a result may be off by."""
+"""The axes of the test table (dtypes, layouts, shapes), its cases, and what a result may be off by."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import oracle
+import pytest
+
+from fastll.operations import OPERATIONS, Argument
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -67,17 +74,98 @@ SHAPES = [
     ((2100, 3), 0),
 ]
 
-#: Options of a cross-entropy; "weight" stands for random weights.
-CROSS_ENTROPY_OPTIONS = [
-    {},
-    {"weight": True},
-    {"label_smoothing": 0.1},
-    {"z_loss": 1e-2},
-    {"softcap": 5.0},
-    {"weight": True, "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0},
-]
+#: A factor of the logits, so that their exponentials differ.
+SPREAD = 5
 
-BINARY_OPTIONS = [{}, {"weight": True}, {"pos_weight": True}, {"weight": True, "pos_weight": True}]
+
+class Case(NamedTuple):
+    """Arrays and keywords of a call (its options, `axis`), and what the oracle says of it."""
+
+    arrays: tuple[Any, ...]
+    keywords: dict[str, Any]
+    expected: oracle.Expected
+
+
+def inputs(name, dtype, shape, axis, options, rng=None, spread=SPREAD):
+    """Arrays and keywords of a call of an operation; some of the labels are the ignored one."""
+    operation = OPERATIONS[name]
+    rng = np.random.default_rng(20261120) if rng is None else rng
+    arrays = operation.make(rng, shape, axis, dtype)
+    for argument, array in zip(operation.arguments, arrays, strict=True):
+        if argument.domain == "logits":
+            array[...] = array * array.dtype.type(spread)
+        if argument.domain == "labels" and array.size > 1:
+            array[rng.random(array.shape) < 0.2] = -100
+            array.flat[0] = -100
+    return arrays, operation.keywords(rng, shape, axis, dtype, options)
+
+
+def case(name, dtype, shape, axis, option):
+    """The case of one option (by its place in the table), made once for all backends."""
+    arrays, keywords, expected = _case(name, dtype, shape, axis, option, oracle.SUBTRACTED)
+    return Case(tuple(a.copy() for a in arrays), dict(keywords), expected)
+
+
+@lru_cache(maxsize=256)
+def _case(name, dtype, shape, axis, option, subtracted):
+    arrays, keywords = inputs(name, dtype, shape, axis, OPERATIONS[name].options[option])
+    with np.errstate(all="ignore"):
+        return Case(arrays, keywords, getattr(oracle, name)(*arrays, **keywords))
+
+
+class Call:
+    """Arrays and keywords of an operation on rows, and what of them belongs to some of the rows."""
+
+    def __init__(self, name, dtype, shape, option, rng=None):
+        self.operation = OPERATIONS[name]
+        options = self.operation.options[option]
+        self.arrays, self.keywords = inputs(name, dtype, shape, 1, options, rng, spread=4)
+        self.keywords.pop("axis", None)
+        self._shapes = {a.name: a.shape for a in self.operation.arguments}
+        self._shapes |= {k: v.shape for k, v in options.items() if isinstance(v, Argument)}
+
+    def arguments(self, change):
+        """Arrays and keywords, with a change of those that have an entry for each row."""
+        names = [argument.name for argument in self.operation.arguments]
+        arrays = [self._changed(*item, change) for item in zip(names, self.arrays, strict=True)]
+        return arrays, {k: self._changed(k, v, change) for k, v in self.keywords.items()}
+
+    def _changed(self, name, value, change):
+        return change(value) if self._shapes.get(name) in ("full", "rows") else value
+
+
+def parts(result):
+    """A result as a sequence of arrays."""
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+def label(options):
+    """The name of a set of options in a test's."""
+    return "+".join(options) or "plain"
+
+
+def all_options(names=OPERATIONS):
+    """Parameters (operation, number of its set of options)."""
+    return [
+        pytest.param(name, i, id=f"{name}-{label(options)}")
+        for name in names
+        for i, options in enumerate(OPERATIONS[name].options)
+    ]
+
+
+def bits(x):
+    """The bits of numbers as integers; of a NaN, whatever its bits, one value."""
+    x = np.asarray(x)
+    found = np.ascontiguousarray(x).view(f"u{x.itemsize}").reshape(x.shape)
+    return np.where(np.isnan(x), found.dtype.type(-1 & 2 ** (8 * x.itemsize) - 1), found)
+
+
+def assert_same_bits(actual, expected, message=""):
+    """Results, or tuples of them, of the same dtypes, shapes and bits: signs of zeros count."""
+    for one, other in zip(parts(actual), parts(expected), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.dtype == other.dtype, message
+        np.testing.assert_array_equal(bits(one), bits(other), err_msg=message, strict=True)
 
 
 def eps(dtype):
@@ -87,6 +175,8 @@ def eps(dtype):
 
 def assert_close(actual, expected, dtype, *, factor=ROUNDOFFS):
     """`actual` is (value, scale) of the oracle up to `factor` roundoffs and its own rounding."""
+    if isinstance(expected, oracle.Expected):
+        expected = expected.value
     value, scale = (np.asarray(part) for part in expected)
     actual = np.asarray(actual)
     own = ml_dtypes.finfo(actual.dtype)

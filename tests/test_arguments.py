@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from table import all_options, assert_same_bits, inputs, label, parts
 
 import fastll
-from fastll.operations import OPERATIONS
+from fastll.operations import OPERATIONS, Argument
 
 X = np.arange(12.0).reshape(3, 4)
 Y = np.array([0, 1, 2])
@@ -22,31 +23,120 @@ BAD_DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("x", BAD_DTYPES, ids=lambda x: str(getattr(x, "dtype", x)))
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_dtype_of_first_argument(backend, name, x):
-    argument = "a" if name == "logsumexp" else "logits" if OPERATIONS[name].gradient else "x"
-    arguments = (Y,) if OPERATIONS[name].gradient else ()
-    with pytest.raises(
-        TypeError, match=rf"^{argument} has dtype .*float16, bfloat16, float32, float64"
-    ):
-        OPERATIONS[name].function(x, *arguments)
-
-
-REDUCTION_ERRORS = [
-    ({"axis": 2}, ValueError, "axis"),
-    ({"axis": -3}, ValueError, "axis"),
-    ({"axis": (0, 0)}, ValueError, "axis"),
-    ({"axis": 1.0}, TypeError, "axis is 1.0"),
-    ({"axis": "1"}, TypeError, "axis is '1'"),
+ROWWISE = [name for name, operation in OPERATIONS.items() if not operation.elementwise]
+LOSSES = [name for name, operation in OPERATIONS.items() if operation.gradient]
+WRITING = [name for name, operation in OPERATIONS.items() if operation.writes]
+#: (operation, array argument); those by keyword with the options that they are one of.
+ARRAYS = [(name, i, {}) for name, o in OPERATIONS.items() for i in range(len(o.arguments))] + [
+    (name, key, options)
+    for name, operation in OPERATIONS.items()
+    for options in operation.options
+    for key, value in options.items()
+    if isinstance(value, Argument)
 ]
+NUMBERS = {
+    (name, key): None
+    for name, operation in OPERATIONS.items()
+    for options in operation.options
+    for key, value in options.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+}
 
 
-@pytest.mark.parametrize(("options", "error", "match"), REDUCTION_ERRORS)
-@pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
-def test_axes(backend, name, options, error, match):
+def ids(value):
+    """Of an operation, an argument, options or a bad array in the name of a test."""
+    return label(value) if isinstance(value, dict) else str(getattr(value, "dtype", value))
+
+
+def call_of(name, options=None):
+    """A valid call of an operation: its arrays, the first one X, and its keywords."""
+    options = OPERATIONS[name].options[0] if options is None else options
+    arrays, keywords = inputs(name, np.float64, X.shape, 1, options)
+    return [X, *arrays[1:]], keywords
+
+
+def output_of(name):
+    return "grad_out" if OPERATIONS[name].gradient else "out"
+
+
+def refuses(name, error, match, arrays, keywords):
+    """Check that a call raises, and writes nothing to an output."""
+    outputs = {output_of(name): np.full(X.shape, 7.0)} if OPERATIONS[name].writes else {}
     with pytest.raises(error, match=match):
-        OPERATIONS[name].function(X, **options)
+        OPERATIONS[name].function(*arrays, **outputs | keywords)
+    for out in outputs.values():
+        np.testing.assert_array_equal(out, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "options", "bad"),
+    # None is the default of an option
+    [(*a, bad) for a in ARRAYS for bad in BAD_DTYPES if bad is not None or isinstance(a[1], int)],
+    ids=ids,
+)
+def test_dtype_of_arrays(backend, name, at, options, bad):
+    arrays, keywords = call_of(name, options)
+    accepted = ".*float16, bfloat16, float32, float64" if at == 0 else ""
+    if isinstance(at, int):
+        arrays[at] = bad
+        argument = OPERATIONS[name].arguments[at].name
+    else:
+        keywords[at], argument = bad, at
+    refuses(name, TypeError, f"^{argument} has dtype{accepted}", arrays, keywords)
+
+
+@pytest.mark.parametrize(("name", "at", "options"), [a for a in ARRAYS if a[1] != 0], ids=ids)
+def test_shape_of_arrays(backend, name, at, options):
+    """One axis too many; a length that is not that of the first argument."""
+    arrays, keywords = call_of(name, options)
+    where = arrays if isinstance(at, int) else keywords
+    argument = OPERATIONS[name].arguments[at].name if isinstance(at, int) else at
+    *others, last = where[at].shape
+    for shape in ((*others, last, 2), (*others, last + 7)):
+        where[at] = np.zeros(shape, where[at].dtype)
+        refuses(name, ValueError, rf"^{argument} has shape \({shape[0]}", arrays, keywords)
+
+
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_numbers(backend, name, option):
+    arrays, keywords = call_of(name)
+    for value, error in (("a", TypeError), (np.nan, ValueError)):
+        refuses(name, error, f"^{option} is {value!r}; expected", arrays, keywords | {option: value})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_names_of_options(backend, name):
+    arrays, keywords = call_of(name)
+    refuses(name, TypeError, "optoin", arrays, keywords | {"optoin": 1})
+
+
+@pytest.mark.parametrize("reduction", ["avg", None])
+@pytest.mark.parametrize("name", LOSSES)
+def test_reduction(backend, name, reduction):
+    arrays, keywords = call_of(name)
+    match = f"^reduction is {reduction!r}; expected 'mean', 'sum' or 'none'"
+    refuses(name, ValueError, match, arrays, keywords | {"reduction": reduction})
+
+
+@pytest.mark.parametrize(
+    ("axis", "error", "match"),
+    [
+        (2, ValueError, "axis"),
+        (-3, ValueError, "axis"),
+        (1.0, TypeError, "axis is 1.0"),
+        ("1", TypeError, "axis is '1'"),
+    ],
+)
+@pytest.mark.parametrize("name", ROWWISE)
+def test_axis(backend, name, axis, error, match):
+    arrays, keywords = call_of(name)
+    refuses(name, error, match, arrays, keywords | {"axis": axis})
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
+def test_axes(backend, name):
+    with pytest.raises(ValueError, match="axis"):
+        OPERATIONS[name].function(X, axis=(0, 0))
 
 
 def test_logsumexp_arguments(backend):
@@ -78,24 +168,21 @@ BAD_OUTPUTS = [
 
 
 @pytest.mark.parametrize(("out", "error", "match"), BAD_OUTPUTS, ids=lambda v: str(v)[:20])
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sigmoid", "log_sigmoid"])
-def test_out(backend, name, out, error, match):
+@pytest.mark.parametrize("name", WRITING)
+def test_outputs(backend, name, out, error, match):
+    arrays, keywords = call_of(name)
     before = np.array(out)
-    with pytest.raises(error, match=f"^out {match}"):
-        OPERATIONS[name].function(X, out=out)
-    np.testing.assert_array_equal(out, before)
+    for more in ({}, {"return_grad": True}) if OPERATIONS[name].gradient else ({},):
+        with pytest.raises(error, match=f"^{output_of(name)} {match}"):
+            OPERATIONS[name].function(*arrays, **keywords, **more, **{output_of(name): out})
+        np.testing.assert_array_equal(out, before)
 
 
-@pytest.mark.parametrize(("out", "error", "match"), BAD_OUTPUTS, ids=lambda v: str(v)[:20])
-@pytest.mark.parametrize("target", [Y, T], ids=["sparse", "dense"])
-def test_grad_out(backend, out, target, error, match):
-    with pytest.raises(error, match=f"^grad_out {match}"):
-        fastll.cross_entropy(X, target, return_grad=True, grad_out=out)
-    with pytest.raises(error, match=f"^grad_out {match}"):
-        fastll.binary_cross_entropy_with_logits(X, T, grad_out=out)
-
-
-def test_outputs_that_overlap_inputs(backend):
+@pytest.mark.parametrize("name", WRITING)
+def test_outputs_that_overlap_inputs(backend, name):
+    operation, output = OPERATIONS[name], output_of(name)
+    arrays, keywords = call_of(name, operation.options[-1])
+    message = f"^{output} shares memory with an input"
     memory = np.arange(40.0)
     x = memory[:12].reshape(3, 4)
     for other in (
@@ -104,21 +191,23 @@ def test_outputs_that_overlap_inputs(backend):
         memory[:12].reshape(4, 3).T,
     ):
         kept = memory.copy()
-        with pytest.raises(ValueError, match="out shares memory with an input"):
-            fastll.softmax(x, out=other)
-        with pytest.raises(ValueError, match="grad_out shares memory with an input"):
-            fastll.cross_entropy(x, Y, grad_out=other)
+        with pytest.raises(ValueError, match=message):
+            operation.function(x, *arrays[1:], **keywords, **{output: other})
         np.testing.assert_array_equal(memory, kept)
-    target = T.copy()
-    with pytest.raises(ValueError, match="grad_out shares memory"):
-        fastll.cross_entropy(X, target, grad_out=target)
-    with pytest.raises(ValueError, match="grad_out shares memory"):
-        fastll.binary_cross_entropy_with_logits(X, target, grad_out=target)
+    for other in (*arrays[1:], *keywords.values()):
+        if isinstance(other, np.ndarray) and (other.shape, other.dtype) == (X.shape, X.dtype):
+            kept = other.copy()
+            with pytest.raises(ValueError, match=message):
+                operation.function(*arrays, **keywords, **{output: other})
+            np.testing.assert_array_equal(other, kept)
     # neighbours that interleave without sharing an element are fine
     both = np.zeros((3, 8))
     both[:, ::2] = X
-    fastll.softmax(both[:, ::2], out=both[:, 1::2])
-    np.testing.assert_array_equal(both[:, 1::2], fastll.softmax(X))
+    more = {"return_grad": True} if operation.gradient else {}
+    expected = parts(operation.function(*arrays, **keywords, **more))[-1]
+    operation.function(both[:, ::2], *arrays[1:], **keywords, **{output: both[:, 1::2]})
+    assert_same_bits(both[:, 1::2], expected)
+    np.testing.assert_array_equal(both[:, ::2], X)
 
 
 CROSS_ENTROPY_ERRORS = [
@@ -243,13 +332,30 @@ def test_backend_names():
         fastll.warmup(["sofmax"])
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy_with_logits"])
-def test_inputs_are_never_written(backend, rng, name):
-    x, t = rng.standard_normal((5, 40)), rng.random((5, 40))
-    kept_x, kept_t = x.copy(), t.copy()
-    getattr(fastll, name)(x, t, return_grad=True)
-    np.testing.assert_array_equal(x, kept_x)
-    np.testing.assert_array_equal(t, kept_t)
+@pytest.mark.parametrize(("name", "option"), all_options())
+def test_inputs_are_never_written(backend, name, option):
+    operation = OPERATIONS[name]
+    arrays, keywords = inputs(name, np.float64, (5, 40), 1, operation.options[option])
+    given = [a for a in (*arrays, *keywords.values()) if isinstance(a, np.ndarray)]
+    before = [a.copy() for a in given]
+    operation.function(*arrays, **keywords, **({"return_grad": True} if operation.gradient else {}))
+    for array, kept in zip(given, before, strict=True):
+        assert_same_bits(array, kept)
+
+
+def test_warmup():
+    """A string is one name; a function that chooses between others stands for these."""
+    for names in ("softmax", ["cross_entropy", "softmax"], "cross_entropy", (), None):
+        fastll.warmup(names, backend="numpy")
+
+
+def test_every_function_is_in_the_table():
+    public = {getattr(fastll, name) for name in fastll.__all__}
+    of_arrays = {
+        f.__name__ for f in public if f.__module__ in ("fastll.api.reductions", "fastll.api.losses")
+    }
+    assert of_arrays == {*OPERATIONS} | {o.chosen_by for o in OPERATIONS.values() if o.chosen_by}
+    assert all(o.function is getattr(fastll, name) for name, o in OPERATIONS.items())
 
 
 @pytest.mark.parametrize("dtype", [">u8", ">i8", "u1", ">u2"])

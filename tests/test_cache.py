@@ -74,11 +74,10 @@ def test_the_next_process_compiles_nothing():
     with fastll.use_backend("numba"):
         for dtype in (np.float32, np.float16):
             for axis in (0, 1):
-                x = rng.standard_normal((40, 50)).astype(dtype)
                 for o in fastll.operations.OPERATIONS.values():
-                    arguments = o.arguments(rng, x, axis)
-                    options = {} if o.elementwise else {"axis": axis}
-                    results.append(o.function(x, *arguments, **options))
+                    arrays = o.make(rng, (40, 50), axis, dtype)
+                    options = o.keywords(rng, (40, 50), axis, dtype, {})
+                    results.append(o.function(*arrays, **options))
     digest = hashlib.sha256(b"".join(np.asarray(r).tobytes() for r in results)).hexdigest()
     """
     scope = {}

@@ -2,44 +2,28 @@
 
 import numpy as np
 import pytest
-from table import BINARY_OPTIONS, CROSS_ENTROPY_OPTIONS
+from table import all_options, inputs
 
 import fastll
+from fastll.operations import OPERATIONS
 from fastll.testing import gradcheck
 
+LOSSES = [name for name in OPERATIONS if OPERATIONS[name].gradient]
 
-@pytest.mark.parametrize("options", CROSS_ENTROPY_OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
+
+@pytest.mark.parametrize(("name", "option"), all_options(LOSSES))
 @pytest.mark.parametrize(("shape", "axis"), [((3, 5), 1), ((5, 3), 0), ((2, 4, 2), 1), ((1, 40), 1)])
-def test_cross_entropy(backend, rng, shape, axis, kind, reduction, options):
-    options = dict(options)
-    if options.get("weight"):
-        options["weight"] = rng.uniform(0.5, 2, shape[axis])
-    kept = tuple(np.delete(shape, axis))
-    target = rng.random(shape)
-    if kind == "sparse":
-        target = rng.integers(0, shape[axis], kept)
-        target.flat[0] = -100 if target.size > 1 else 0
-    gradcheck(
-        lambda x: fastll.cross_entropy(
-            x, target, axis=axis, reduction=reduction, return_grad=True, **options
-        ),
-        2 * rng.standard_normal(shape),
-    )
-
-
-@pytest.mark.parametrize("options", BINARY_OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_binary_cross_entropy(backend, rng, reduction, options):
-    options = {name: rng.uniform(0.5, 2, (3, 1)) for name in options}
-    target = rng.random((3, 4))
-    gradcheck(
-        lambda x: fastll.binary_cross_entropy_with_logits(
-            x, target, reduction=reduction, return_grad=True, **options
-        ),
-        2 * rng.standard_normal((3, 4)),
-    )
+def test_gradients(backend, rng, name, option, shape, axis):
+    operation = OPERATIONS[name]
+    options = operation.options[option]
+    (x, *others), keywords = inputs(name, np.float64, shape, axis, options, rng, spread=2)
+    for reduction in ("mean", "sum", "none"):
+        gradcheck(
+            lambda x, reduction=reduction: operation.function(
+                x, *others, **keywords, reduction=reduction, return_grad=True
+            ),
+            x,
+        )
 
 
 def test_gradcheck_sees_a_wrong_gradient(rng):

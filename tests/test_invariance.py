@@ -6,96 +6,90 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import require
-from table import DTYPES, LAYOUTS, eps
+from table import DTYPES, LAYOUTS, Call, assert_same_bits, eps, inputs, parts
 
 import fastll
 from fastll import dispatch
 from fastll.operations import OPERATIONS
 
-ROWWISE = [name for name, operation in OPERATIONS.items() if not operation.elementwise]
-
+ROWS = 70
 # short rows, one block, several blocks, and a last vector that is not full
 CLASSES = [10, 64, 1000, 5001]
 
 
-def rows_of(name, x, arguments, axis, **options):
-    """All results with a row at each index of the first axis."""
-    operation = OPERATIONS[name]
+def results(call, change=lambda a: a, axis=1):
+    """All results of each row or element, with the rows first."""
+    operation = call.operation
+    arrays, keywords = call.arguments(change)
+    if not operation.elementwise:
+        keywords["axis"] = axis
+    keywords |= dict.fromkeys(operation.extras, True)
     if operation.gradient:
-        options |= {"reduction": "none", "return_lse": True, "return_grad": True}
-        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
-    results = operation.function(x, *arguments, axis=axis, **options)
-    results = results if isinstance(results, tuple) else (results,)
-    return [np.moveaxis(r, axis, -1) if r.ndim == x.ndim else r for r in results]
+        keywords |= {"reduction": "none", "return_grad": True}
+    found = parts(operation.function(*arrays, **keywords))
+    return [r.T if axis == 0 and r.ndim == 2 else r for r in found]
 
 
-def assert_same(a, b):
-    for one, other in zip(a, b, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one.astype(np.float64), other.astype(np.float64))
+def turned(a):
+    """An array with rows in front as one with rows behind."""
+    return np.ascontiguousarray(a.T)
 
 
 @pytest.fixture(params=["float16", "float32", "float64"])
-def case(request, rng):
-    """Arguments of an operation with 70 rows."""
-
-    def make(name, classes):
-        x = (4 * rng.standard_normal((70, classes))).astype(DTYPES[request.param])
-        return x, OPERATIONS[name].arguments(rng, x, 1)
-
-    return make
+def dtype(request):
+    return request.param
 
 
-@pytest.mark.parametrize("name", ROWWISE)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_batch(backend, case, name, classes):
-    x, arguments = case(name, classes)
-    whole = rows_of(name, x, arguments, 1)
+@pytest.fixture(params=CLASSES)
+def classes(request):
+    return request.param
+
+
+#: Each operation without options, and with all.
+CALLS = [
+    pytest.param(name, i, id=f"{name}{'-all' * bool(i)}")
+    for name, operation in OPERATIONS.items()
+    for i in {0, len(operation.options) - 1}
+]
+
+
+@pytest.mark.parametrize(("name", "option"), CALLS)
+def test_batch(backend, dtype, classes, name, option, rng):
+    call = Call(name, DTYPES[dtype], (ROWS, classes), option, rng)
+    whole = results(call)
     for part in (slice(0, 1), slice(13, 14), slice(5, 40), slice(69, 70)):
-        assert_same([r[part] for r in whole], rows_of(name, x[part], [a[part] for a in arguments], 1))
+        assert_same_bits(results(call, lambda a, part=part: a[part]), [r[part] for r in whole])
 
 
-@pytest.mark.parametrize("name", ROWWISE)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_threads(backend, case, threads, name, classes):
-    x, arguments = case(name, classes)
-    results = []
+@pytest.mark.parametrize(("name", "option"), CALLS)
+def test_threads(backend, dtype, classes, threads, name, option, rng):
+    call = Call(name, DTYPES[dtype], (ROWS, classes), option, rng)
+    found = []
     for n in (1, 2, 3, 7):
         threads(n, share_from=1)
-        results.append(rows_of(name, x, arguments, 1))
-    for other in results[1:]:
-        assert_same(results[0], other)
+        found.append(results(call))
+        if call.operation.gradient:  # sums and means too
+            arrays, keywords = call.arguments(lambda a: a)
+            for reduction in ("sum", "mean"):
+                found[-1].append(call.operation.function(*arrays, **keywords, reduction=reduction))
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
 
 
-@pytest.mark.parametrize("name", ROWWISE)
-@pytest.mark.parametrize("classes", CLASSES)
-def test_layout(compiled, case, name, classes):
-    x, arguments = case(name, classes)
-    expected = rows_of(name, x, arguments, 1)
+@pytest.mark.parametrize(("name", "option"), CALLS)
+def test_layout(compiled, dtype, classes, name, option, rng):
+    call = Call(name, DTYPES[dtype], (ROWS, classes), option, rng)
+    expected = results(call)
     for lay_out in LAYOUTS.values():
-        assert_same(expected, rows_of(name, lay_out(x), arguments, 1))
-    turned = [np.ascontiguousarray(a.T) if a.ndim == 2 else a for a in arguments]
-    assert_same(expected, rows_of(name, np.ascontiguousarray(x.T), turned, 0))
+        assert_same_bits(results(call, lay_out), expected)
+    assert_same_bits(results(call, turned, axis=0), expected)
     # and one column of them alone
-    one = [a[:, 3:4] if a.ndim == 2 else a[3:4] for a in turned]
-    assert_same([r[3:4] for r in expected], rows_of(name, np.ascontiguousarray(x.T[:, 3:4]), one, 0))
+    one = results(call, lambda a: np.ascontiguousarray(turned(a)[..., 3:4]), axis=0)
+    assert_same_bits(one, [r[3:4] for r in expected])
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if OPERATIONS[name].elementwise])
-def test_elements(backend, case, threads, name):
-    x, _ = case("softmax", 3000)
-    options = {"reduction": "sum"} if OPERATIONS[name].gradient else {}
-    arguments = (x > 0,) if OPERATIONS[name].gradient else ()
-    threads(1)
-    expected = OPERATIONS[name].function(x, *arguments, **options)
-    threads(4, share_from=1)
-    np.testing.assert_array_equal(OPERATIONS[name].function(x, *arguments, **options), expected)
-    if not options:
-        np.testing.assert_array_equal(OPERATIONS[name].function(x[7, 5:9]), expected[7, 5:9])
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_compiled_backends_agree_to_the_bit(name, case, request):
+@pytest.mark.parametrize(("name", "option"), CALLS)
+def test_compiled_backends_agree_to_the_bit(name, option, dtype):
     """Numba and Cython hold the same numbers and the same order of sums (where there is an FMA)."""
     require("numba")
     require("cython")
@@ -104,15 +98,12 @@ def test_compiled_backends_agree_to_the_bit(name, case, request):
     if cython.instruction_set == "baseline":
         pytest.skip("no fused multiply-add in the extension for this CPU")
     for classes in CLASSES:
-        x, arguments = case(name, classes)
-        results = []
+        call = Call(name, DTYPES[dtype], (ROWS, classes), option)
+        found = []
         for backend in ("numba", "cython"):
             with fastll.use_backend(backend):
-                if OPERATIONS[name].elementwise:
-                    results.append([np.asarray(OPERATIONS[name].function(x, *arguments))])
-                else:
-                    results.append(rows_of(name, x, arguments, 1))
-        assert_same(*results)
+                found.append(results(call))
+        assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -128,23 +119,21 @@ def test_instruction_sets(monkeypatch, module, name):
     if module == "_v3" and best.instruction_set == "baseline":
         pytest.skip("this CPU is older")
     operation, rng = OPERATIONS[name], np.random.default_rng(0)
+    more = {"return_grad": True} if operation.gradient else {}
     for dtype in DTYPES.values():
         for shape, axis in (((70, 301), 1), ((301, 70), 0), ((150, 10), 1), ((3, 5000), 1)):
-            x = (3 * rng.standard_normal(shape)).astype(dtype)
-            arguments = operation.arguments(rng, x, axis)
-            options = {} if operation.elementwise else {"axis": axis}
-            if operation.gradient:
-                options["return_grad"] = True
-            results = []
+            arrays, keywords = inputs(name, dtype, shape, axis, {}, rng, spread=3)
+            found = []
             for backend in (best, other):
                 monkeypatch.setattr(dispatch, "_load", lambda _, backend=backend: backend)
-                result = operation.function(x, *arguments, **options)
-                results.append(result if isinstance(result, tuple) else (result,))
-            for expected, actual in zip(*results, strict=True):
-                rtol = 50 * eps(dtype) + 2 * float(ml_dtypes.finfo(actual.dtype).eps)
+                found.append(parts(operation.function(*arrays, **keywords, **more)))
+            if module == "_v3":
+                assert_same_bits(*found)
+                continue
+            for expected, actual in zip(*found, strict=True):
                 np.testing.assert_allclose(
                     np.asarray(actual, np.float64),
                     np.asarray(expected, np.float64),
-                    rtol=rtol if module == "_v1" else 0,
-                    atol=1e-9 * (module == "_v1"),
+                    rtol=50 * eps(dtype) + 2 * float(ml_dtypes.finfo(actual.dtype).eps),
+                    atol=1e-9,
                 )

@@ -29,11 +29,10 @@ def gpu(monkeypatch):
 def call(name, rng, shape=(3, 7), axis=1, dtype=np.float32):
     """(function, arrays, options) of an operation, with all that it can return."""
     operation = OPERATIONS[name]
-    x = rng.standard_normal(shape).astype(dtype)
-    options = {} if operation.elementwise else {"axis": axis}
+    options = operation.keywords(rng, shape, axis, dtype, {})
     if operation.gradient:
         options["return_grad"] = True
-    return operation.function, (x, *operation.arguments(rng, x, axis)), options
+    return operation.function, operation.make(rng, shape, axis, dtype), options
 
 
 def parts_of(result):

@@ -1,16 +1,17 @@
 """Every operation on every backend, dtype, layout, shape and option, against the oracle."""
 
 import numpy as np
-import oracle
 import pytest
 from table import (
-    BINARY_OPTIONS,
-    CROSS_ENTROPY_OPTIONS,
     DTYPES,
     LAYOUTS,
     ROUNDOFFS,
     SHAPES,
+    all_options,
     assert_close,
+    assert_same_bits,
+    case,
+    parts,
 )
 
 import fastll
@@ -26,127 +27,66 @@ def value_dtype(dtype):
     return np.float64 if dtype == np.float64 else np.float32
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return DTYPES[request.param]
-
-
-@pytest.fixture(
-    params=PLACES, ids=lambda place: f"{'x'.join(map(str, place[0]))}-{place[1]}-{place[2]}"
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "place", PLACES, ids=lambda place: f"{'x'.join(map(str, place[0]))}-{place[1]}-{place[2]}"
 )
-def place(request, rng, dtype):
-    """(x, axis, lay out another array the same way)."""
-    shape, axis, layout = request.param
+@pytest.mark.parametrize(("name", "option"), all_options())
+def test_operation(name, option, place, dtype, backend):
+    shape, axis, layout = place
+    arrays, keywords, expected = case(name, dtype, shape, axis, option)
     lay_out = LAYOUTS[layout]
-    return lay_out((5 * rng.standard_normal(shape)).astype(dtype)), axis, lay_out
+    arrays = [lay_out(a) for a in arrays]
+    keywords = {k: lay_out(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+    check = check_loss if OPERATIONS[name].gradient else check_value
+    check(OPERATIONS[name], arrays, keywords, expected, dtype)
 
 
-def test_logsumexp(backend, dtype, place):
-    x, axis, _ = place
-    result = fastll.logsumexp(x, axis=axis)
-    expected, _ = oracle.logsumexp(x, axis)
-    assert result.dtype == value_dtype(dtype)
+def check_value(operation, arrays, keywords, expected, dtype):
+    """The result and what comes beside it; in place too."""
+    result, *extras = parts(operation.function(*arrays, **keywords))
+    assert result.dtype == (value_dtype(dtype) if operation.reduces else dtype)
     assert_close(result, expected, dtype)
-
-
-def test_logsumexp_weighted(backend, dtype, place, rng):
-    x, axis, lay_out = place
-    b = lay_out(np.round(2 * rng.standard_normal(x.shape)).astype(dtype))
-    result, sign = fastll.logsumexp(x, axis=axis, b=b, return_sign=True)
-    expected, expected_sign = oracle.logsumexp(x, axis, b)
-    np.testing.assert_array_equal(sign, expected_sign)
-    assert_close(result, expected, dtype)
-
-
-@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
-def test_softmax(backend, dtype, place, name):
-    x, axis, _ = place
-    expected = getattr(oracle, name)(x, axis)
-    result = OPERATIONS[name].function(x, axis=axis)
-    assert result.dtype == dtype
-    assert_close(result, expected, dtype)
-    if x.flags.writeable and x.dtype == dtype:
-        assert OPERATIONS[name].function(x, axis=axis, out=x) is x
+    for extra, pair in zip(extras, expected.extras, strict=True):
+        assert_close(extra, pair, dtype)
+    x = arrays[0]
+    if operation.writes and x.flags.writeable and x.dtype == dtype:
+        assert operation.function(*arrays, **keywords, out=x) is x
         assert_close(x, expected, dtype)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "log_sigmoid"])
-def test_sigmoid(backend, dtype, place, name):
-    x, _, _ = place
-    expected = getattr(oracle, name)(x)
-    result = OPERATIONS[name].function(x)
-    assert result.dtype == dtype
-    assert_close(result, expected, dtype)
-    if x.flags.writeable and x.dtype == dtype:
-        assert OPERATIONS[name].function(x, out=x) is x
-        assert_close(x, expected, dtype)
+def check_loss(operation, arrays, keywords, expected, dtype):
+    """Losses, what comes beside them and gradients by every reduction; in place too."""
+    extras = dict.fromkeys(operation.extras, True)
+    chosen = getattr(fastll, operation.chosen_by) if operation.chosen_by else operation.function
+    slope, slope_scale = expected.gradient
 
-
-@pytest.mark.parametrize("options", CROSS_ENTROPY_OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_cross_entropy(backend, dtype, place, rng, kind, options):
-    x, axis, lay_out = place
-    options = dict(options)
-    if options.get("weight"):
-        options["weight"] = rng.uniform(0.5, 2, x.shape[axis])
-        if dtype != np.float64:  # the weights that the kernel sees
-            options["weight"] = options["weight"].astype(np.float32)
-    (target,) = OPERATIONS[f"{kind}_cross_entropy"].arguments(rng, x.astype(dtype), axis)
-    if kind == "sparse":
-        target[rng.random(target.shape) < 0.2] = -100
-    else:
-        target = lay_out(target)
-    loss, lse, grad, denominator = oracle.cross_entropy(x, target, axis, **options)
-
-    def check(reduction, expected_loss, scale, factor=ROUNDOFFS):
-        result = fastll.cross_entropy(
-            x, target, axis=axis, reduction=reduction, return_lse=True, return_grad=True, **options
+    def check(reduction, pair, scale, factor=ROUNDOFFS):
+        value, *others, grad = operation.function(
+            *arrays, **keywords, **extras, reduction=reduction, return_grad=True
         )
-        assert result[0].dtype == result[1].dtype == value_dtype(dtype)
-        assert result[2].dtype == dtype
-        assert_close(result[0], expected_loss, dtype, factor=factor)
-        assert_close(result[1], lse, dtype)
-        assert_close(result[2], (grad[0] * scale, grad[1] * scale), dtype, factor=factor)
-        alone = fastll.cross_entropy(x, target, axis=axis, reduction=reduction, **options)
-        np.testing.assert_array_equal(alone, result[0])
+        assert value.dtype == value_dtype(dtype)
+        assert grad.dtype == dtype
+        assert_close(value, pair, dtype, factor=factor)
+        assert_close(grad, (slope * scale, slope_scale * scale), dtype, factor=factor)
+        for other, pair in zip(others, expected.extras, strict=True):
+            assert other.dtype == value_dtype(dtype)
+            assert_close(other, pair, dtype)
+        assert_same_bits(chosen(*arrays, **keywords, reduction=reduction), value)
 
-    check("none", loss, 1)
-    check("sum", (loss[0].sum(), loss[1].sum()), 1)
-    if denominator:
-        # the weights add up one after the other, in float64: about sqrt(n) roundoffs
-        factor = ROUNDOFFS + np.sqrt(target.size)
-        check(
-            "mean", (loss[0].sum() / denominator, loss[1].sum() / denominator), 1 / denominator, factor
-        )
+    check("none", expected.value, 1)
+    total = [part.sum() for part in expected.value]
+    check("sum", total, 1)
+    count = expected.value[0].size if expected.count is None else expected.count
+    if count:
+        # the weights of labels add up one after the other, in float64: about sqrt(n) roundoffs
+        factor = ROUNDOFFS + (0 if expected.count is None else np.sqrt(expected.value[0].size))
+        check("mean", [part / count for part in total], 1 / count, factor)
+    x = arrays[0]
     if x.flags.writeable and x.dtype == dtype:
-        result, returned = fastll.cross_entropy(
-            x, target, axis=axis, reduction="sum", return_grad=True, grad_out=x, **options
+        result, returned = operation.function(
+            *arrays, **keywords, reduction="sum", return_grad=True, grad_out=x
         )
         assert returned is x
-        assert_close(result, (loss[0].sum(), loss[1].sum()), dtype)
-        assert_close(x, grad, dtype)
-
-
-@pytest.mark.parametrize("options", BINARY_OPTIONS, ids=lambda o: "+".join(o) or "plain")
-def test_binary_cross_entropy(backend, dtype, place, rng, options):
-    x, _, lay_out = place
-    target = lay_out(rng.random(x.shape).astype(dtype))
-    # one that broadcasts, and one of the full shape
-    shapes = {"weight": (1,) * x.ndim, "pos_weight": x.shape}
-    chosen = {name: rng.uniform(0.5, 2, shapes[name]).astype(np.float32) for name in options}
-    loss, grad = oracle.binary_cross_entropy(x, target, **chosen)
-    function = fastll.binary_cross_entropy_with_logits
-    result, slope = function(x, target, reduction="none", return_grad=True, **chosen)
-    assert result.dtype == value_dtype(dtype)
-    assert slope.dtype == dtype
-    assert_close(result, loss, dtype)
-    assert_close(slope, grad, dtype)
-    summed = (loss[0].sum(), loss[1].sum())
-    assert_close(function(x, target, reduction="sum", **chosen), summed, dtype)
-    mean, slope = function(x, target, return_grad=True, **chosen)
-    assert_close(mean, (summed[0] / x.size, summed[1] / x.size), dtype)
-    assert_close(slope, (grad[0] / x.size, grad[1] / x.size), dtype)
-    if x.flags.writeable and x.dtype == dtype:
-        _, slope = function(x, target, reduction="sum", return_grad=True, grad_out=x, **chosen)
-        assert slope is x
-        assert_close(x, grad, dtype)
+        assert_close(result, total, dtype)
+        assert_close(x, expected.gradient, dtype)

@@ -5,11 +5,14 @@ They must be the bits that the same rows have in a small call, where nothing of 
 
 import numpy as np
 import pytest
+from table import Call, assert_same_bits, label
 
 import fastll
 from fastll.contract import STREAM_FROM
+from fastll.operations import OPERATIONS
 
 ROWS, CLASSES = 500, 20_011
+WRITING = [name for name, operation in OPERATIONS.items() if operation.writes]
 
 
 def unaligned(shape, offset):
@@ -42,49 +45,55 @@ def logits():
 SAMPLE = [*range(16), 100, ROWS - 2, ROWS - 1]
 
 
-def results(x, y, axis, out):
-    """Each result in the shape of x."""
-    yield "softmax", fastll.softmax(x, axis=axis, out=out)
-    yield "log_softmax", fastll.log_softmax(x, axis=axis, out=out)
-    fastll.cross_entropy(x, y, axis=axis, reduction="none", grad_out=out)
-    yield "gradient", out
-    fastll.cross_entropy(x, y, axis=axis, reduction="none", label_smoothing=0.1, grad_out=out)
-    yield "smoothed", out
+@pytest.fixture(scope="module", params=WRITING)
+def calls(request, logits):
+    """An operation that writes by each of its options, on the logits where it takes any."""
+    operation, rng = OPERATIONS[request.param], np.random.default_rng(1)
+    made = [
+        Call(request.param, np.float32, logits.shape, i, rng) for i in range(len(operation.options))
+    ]
+    for call in made:
+        if operation.arguments[0].domain == "logits":
+            call.arrays = (logits, *call.arrays[1:])
+    return made
+
+
+def written(calls, change, axis, out):
+    """What each call writes in the shape of its first argument."""
+    for call in calls:
+        operation = call.operation
+        arrays, keywords = call.arguments(change)
+        keywords |= {} if operation.elementwise else {"axis": axis}
+        outputs = {"grad_out": out, "reduction": "none"} if operation.gradient else {"out": out}
+        operation.function(*arrays, **keywords, **outputs)
+        yield label(call.keywords), out
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("offset", [0, 5, 0.25])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_bits_are_those_of_small_calls(compiled, logits, layout, offset):
-    y = np.random.default_rng(1).integers(0, CLASSES, ROWS)
-    y[13] = -100
-    x, axis, pick = logits, 1, lambda a: a[SAMPLE]
+def test_bits_are_those_of_small_calls(compiled, calls, layout, offset):
+    small = np.empty((len(SAMPLE), CLASSES), np.float32)
     if layout == "columns":
-        x, axis, pick = np.ascontiguousarray(logits.T), 0, lambda a: np.ascontiguousarray(a.T[SAMPLE])
-    small = results(logits[SAMPLE], y[SAMPLE], 1, np.empty((len(SAMPLE), CLASSES), np.float32))
-    large = results(x, y, axis, unaligned(x.shape, offset))
-    for (name, expected), (_, actual) in zip(small, large, strict=True):
-        np.testing.assert_array_equal(pick(actual), expected, err_msg=name)
+        axis, shape = 0, (CLASSES, ROWS)
+        change, pick = lambda a: np.ascontiguousarray(a.T), lambda a: np.ascontiguousarray(a.T[SAMPLE])
+    else:
+        axis, shape = 1, (ROWS, CLASSES)
+        change, pick = lambda a: a, lambda a: a[SAMPLE]
+    expected = written(calls, lambda a: a[SAMPLE], 1, small)
+    actual = written(calls, change, axis, unaligned(shape, offset))
+    for (option, one), (_, other) in zip(expected, actual, strict=True):
+        assert_same_bits(pick(other), one, option)
 
 
-def test_in_place(compiled, logits):
-    y = np.random.default_rng(1).integers(0, CLASSES, ROWS)
-    apart = np.empty_like(logits)
-    fastll.cross_entropy(logits, y, grad_out=apart)
-    x = logits.copy()
-    fastll.cross_entropy(x, y, grad_out=x)
-    np.testing.assert_array_equal(x, apart)
-    x = logits.copy()
-    fastll.softmax(x, axis=1, out=x)
-    np.testing.assert_array_equal(x, fastll.softmax(logits, axis=1))
-
-
-@pytest.mark.parametrize("offset", [0, 3, 0.25])
-def test_sigmoid(compiled, logits, offset):
-    out = unaligned(logits.shape, offset)
-    for operation in (fastll.sigmoid, fastll.log_sigmoid):
-        operation(logits, out=out)
-        np.testing.assert_array_equal(out[SAMPLE], operation(logits[SAMPLE]))
+def test_in_place(compiled, calls):
+    operation = calls[0].operation
+    (logits, *others), keywords = calls[0].arguments(lambda a: a)
+    output = "grad_out" if operation.gradient else "out"
+    apart, x = np.empty_like(logits), logits.copy()
+    operation.function(logits, *others, **keywords, **{output: apart})
+    operation.function(x, *others, **keywords, **{output: x})
+    assert_same_bits(x, apart)
 
 
 def test_threads(compiled, logits):
@@ -94,6 +103,6 @@ def test_threads(compiled, logits):
         fastll.set_num_threads(1)
         alone = fastll.softmax(logits, axis=1)
         fastll.set_num_threads(4)
-        np.testing.assert_array_equal(fastll.softmax(logits, axis=1), alone)
+        assert_same_bits(fastll.softmax(logits, axis=1), alone)
     finally:
         fastll.set_num_threads(before)
