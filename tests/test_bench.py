@@ -133,9 +133,9 @@ def test_plots_of_sweeps(results: dict[str, Any], tmp_path: Path) -> None:
         (["--logits", "odd"], "'odd' is none of randn"),
         (["--backend", "abacus"], "'abacus' is none of numba"),
         (["--against", "abacus"], "'abacus' is none of numpy, scipy"),
-        (["--shape", "2048xmany"], "'2048xmany' is no shape"),
-        (["--shape", "20x0"], "'20x0' is no shape"),
-        (["--shape", "20x10", "--axis", "2"], "2 is no axis of 20x10"),
+        (["--shape", "2048xmany"], "'2048xmany' is not a shape"),
+        (["--shape", "20x0"], "'20x0' is not a shape"),
+        (["--shape", "20x10", "--axis", "2"], "2 is not an axis of 20x10"),
         (["--shape", "criteo", "--op", "softmax"], "nothing to measure"),
     ],
 )
@@ -207,7 +207,7 @@ def test_broken_files_are_named(tmp_path: Path, content: str | None) -> None:
 
 
 def test_compare_refuses_a_share() -> None:
-    assert "'much' is no percentage" in invoke("compare", "a", "b", "--fail-over", "much").stderr
+    assert "'much' is not a percentage" in invoke("compare", "a", "b", "--fail-over", "much").stderr
 
 
 def test_cases_name_operations() -> None:
@@ -328,7 +328,7 @@ def test_gpu_without_room(emulated: card.Card) -> None:
     # 8.4 MB each: two of x, two of the result, one to spare, and the numbers
     assert gpu.fit(emulated, this, 4, 2) == ((1 << 18, 8), 2)
     emulated.driver.free = 0
-    with pytest.raises(MemoryError, match="too few for one row"):
+    with pytest.raises(MemoryError, match="too little for one row"):
         gpu.fit(emulated, this, 4, 2)
 
 
@@ -343,8 +343,8 @@ def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--against", "scipy"], "'scipy' is none of torch, torch.compile, liger"),
-        (["--logits", "peaked"], "on a GPU the backend is cuda and the logits are randn"),
-        (["--backend", "numba"], "on a GPU the backend is cuda and the logits are randn"),
+        (["--logits", "peaked"], "on a GPU the only backend is cuda and the only logits are randn"),
+        (["--backend", "numba"], "on a GPU the only backend is cuda and the only logits are randn"),
     ],
 )
 def test_unknown_names_on_a_gpu(arguments: list[str], message: str) -> None:
@@ -446,4 +446,4 @@ def test_families_of_kernels(emulated: card.Card, monkeypatch: pytest.MonkeyPatc
     assert "0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(families, "off_by", lambda card, call, arrays: 3.0)
     assert families.check(emulated, ["some"]) == 2
-    assert "weighted logsumexp: off by 3 times what is allowed" in capsys.readouterr().out
+    assert "weighted logsumexp: off by 3 times the tolerance" in capsys.readouterr().out
