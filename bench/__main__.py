@@ -22,6 +22,7 @@ from bench.jobs import Settings, measures, select
 from bench.peers import CUDA_PEERS, PEERS
 from bench.plots import draw
 from bench.session import measure
+from fastll.cli import warn_without_extension
 from fastll.operations import OPERATIONS
 
 Results = click.Path(path_type=Path)
@@ -93,7 +94,12 @@ def _custom(name: str, axis: int) -> Case:
 @click.option("--axis", default=-1, show_default=True, help="Class axis of a shape given with --shape.")
 @click.option("--dtype", "dtypes", callback=_list_of(DTYPES), help=", ".join(DTYPES))
 @click.option("--logits", callback=_list_of(LOGITS), help=", ".join(LOGITS))
-@click.option("--backend", "backends", callback=_list_of(fastll.backends()), help="Default: cython.")
+@click.option(
+    "--backend",
+    "backends",
+    callback=_list_of(fastll.backends()),
+    help="Default: cython, or else numba.",
+)
 @click.option(
     "--against",
     callback=_list_of(ChainMap(CUDA_PEERS, PEERS), "none"),
@@ -122,6 +128,8 @@ def main(
     chosen = tuple(name for name in against or peers if name != "none")
     settings = Settings(cases=_cases(shape, axis, device), against=chosen, device=device, **selected)
     _check(settings, peers)
+    if device == "cpu" and not settings.backends:
+        warn_without_extension()
     if threads is not None:
         _limit(threads)
     output.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
+import fastll
 from bench import floors
 from bench.cases import CASES, CUDA_CASES, LOGITS, MAX_BYTES, Array, Case
 from bench.peers import PEERS
@@ -74,7 +75,7 @@ def _expand(names: Iterable[str]) -> set[str]:
 
 def select(settings: Settings) -> list[Job]:
     """The jobs, in the order of the cases."""
-    usual = ("cuda",) if settings.device == "cuda" else ("cython", "numba")
+    usual = ("cuda",) if settings.device == "cuda" else compiled_backends()
     backends = settings.backends or (usual if settings.full else usual[:1])
     return [
         Job(
@@ -93,6 +94,12 @@ def select(settings: Settings) -> list[Job]:
         if settings.device == "cuda" or _size(case, dtype) <= MAX_BYTES
         for backend in backends
     ]
+
+
+def compiled_backends() -> tuple[str, ...]:
+    """The compiled backends of the CPU that are available; without any, the reference."""
+    status = fastll.backends()
+    return tuple(name for name in ("cython", "numba") if status[name].available) or ("numpy",)
 
 
 def _size(case: Case, dtype: str) -> float:

@@ -111,7 +111,8 @@ def notes(results: Results) -> Iterator[str]:
     environment = results["environment"]
     versions = {"fastll": environment["versions"]["fastll"]} | environment["peers"]
     yield (
-        f"{environment['threads']} threads, {environment['cpu']}, {environment['instruction_set']}; "
+        f"{environment['threads']} threads, {environment['cpu']}, "
+        f"{environment['instruction_set'] or 'no cython backend'}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         + f"; medians of {environment['rounds']} rounds or more, 3 or more for slow peers. "
         "A peer's number is its time divided by fastll's (! if its result differs)."

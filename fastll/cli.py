@@ -91,6 +91,7 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
         seconds = DEFAULT_SECONDS
     console = Console(highlight=False)
     clock = _Clock()
+    warn_without_extension()
     with _failures():
         corpus = model.make_corpus(model.default_text() if file is None else model.read_text(file))
         clock.lap("reading")
@@ -101,7 +102,8 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     scores = {"uniform": model.uniform(corpus), "unigram": model.unigram(corpus)}
     scores["before training"] = model.evaluate(trained, corpus)
     clock.lap("scores before training (and compilation)")
-    taken = list(_show(run))
+    with model.backends_used() as backends:
+        taken = list(_show(run))
     clock.lap("training")
     scores["after training"] = model.evaluate(trained, corpus)
     clock.lap("score after training")
@@ -114,10 +116,10 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     console.print(_score_table(scores), "")
     if taken[-1].progress < 1:
         console.print(
-            f"Training stopped after {seconds:g} s, at step {len(taken)} of {steps}. Scores depend on the "
-            "speed of this machine, and more steps would improve them.\n"
+            f"Training stopped after {seconds:g} s, at step {len(taken)} of {steps}. Scores depend on "
+            "the speed of this machine, and more steps would improve them.\n"
         )
-    console.print(_time_table(taken, compared), "")
+    console.print(_time_table((", ".join(backends), taken), ("numpy", compared)), "")
     console.print(_verdict(taken, compared, reproducible=steps is not None))
     console.print(f"\nSeconds: {clock}.")
 
@@ -209,11 +211,10 @@ def _spent(steps: list[model.Step]) -> list[float]:
     return [step.likelihood_seconds for step in steps]
 
 
-def _time_table(taken: list[model.Step], compared: list[model.Step]) -> Table:
+def _time_table(*runs: tuple[str, list[model.Step]]) -> Table:
     title = "Time in the likelihood and its gradient"
     table = _table(title, "backend", "steps", "median ms", "slowest ms", "total s")
-    chosen = os.environ.get("FASTLL_BACKEND") or "default"
-    for name, steps in ((chosen, taken), ("numpy", compared)):
+    for name, steps in runs:
         seconds = _spent(steps)
         milliseconds = [1e3 * statistics.median(seconds), 1e3 * max(seconds)]
         table.add_row(
@@ -249,11 +250,14 @@ def info(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
+    warn_without_extension()
     console = Console(highlight=False)
     backends = _table("Backends", "backend", "version", "available")
     backends.columns[-1].justify = "left"
     for name, status in report["backends"].items():
         available = "yes" if status["available"] else f"no: {status['reason']}"
+        if name == "cython" and not status["available"]:
+            available = "no"  # the warning gives the reason
         backends.add_row(name, escape(status["version"] or ""), escape(available))
     console.print(backends, "")
     facts = Table.grid("", Column(overflow="fold"), padding=(0, 2))

@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 import fastll
+from fastll import dispatch
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -353,6 +355,25 @@ def _train(
         yield Step(index, loss, spent, progress)
         if progress >= 1 or elapsed >= seconds:
             return
+
+
+@contextmanager
+def backends_used() -> Iterator[list[str]]:
+    """Record the names of the backends that the calls in a ``with`` block are given to."""
+    names: list[str] = []
+    choose = dispatch.choose
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        backend = choose(*arguments, **options)
+        if backend.name not in names:
+            names.append(backend.name)
+        return backend
+
+    dispatch.choose = recorded
+    try:
+        yield names
+    finally:
+        dispatch.choose = choose
 
 
 def evaluate(model: Model, corpus: Corpus) -> Score:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import require_numba_cuda
+from source_tree import make_tree, run_in
 
 import fastll
 from bench import card, cases, families, gpu, gpu_report, jobs, peers, report
 from bench.__main__ import main
+from fastll import dispatch
 from fastll.operations import OPERATIONS
 
 SHAPE = (60, 2000)
@@ -150,6 +152,31 @@ def test_nothing_measured(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "nothing was measured" in done.stderr
     assert "backend cuda: " in done.stderr
+
+
+def test_source_tree_without_extension(tmp_path: Path) -> None:
+    """One line says so, and the next backend that is available is measured instead."""
+    (tmp_path / "numba.py").write_text("raise ImportError")  # nothing needs to be compiled then
+    options = ("--shape", "5x10", "--op", "sigmoid/value", "--against", "none", "--rounds", "1")
+    done = run_in(make_tree(tmp_path), "bench", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cython") == 1
+    assert "python -m pip install -e ." in done.stderr
+    assert "sigmoid-value-5x10-float32-randn-numpy: " in done.stderr
+    assert "Not measured" not in done.stdout
+
+
+def test_backends_that_are_missing_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*missing: str, **selected: Any) -> set[str]:
+        status = {name: dispatch.Status(name not in missing, None, None) for name in dispatch.NAMES}
+        monkeypatch.setattr(fastll, "backends", lambda: status)
+        return {job.backend for job in jobs.select(jobs.Settings(**selected))}
+
+    assert measured() == {"cython"}
+    assert measured(full=True) == {"cython", "numba"}
+    assert measured("cython") == measured("cython", full=True) == {"numba"}
+    assert measured("cython", "numba") == {"numpy"}
+    assert measured("cython", backends=("cython",)) == {"cython"}  # asked for by name
 
 
 def changed(results: dict[str, Any], path: Path, factor: float) -> Path:

@@ -62,7 +62,7 @@ class Library(Protocol):
         device: Device,
         order: tuple[int, ...] | None,
     ) -> Array:
-        """View of a new array, which is its `owner`; `order` lists the axes, outermost in memory first."""
+        """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
         ...
 
     def give(self, view: Array) -> Any:

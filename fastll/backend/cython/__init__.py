@@ -13,23 +13,25 @@ from fastll.contract import Backend
 def _best() -> ModuleType:
     """The module for the highest instruction set that was compiled and that the CPU supports."""
     try:
-        baseline = import_module("fastll.backend.cython._v1")
-    except ModuleNotFoundError as error:
-        raise ImportError(_remedy()) from error
+        baseline = import_module(f"{__name__}._v1")
+    except ImportError as error:
+        raise ImportError(_remedy(error)) from error
     for level in (4, 3):
         if baseline.level >= level:
             with suppress(ImportError):  # not compiled
-                return import_module(f"fastll.backend.cython._v{level}")
+                return import_module(f"{__name__}._v{level}")
     return baseline
 
 
-def _remedy() -> str:
-    """What to do where the extension was not compiled, in one line."""
-    what, command = "fastll was installed without its compiled extension", "reinstall fastll"
+def _remedy(error: ImportError) -> str:
+    """Why the extension is missing and what to do, in one line."""
+    where, command = "fastll is installed", "reinstall it"
     if Path(__file__).parents[3].joinpath("setup.py").exists():
-        what = "the extension is not compiled in this source tree"
-        command = "run python -m pip install -e ."
-    return f"{what}; {command} (needs a C++ compiler; FASTLL_REQUIRE_EXT=1 shows its errors)"
+        where, command = "this is a source tree", "run python -m pip install -e ."
+    what = "without its compiled extension"
+    if error.name != f"{__name__}._v1":
+        what = f"with a compiled extension that does not load ({error})"
+    return f"{where} {what}; {command} (needs a C++ compiler; FASTLL_REQUIRE_EXT=1 shows its errors)"
 
 
 backend: Backend = _best().backend
