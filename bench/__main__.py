@@ -234,6 +234,9 @@ def plot(results: Path, output: Path | None) -> None:
 @main.command()
 def crossover() -> None:
     """Show from which size Numba beats Cython, and when its compilation pays for itself."""
+    reason = fastll.backends()["cython"].reason
+    if reason is not None:
+        raise _Failure(f"no cython backend: {reason}")
     for line in crossover_lines():
         click.echo(line)
 

@@ -75,7 +75,7 @@ def notes(results: Results) -> Iterator[str]:
         f"{gpu['multiprocessors']} multiprocessors, L2 of {gpu['l2'] / 1e6:.0f} MB, "
         f"driver {gpu['driver']}); bandwidth of a copy: {copied}; arrays of {gpu['arrays']}; "
         + ", ".join(f"{name} {version}" for name, version in names.items() if version)
-        + f"; medians of {environment['rounds']} rounds, 3 or more for slow peers. "
+        + f"; medians of {environment['rounds']} rounds, or at least 3 for slow peers. "
         "A peer's number is its time divided by fastll's (! if its result differs)."
     )
     missing = [name for name, version in environment["peers"].items() if version is None]

@@ -114,7 +114,7 @@ def notes(results: Results) -> Iterator[str]:
         f"{environment['threads']} threads, {environment['cpu']}, "
         f"{environment['instruction_set'] or 'no cython backend'}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f"; medians of {environment['rounds']} rounds or more, 3 or more for slow peers. "
+        + f"; medians of at least {environment['rounds']} rounds, or 3 for slow peers. "
         "A peer's number is its time divided by fastll's (! if its result differs)."
     )
     missing = [name for name, version in environment["peers"].items() if version is None]

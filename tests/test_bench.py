@@ -111,6 +111,12 @@ def test_table_in_markdown(run: tuple[Result, Path]) -> None:
     assert any("Not installed: abacus" in line for line in lines)
 
 
+def test_tables_in_the_documentation() -> None:
+    folder = Path(jobs.__file__).parent
+    tables = invoke("table", folder / "results/cpu.json").output
+    assert tables in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_plots_of_sweeps(results: dict[str, Any], tmp_path: Path) -> None:
     for group in ("sizes", "rows", "classes"):
         for benchmark in results["benchmarks"][:2]:
