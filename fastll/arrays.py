@@ -164,14 +164,6 @@ def place_of(x: Any) -> Place:
     return Place(library, device)
 
 
-def bad_label(label: int, position: tuple[int, ...], classes: int, ignore_index: int) -> IndexError:
-    """The error for a label that is out of range."""
-    return IndexError(
-        f"target has label {label} at {position}; "
-        f"expected 0 <= label < {classes} or ignore_index = {ignore_index}"
-    )
-
-
 def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """Axes as numbers from 0, in ascending order; None is all of them."""
     if axis is None:

@@ -1,30 +1,44 @@
 """What a backend implements.
 
-Every array that reaches a backend has been validated, allocated and brought to one of three shapes,
-as a view with any strides (zero and negative ones too) and with nothing copied. One on a GPU is a NumPy
-array object too, whose address, shape and strides are those on the device (`fastll.array_libraries`):
+A call reaches a backend as a `Map` (element-wise) or a `Fold` (over rows): one structure that names the
+operation and holds every operand. Its arrays have been validated, allocated and brought to one of three
+shapes, as views with any strides (zero and negative ones too) and without copying anything. One on a
+GPU is a NumPy array object too, whose address, shape and strides are those on the device
+(`fastll.array_libraries`):
 
 * *full*: ``(outer, classes, inner)``, reduced over ``classes``;
-* *row*: ``(outer, inner)``, one entry a row, where row ``r`` is ``divmod(r, inner)``;
+* *row*: ``(outer, inner)``, one entry per row, where row ``r`` is ``divmod(r, inner)``;
 * *class*: ``(classes,)``, contiguous, in the compute dtype; on a GPU as the caller has it.
 
-A method does no work. It binds its arrays and returns a `Kernel`: a callable that handles rows
-``start`` to ``stop``, alone and without the GIL, so that any thread may run any part of it. A row's
-result must depend on that row alone, to the bit; `fastll.threads` may then cut the rows as it likes.
+`Backend.map` and `Backend.fold` do no work. They bind the arrays and return a `Kernel`: a callable that
+handles rows (or units) ``start`` to ``stop``, alone and without the GIL, so that any thread may run any
+part. A row's result must depend on that row alone, to the bit; `fastll.threads` may then cut the rows
+as it likes.
 
-The running state of a row is the triple ``(m, e, k)``: the maximum, the sum of ``b exp(x - m)`` over
-the elements below the maximum, and the sum of ``b`` over those equal to it (``b`` is 1 without
-weights). Then ``s = e + k`` is the sum of the pair (m, s), and ``log s = log1p(e + (k - 1))`` keeps its
-digits when one element dominates. ``(-inf, 0, 0)`` is the identity.
+**The running state** of a row is the triple ``(m, e, k)``: the maximum, the sum of ``b exp(x - m)``
+over the elements below the maximum, and the sum of ``b`` over those equal to it (``b`` is 1 without
+weights). Then ``s = e + k`` is the sum of the pair (m, s), and ``log s = log1p(e + (k - 1))`` keeps
+its digits when one element dominates. ``(-inf, 0, 0)`` is the identity.
 
-With ``r = e + (k - 1)``, ``p_j = exp(x_j - m) / s`` and the smoothed, weighted target
-``u_j = w_j ((1 - eps) t_j + eps / C)`` of a dense row, or ``u_j = w_j eps / C`` and the point mass
-``c = (1 - eps) w_y`` at ``y`` of a sparse one, every cross-entropy is
+**Cross-entropy.** With ``r = e + (k - 1)``, ``p_j = exp(x_j - m) / s`` and the smoothed, weighted
+target ``u_j = w_j ((1 - eps) t_j + eps / C)`` of a dense row, or ``u_j = w_j eps / C`` and the
+point mass ``c = (1 - eps) w_y`` at ``y`` of a sparse one, every cross-entropy is
 
     loss   = c (log1p(r) + m - x_y) + sum_j u_j (log1p(r) + m - x_j) + z lse**2
     grad_j = scale ((c + sum u + 2 z lse) p_j - u_j - c [j = y])
 
 in which all summands of the loss are non-negative: nothing cancels.
+
+**The order of sums** is part of the contract among the backends of the CPU, in every layout: it is
+why they agree to the bit. A row is summed in blocks of `BLOCK` elements. Element j of a block goes
+to lane j modulo the lanes of a vector of `VECTOR_BYTES` (32 float32 or 16 float64), in order, in
+the compute dtype. The lanes fold by halves (lane i and lane i + half) in float64; blocks add in
+float64, in order. So a lane adds at most 64 terms (128 in float64), and the relative error of a sum
+of terms of one sign is at most 64 roundoffs of float32 and, as roundoffs of both signs occur, about
+4; it does not grow with the length of the row. Sums of a unit of an element-wise operation (`CHUNK`
+elements) are formed the same way, and units add in float64. On a GPU the order depends on the
+number of classes alone, and warps and thread blocks add in two float32
+(`fastll.backend.cuda.geometry`).
 """
 
 from __future__ import annotations
@@ -35,20 +49,25 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-#: ``kernel(start, stop)`` handles those rows (or blocks, for element-wise operations).
+#: ``kernel(start, stop)`` handles those rows (or units, of element-wise operations).
 Kernel = Callable[[int, int], object]
 
 Array = NDArray[np.generic]
 Floats = NDArray[np.float64]
 
-#: Elements handled by one unit of an element-wise operation on the CPU, and in one partial sum.
+#: Elements of a block, which stays in the first-level cache from one step to the next.
+BLOCK = 2048
+#: Bytes of a vector, whatever the registers of the CPU hold.
+VECTOR_BYTES = 128
+#: Elements of one unit of an element-wise operation on the CPU, and of one partial sum.
 CHUNK = 1 << 15
-
+#: Rows that are finished together on the CPU.
+GROUP = 64
 
 #: Below this many classes, neighbouring rows fill vectors better than a row does.
 SHORT = 32
 
-#: Bytes of a result from which it is written past the caches, in rows of at least so many classes.
+#: Minimum output size in bytes for non-temporal stores, and minimum number of classes of its rows.
 STREAM_FROM = 1 << 25
 STREAM_CLASSES = 512
 
@@ -58,74 +77,85 @@ def units_of(length: int, unit: int = CHUNK) -> int:
     return -(-length // unit)
 
 
-class CrossEntropyOptions(NamedTuple):
-    """The scalars of a cross-entropy, as its kernel takes them."""
+def bad_label(label: int, position: tuple[int, ...], classes: int, ignore_index: int) -> IndexError:
+    """The error for a label that is out of range."""
+    return IndexError(
+        f"target has label {label} at {position}; "
+        f"expected 0 <= label < {classes} or ignore_index = {ignore_index}"
+    )
 
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float  # 0: none
-    scale: Any  # factor of the gradient: 1.0, or `Backend.factor` of the mean's denominator
+
+class Options(NamedTuple):
+    """The scalars of a fold."""
+
+    ignore_index: int = 0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    scale: Any = 1.0  # factor of the gradient, or of the sum of terms; or `Backend.factor` of a weight
+
+
+class Map(NamedTuple):
+    """An element-wise operation and its operands, each of shape (outer, n)."""
+
+    operation: str  # a key of `fastll.formulas.ELEMENTS`
+    inputs: tuple[Array, ...]  # any real dtype; the first decides which dtype is computed in
+    value: Array | None = None  # each element's value, in the element dtype or the compute dtype
+    partial: Array | None = None  # (outer, ceil(n / unit)), `partial_dtype`: sums of the units' values
+    slope: Array | None = None  # `scale` times the slope, element dtype; may be the first input
+    weight: Array | None = None  # any real dtype: a factor of value and slope
+    parameters: tuple[float, ...] = ()  # of the formula
+    scale: float = 1.0
+
+
+class Fold(NamedTuple):
+    """A reduction of rows and its operands."""
+
+    operation: str  # "logsumexp", "softmax", "log_softmax", "cross_entropy" or a key of `TERMS`
+    x: Array  # full
+    second: Array | None = None  # full, any real dtype: weights, dense target, second distribution
+    labels: Array | None = None  # row: sparse target, as `Backend.labels` returned it
+    weight: Array | None = None  # class
+    options: Options = Options()
+    state: Floats | None = None  # row + (3,): a log-sum-exp continues from (m, e, k) and leaves the
+    # result there; a softmax takes the state of rows that are longer than those of x
+    value: Array | None = None  # row, compute dtype: the loss, or the sum of terms
+    lse: Array | None = None  # row, compute dtype
+    sign: Array | None = None  # row, compute dtype: sign of s; without it a negative s gives NaN
+    out: Array | None = None  # full, element dtype: probabilities, their logarithms or the gradient;
+    # may be x
 
 
 class Backend(Protocol):
     """One implementation of every operation, for arrays on one device and, on a GPU, one stream of it.
 
-    The backends of the CPU have all but the kernels in common: `fastll.backend.host.Host`.
+    What the backends of the CPU have in common is in `fastll.backend.host.Host`.
     """
 
     name: str
-    unit: int  # elements in one unit of an element-wise operation, and in one partial sum
-    partial_dtype: np.dtype[Any] | None  # of such a sum; None: that which is computed in
+    unit: int  # elements in one unit of a map, and in one partial sum
+    partial_dtype: np.dtype[Any] | None  # of such a sum; None: the compute dtype
+
+    def map(self, call: Map) -> Kernel:
+        """An element-wise operation; one unit is `unit` elements of one outer row."""
+        ...
+
+    def fold(self, call: Fold) -> Kernel:
+        """A reduction of rows."""
+        ...
 
     def run(self, kernel: Kernel, units: int, elements: int) -> None:
         """Run a kernel over units 0 to `units`, which hold `elements` elements together."""
         ...
 
-    def logsumexp(
-        self,
-        x: Array,  # full
-        b: Array | None,  # full: weights
-        state: Floats | None,  # row + (3,): continue from (m, e, k) and leave the result there
-        out: Array | None,  # row, compute dtype
-        sign: Array | None,  # row, compute dtype: the sign of s; without it a negative s gives NaN
-    ) -> Kernel:
-        """Log-sum-exp of each row, as a value, as a running state, or both."""
-        ...
+    def labels(
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
+    ) -> tuple[Array, Any]:
+        """Labels in the form that `fold` takes, and the weight of the kept ones (see `factor`).
 
-    def softmax(
-        self,
-        x: Array,  # full
-        state: Floats | None,  # row + (3,): of rows longer than those of x; None: found from x
-        out: Array,  # full, element dtype; may be x
-        log: bool,
-    ) -> Kernel:
-        """Softmax or log-softmax of each row."""
-        ...
-
-    def cross_entropy(
-        self,
-        x: Array,  # full: logits
-        target: Array | None,  # full: dense target, any real dtype
-        labels: Array | None,  # row: sparse target, checked and int64; on a GPU of any integer dtype
-        weight: Array | None,  # class
-        options: CrossEntropyOptions,
-        loss: Array,  # row, compute dtype
-        lse: Array | None,  # row, compute dtype
-        grad: Array | None,  # full, element dtype; may be x
-    ) -> Kernel:
-        """Loss, log-sum-exp and gradient of each row, for labels or for a dense target."""
-        ...
-
-    def check_labels(
-        self, labels: Array, classes: int, ignore_index: int, weight: Array | None
-    ) -> tuple[int, Any]:
-        """Flat position of the first label outside [0, classes), or -1; the weight of all kept ones.
-
-        Done at once: it precedes every kernel. On the CPU `labels` is one-dimensional, contiguous and
-        int64, and the weight a float. On a GPU `labels` has the shape of the rows, any strides and any
-        integer dtype, and the weight is a 0-d array of float64. A position is found there only while
-        `dispatch.debugging_labels`, and raised by the backend, as `arrays.bad_label`.
+        `labels` has the shape of the rows, any strides and any integer dtype. Raises `bad_label` for
+        the first one outside [0, classes) that is not `ignore_index`; on a GPU only if asked to
+        `check`, as that waits for the device.
         """
         ...
 
@@ -143,27 +173,4 @@ class Backend(Protocol):
 
     def merge(self, state: Floats, other: Floats) -> None:
         """Fold contiguous running states (..., 3) into others in place."""
-        ...
-
-    def sigmoid(
-        self,
-        x: Array,  # (outer, n)
-        out: Array,  # (outer, n), element dtype; may be x
-        log: bool,
-    ) -> Kernel:
-        """Sigmoid or log-sigmoid; one unit is `unit` elements of one outer row."""
-        ...
-
-    def binary_cross_entropy(
-        self,
-        x: Array,  # (outer, n): logits
-        target: Array,  # (outer, n), any real dtype
-        weight: Array | None,  # (outer, n), any real dtype
-        pos_weight: Array | None,  # (outer, n), any real dtype
-        scale: float,  # factor of the gradient
-        loss: Array | None,  # (outer, n), compute dtype: each element's loss
-        partial: Array | None,  # (outer, ceil(n / unit)), `partial_dtype`: sums of the units' losses
-        grad: Array | None,  # (outer, n), element dtype; may be x
-    ) -> Kernel:
-        """Binary cross-entropy with logits; one unit is `unit` elements of one outer row."""
         ...

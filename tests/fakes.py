@@ -10,9 +10,9 @@ import numpy as np
 
 from fastll import dispatch
 from fastll.array_libraries import DeviceView, _known
-from fastll.arrays import bad_label
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
+from fastll.contract import bad_label
 
 #: Elements of one unit of the fake GPU, which is not the CPU's.
 UNIT = 10
@@ -24,6 +24,16 @@ def on_host(a):
         return None
     assert isinstance(a, DeviceView), f"{type(a)} reached the GPU"
     return np.asarray(a)
+
+
+def moved(call, function):
+    """A call with `function` of each of its arrays."""
+    arrays = {
+        name: tuple(map(function, value)) if name == "inputs" else function(value)
+        for name, value in call._asdict().items()
+        if name == "inputs" or isinstance(value, np.ndarray)
+    }
+    return call._replace(**arrays)
 
 
 class Backend(Host):
@@ -41,28 +51,22 @@ class Backend(Host):
         if units:
             kernel(0, units)
 
-    def logsumexp(self, x, b, state, out, sign):
-        return reference.logsumexp(*map(on_host, (x, b, state, out, sign)))
+    def fold(self, call):
+        scale = call.options.scale
+        if not isinstance(scale, float):
+            call = call._replace(options=call.options._replace(scale=float(on_host(scale))))
+        return reference.fold(moved(call, on_host))
 
-    def softmax(self, x, state, out, log):
-        return reference.softmax(*map(on_host, (x, state, out)), log)
-
-    def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
-        scale = options.scale
-        options = options._replace(scale=scale if isinstance(scale, float) else float(on_host(scale)))
-        before = map(on_host, (x, target, labels, weight))
-        return reference.cross_entropy(*before, options, *map(on_host, (loss, lse, grad)))
-
-    def check_labels(self, labels, classes, ignore_index, weight):
+    def labels(self, labels, classes, ignore_index, weight, check):
         y = on_host(labels).astype(np.int64)
         kept = y != ignore_index
-        if dispatch.debugging_labels():
+        if check:
             for at in zip(*np.nonzero(kept & ((y < 0) | (y >= classes))), strict=True):
                 raise bad_label(y[at], tuple(map(int, at)), classes, ignore_index)
         result = self.empty((), np.float64)
         w = np.ones(classes) if weight is None else on_host(weight)
         on_host(result)[...] = w[y[kept]].sum(dtype=np.float64)
-        return -1, result
+        return labels, result
 
     def factor(self, kept):
         if isinstance(kept, float):
@@ -84,33 +88,28 @@ class Backend(Host):
     def merge(self, state, other):
         super().merge(on_host(state), on_host(other))
 
-    def sigmoid(self, x, out, log):
-        return self._of_units(x, lambda part: reference.sigmoid(part(x), part(out), log))
-
-    def binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial, grad):
-        def of(part):
-            before = map(part, (x, target, weight, pos_weight))
-            return reference.binary_cross_entropy(*before, scale, part(loss), None, part(grad))
-
-        kernel = self._of_units(x, of)
-        if partial is None:
-            return kernel
-        loss = self.empty(x.shape, partial.dtype)  # of each element, which `of` then leaves there
+    def map(self, call):
+        if call.partial is None:
+            return self._of_units(call)
+        # of each element, added up afterwards
+        value, partial = self.empty(call.inputs[0].shape, call.partial.dtype), call.partial
+        kernel = self._of_units(call._replace(value=value, partial=None))
 
         def summed(start, stop):
             kernel(start, stop)
             for at in range(partial.shape[1]):
-                units = on_host(loss)[:, at * UNIT : (at + 1) * UNIT]
+                units = on_host(value)[:, at * UNIT : (at + 1) * UNIT]
                 on_host(partial)[:, at] = units.sum(axis=1)
 
         return summed
 
-    def _of_units(self, x, of):
-        """A kernel over units of `UNIT` elements, of the reference's over larger ones."""
+    def _of_units(self, call):
+        """A kernel over units of `UNIT` elements, by the reference's over larger ones."""
+        outer, length = call.inputs[0].shape
 
         def kernel(start, stop):
-            assert (start, stop) == (0, x.shape[0] * -(-x.shape[1] // UNIT))
-            of(on_host)(0, x.shape[0])
+            assert (start, stop) == (0, outer * -(-length // UNIT))
+            reference.map(moved(call, on_host))(0, outer)
 
         return kernel
 

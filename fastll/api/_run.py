@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastll import layout
 from fastll.arrays import Place
-from fastll.contract import Backend, Floats, Kernel, units_of
+from fastll.contract import Backend, Floats, Fold, Kernel, units_of
 
 Array = NDArray[Any]
 
@@ -38,7 +38,7 @@ def fold(backend: Backend, x: Array, b: Array | None, axes: Sequence[int], state
     """Add the rows of an array to their running state."""
     pieces, _ = layout.rows(axes, (x, b), (state,))
     for x_, b_, state_ in pieces:
-        rows(backend, backend.logsumexp(x_, b_, state_, None, None), x_)
+        rows(backend, backend.fold(Fold("logsumexp", x_, second=b_, state=state_)), x_)
 
 
 def finish(
@@ -48,4 +48,5 @@ def finish(
     nothing = place.scratch((*out.shape, 0), out.dtype)
     pieces, _ = layout.rows((out.ndim,), (nothing, nothing if weighted else None), (state, out, sign))
     for x, b, state_, out_, sign_ in pieces:
-        backend.run(backend.logsumexp(x, b, state_, out_, sign_), out_.size, out_.size)
+        call = Fold("logsumexp", x, second=b, state=state_, lse=out_, sign=sign_)
+        backend.run(backend.fold(call), out_.size, out_.size)

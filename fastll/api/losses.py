@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastll import dispatch, layout
 from fastll.api import _run
-from fastll.arrays import Place, axis_of, bad_label, broadcast, place_of
-from fastll.contract import CrossEntropyOptions, units_of
+from fastll.arrays import Place, axis_of, broadcast, place_of
+from fastll.contract import Fold, Map, Options, units_of
 from fastll.dtypes import as_floats, kind_of, name_of
 
 Array = NDArray[Any]
@@ -277,20 +277,27 @@ def _cross_entropy(
     if labels is None:
         denominator = float(math.prod(kept))
     else:
-        flat = labels.ravel() if place.on_cpu else labels
-        bad, denominator = backend.check_labels(flat, classes, ignored, weights)
-        if bad >= 0:
-            at = tuple(int(i) for i in np.unravel_index(bad, kept))
-            raise bad_label(labels[at], at, classes, ignored)
+        check = dispatch.debugging_labels()
+        labels, denominator = backend.labels(labels, classes, ignored, weights, check)
     scale = backend.factor(denominator) if reduction == "mean" else 1.0
-    options = CrossEntropyOptions(ignored, smoothing, z, cap, scale)
+    options = Options(ignored, smoothing, z, cap, scale)
 
     loss = (place.empty if reduction == "none" else place.scratch)(kept, value)
     lse = place.empty(kept, value) if return_lse else None
     pieces, _ = layout.rows((axis,), (x, dense, grad), (labels, loss, lse))
     for x_, dense_, grad_, labels_, loss_, lse_ in pieces:
-        kernel = backend.cross_entropy(x_, dense_, labels_, weights, options, loss_, lse_, grad_)
-        _run.rows(backend, kernel, x_)
+        call = Fold(
+            "cross_entropy",
+            x_,
+            second=dense_,
+            labels=labels_,
+            weight=weights,
+            options=options,
+            value=loss_,
+            lse=lse_,
+            out=grad_,
+        )
+        _run.rows(backend, backend.fold(call), x_)
     if reduction != "none":
         loss = backend.total(loss, denominator if reduction == "mean" else None, value)
     return _outputs(place, loss, lse, grad if return_grad else None, grad_out)
@@ -390,8 +397,10 @@ def binary_cross_entropy_with_logits(
     for i, (x_, t_, w_, p_, loss_, grad_) in enumerate(pieces):
         if partial is not None and len(pieces) > 1:
             sums = partial[i * outer : (i + 1) * outer]
-        kernel = backend.binary_cross_entropy(x_, t_, w_, p_, scale, loss_, sums, grad_)
-        backend.run(kernel, outer * units, x_.size)
+        name = "binary_cross_entropy" if p_ is None else "binary_cross_entropy_pos_weight"
+        inputs = (x_, t_) if p_ is None else (x_, t_, p_)
+        call = Map(name, inputs, value=loss_, partial=sums, slope=grad_, weight=w_, scale=scale)
+        backend.run(backend.map(call), outer * units, x_.size)
     if partial is not None:
         loss = backend.total(partial, float(x.size) if reduction == "mean" else None, value)
     return _outputs(place, loss, None, grad if return_grad else None, grad_out)
@@ -416,12 +425,7 @@ def _labels(place: Place, labels: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(
             f"target has shape {labels.shape}; expected that of logits without axis, {shape}"
         )
-    if not place.on_cpu:
-        return labels
-    if kind == "u":
-        # beyond int64 a label is out of range for certain, and stays so at its limit
-        labels = np.minimum(labels, np.uint64(_INT64_MAX))
-    return np.asarray(labels, dtype=np.int64, order="C")
+    return labels
 
 
 def _class_weight(place: Place, weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Array:

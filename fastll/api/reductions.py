@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastll import dispatch, layout
 from fastll.api import _run
 from fastll.arrays import axes_of, broadcast, kept_shape, place_of
+from fastll.contract import Fold, Map
 from fastll.dtypes import kind_of, rounded
 
 Array = NDArray[Any]
@@ -122,7 +123,8 @@ def logsumexp(
     pieces, folds = layout.rows(axes, (x, weights), row)
     if folds == 1:
         for x_, b_, out_, sign_ in pieces:
-            _run.rows(backend, backend.logsumexp(x_, b_, None, out_, sign_), x_)
+            call = Fold("logsumexp", x_, second=b_, lse=out_, sign=sign_)
+            _run.rows(backend, backend.fold(call), x_)
     else:
         state = _run.new_state(backend, place, kept)
         _run.fold(backend, x, weights, axes, state)
@@ -233,7 +235,8 @@ def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
             _run.fold(backend, full, None, axes, state)
             pieces, _ = layout.rows(axes, (full, target), (state,))
         for x_, out_, state_ in pieces:
-            _run.rows(backend, backend.softmax(x_, state_, out_, log), x_)
+            name = "log_softmax" if log else "softmax"
+            _run.rows(backend, backend.fold(Fold(name, x_, state=state_, out=out_)), x_)
     return place.give(result) if out is None else out
 
 
@@ -317,5 +320,6 @@ def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
     result = place.result(x, out, "out")
     backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size, place)
     for x_, out_ in layout.elementwise((x, result)):
-        _run.elements(backend, backend.sigmoid(x_, out_, log), x_)
+        call = Map("log_sigmoid" if log else "sigmoid", (x_,), value=out_)
+        _run.elements(backend, backend.map(call), x_)
     return place.give(result) if out is None else out

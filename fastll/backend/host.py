@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import CHUNK, Array, Floats
+from fastll.contract import CHUNK, Array, Floats, bad_label
+
+_INT64_MAX = (1 << 63) - 1
 
 
 class Host:
@@ -19,6 +21,27 @@ class Host:
     partial_dtype = np.dtype(np.float64)
 
     run = staticmethod(threads.run)
+
+    def labels(
+        self, labels: NDArray[Any], classes: int, ignore_index: int, weight: Any, check: bool = True
+    ) -> tuple[Array, float]:
+        """As contiguous int64; always checked."""
+        y = labels
+        if y.dtype.kind == "u":
+            # beyond int64 a label is out of range for certain, and stays so at its limit
+            y = np.minimum(y, np.uint64(_INT64_MAX))
+        y = np.asarray(y, dtype=np.int64, order="C")
+        bad, kept = self.scan_labels(y.reshape(-1), classes, ignore_index, weight)
+        if bad >= 0:
+            at = tuple(int(i) for i in np.unravel_index(bad, y.shape))
+            raise bad_label(labels[at], at, classes, ignore_index)
+        return y, kept
+
+    def scan_labels(
+        self, labels: NDArray[Any], classes: int, ignore_index: int, weight: Any
+    ) -> tuple[int, float]:
+        """Position of the first int64 label that is out of range, or -1; weight of the kept ones."""
+        raise NotImplementedError
 
     def factor(self, kept: float) -> float:
         return 1 / kept if kept else math.nan

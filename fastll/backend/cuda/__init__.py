@@ -11,12 +11,12 @@ from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
-from fastll import dispatch, layout
-from fastll.arrays import bad_label
+from fastll import layout
 from fastll.backend.cuda import elementwise, geometry, launch, rows, strided, team, totals
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, lanes_of, size_of
 from fastll.backend.cuda.state import PARTS
-from fastll.contract import CrossEntropyOptions
+from fastll.backend.shim import Old
+from fastll.contract import Options, bad_label
 from fastll.dtypes import FORMATS, kind_of
 
 #: Where there is no operand.
@@ -41,7 +41,7 @@ def why_not():
         return f"there is no GPU, or no NVIDIA driver for it: install one ({reason})"
 
 
-class Backend:
+class Backend(Old):
     """See `fastll.contract.Backend`."""
 
     name = "cuda"
@@ -57,18 +57,18 @@ class Backend:
         if units:
             kernel(0, units)
 
-    def logsumexp(self, x, b, state, out, sign):
+    def _logsumexp(self, x, b, state, out, sign):
         if b is None and state is None and sign is None:
             return self._over_rows("logsumexp", x, value=out)
         return self._over_strides("logsumexp", x, t=b, state=state, value=out, other=sign)
 
-    def softmax(self, x, state, out, log):
+    def _softmax(self, x, state, out, log):
         operation = "log_softmax" if log else "softmax"
         if state is None:
             return self._over_rows(operation, x, out=out)
         return self._over_strides(operation, x, state=state, out=out)
 
-    def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
+    def _cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
         return self._over_rows(
             "cross_entropy",
             x,
@@ -212,11 +212,11 @@ class Backend:
             kernel, -(-count // per_block), (threads, 1), arguments, bound=geometry.BLOCK, shared=shared
         )
 
-    def check_labels(self, labels, classes, ignore_index, weight):
+    def labels(self, labels, classes, ignore_index, weight, check):
         kept = _Weight(partial(self._weigh, labels, classes, ignore_index, weight))
-        if dispatch.debugging_labels():
+        if check:
             kept.words = self._weigh(labels, classes, ignore_index, weight, debugging=True)
-        return -1, kept
+        return labels, kept
 
     def _weigh(self, labels, classes, ignore_index, weight, debugging=False):
         """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
@@ -308,7 +308,7 @@ class Backend:
             arguments = (count, _address(state), other)
             self._start(totals.merge(), blocks, geometry.BLOCK, arguments)
 
-    def sigmoid(self, x, out, log):
+    def _sigmoid(self, x, out, log):
         name, written = _format(x), _format(out)
         whole = name == written and _vectors(name, x, out)
         kernel = elementwise.sigmoid(name, written, log, whole)
@@ -316,7 +316,7 @@ class Backend:
         arguments = (length, units, _address(x), *x.strides, _address(out), *out.strides)
         return self._launch(kernel, blocks, (elementwise.THREADS, 1), arguments, bound=geometry.BLOCK)
 
-    def binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial, grad):
+    def _binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial, grad):
         name = _format(x)
         result = loss if partial is None else partial
         whole = _format(target) == name and _vectors(name, x, target, grad)
@@ -373,7 +373,7 @@ class _Weight:
         return self._weigh()
 
 
-_NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)
+_NO_OPTIONS = Options()
 
 
 @lru_cache(1024)

@@ -3,6 +3,7 @@
 cimport numpy as cnp
 
 from fastll.backend.host import Host as _Host
+from fastll.backend.shim import Old as _Old
 from fastll.contract import SHORT as _SHORT, STREAM_CLASSES as _STREAM_CLASSES
 from fastll.contract import STREAM_FROM as _STREAM_FROM
 from fastll.dtypes import kind_of
@@ -148,13 +149,13 @@ cdef Kernel kernel_of(Operation operation, tuple arrays):
     return kernel
 
 
-class Backend(_Host):
+class Backend(_Old, _Host):
     """See `fastll.contract.Backend`."""
 
     name = "cython"
     instruction_set = INSTRUCTION_SET.decode()
 
-    def logsumexp(
+    def _logsumexp(
         self, cnp.ndarray x, cnp.ndarray b, cnp.ndarray state, cnp.ndarray out, cnp.ndarray sign
     ):
         cdef Kernel kernel = kernel_of(LOGSUMEXP, (x, b, state, out, sign))
@@ -166,7 +167,7 @@ class Backend(_Host):
         kernel.bind_row(&kernel.call.sign, sign)
         return kernel
 
-    def softmax(self, cnp.ndarray x, cnp.ndarray state, cnp.ndarray out, bint log):
+    def _softmax(self, cnp.ndarray x, cnp.ndarray state, cnp.ndarray out, bint log):
         cdef Kernel kernel = kernel_of(SOFTMAX, (x, state, out))
         kernel.walk_rows(x)
         kernel.call.log = log
@@ -176,7 +177,7 @@ class Backend(_Host):
         kernel.bind_output(out)
         return kernel
 
-    def cross_entropy(
+    def _cross_entropy(
         self,
         cnp.ndarray x,
         cnp.ndarray target,
@@ -207,7 +208,7 @@ class Backend(_Host):
         kernel.bind_output(grad)
         return kernel
 
-    def check_labels(
+    def scan_labels(
         self, cnp.ndarray labels, Py_ssize_t classes, long long ignore_index, cnp.ndarray weight
     ):
         cdef const char* first = cnp.PyArray_BYTES(labels)
@@ -224,7 +225,7 @@ class Backend(_Host):
             )
         return position, total_weight
 
-    def sigmoid(self, cnp.ndarray x, cnp.ndarray out, bint log):
+    def _sigmoid(self, cnp.ndarray x, cnp.ndarray out, bint log):
         cdef Kernel kernel = kernel_of(SIGMOID, (x, out))
         kernel.walk_units(x)
         kernel.call.log = log
@@ -233,7 +234,7 @@ class Backend(_Host):
         kernel.bind_output(out)
         return kernel
 
-    def binary_cross_entropy(
+    def _binary_cross_entropy(
         self,
         cnp.ndarray x,
         cnp.ndarray target,

@@ -13,18 +13,19 @@ from fastll.backend.host import Host
 from fastll.backend.numba import columns, elementwise, rows
 from fastll.backend.numba.blocks import NOTHING, Operand
 from fastll.backend.numba.convert import reader, writer
-from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, CrossEntropyOptions, units_of
+from fastll.backend.shim import Old
+from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Options, units_of
 from fastll.dtypes import kind_of
 
-_NO_OPTIONS = CrossEntropyOptions(0, 0.0, 0.0, 0.0, 1.0)
+_NO_OPTIONS = Options()
 
 
-class Backend(Host):
+class Backend(Old, Host):
     """See `fastll.contract.Backend`."""
 
     name = "numba"
 
-    def logsumexp(self, x, b, state, out, sign):
+    def _logsumexp(self, x, b, state, out, sign):
         view = _Rows(x)
         return partial(
             view.kernels.logsumexp,
@@ -36,7 +37,7 @@ class Backend(Host):
             *view.shape,
         )
 
-    def softmax(self, x, state, out, log):
+    def _softmax(self, x, state, out, log):
         view = _Rows(x)
         return partial(
             view.kernels.reduce,
@@ -53,7 +54,7 @@ class Backend(Host):
             *view.shape,
         )
 
-    def cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
+    def _cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
         view = _Rows(x)
         # whether a gradient is what comes out of a probability by one factor
         simple = target is None and options.label_smoothing == options.softcap == 0.0
@@ -72,11 +73,11 @@ class Backend(Host):
             *view.shape,
         )
 
-    def check_labels(self, labels, classes, ignore_index, weight):
+    def scan_labels(self, labels, classes, ignore_index, weight):
         ones = np.empty(0) if weight is None else weight
         return rows.check_labels(labels, classes, ignore_index, ones)
 
-    def sigmoid(self, x, out, log):
+    def _sigmoid(self, x, out, log):
         like = _like(x)
         result = _operand(out, like, 1)
         pays = out.ctypes.data != x.ctypes.data and out.nbytes >= STREAM_FROM
@@ -89,7 +90,7 @@ class Backend(Host):
             like,
         )
 
-    def binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial_sums, grad):
+    def _binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial_sums, grad):
         like = _like(x)
         inputs = (_operand(a, like, 1) for a in (x, target, weight, pos_weight))
         outputs = (_operand(loss, like, 1), _operand(partial_sums, None, 1), _operand(grad, like, 1))

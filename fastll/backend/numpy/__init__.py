@@ -1,6 +1,7 @@
 """The reference: each formula of the contract as it is written, in float64, with whole arrays.
 
-Slow, obvious, and the oracle of the tests. The only backend that makes full-size temporaries.
+Slow, obvious, and independent of `fastll.formulas`, which it checks. The only backend that makes
+full-size temporaries.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from fastll.backend.host import Host
-from fastll.contract import CHUNK, CrossEntropyOptions, Kernel, units_of
+from fastll.contract import CHUNK, Fold, Kernel, Map, units_of
 from fastll.dtypes import as_floats, rounded
 
-name = "numpy"
 Array = Any
 
 
@@ -23,8 +23,8 @@ def _quiet(method: Callable[..., Kernel]) -> Callable[..., Kernel]:
     """Infinities and NaN are ordinary values here: no warnings."""
 
     @wraps(method)
-    def bound(self: Backend, *args: Any) -> Kernel:
-        kernel = method(self, *args)
+    def bound(self: Backend, call: Any) -> Kernel:
+        kernel = method(self, call)
 
         def quiet(start: int, stop: int) -> None:
             with np.errstate(all="ignore"):
@@ -41,108 +41,34 @@ class Backend(Host):
     name = "numpy"
 
     @_quiet
-    def logsumexp(self, x: Array, b: Array, state: Array, out: Array, sign: Array) -> Kernel:
+    def map(self, call: Map) -> Kernel:
+        formula = ELEMENTS[call.operation]
+
         def kernel(start: int, stop: int) -> None:
-            r = _Rows(x, start, stop)
-            before = r.of(state) if state is not None else None
-            m, e, k = _fold(r.full(x), r.full(b) if b is not None else None, before)
-            if state is not None:
-                r.put(state, np.stack((m, e, k), axis=-1))
-            if out is None:
-                return
-            s = e + k
-            # log|s| from whichever of its two parts dominates
-            log_s = np.where(
-                np.abs(e) < np.abs(k), np.log(np.abs(k)) + np.log1p(e / k), np.log(np.abs(s))
-            )
-            value = np.where((m == -np.inf) & ~np.isnan(e), -np.inf, m + log_s)
-            if sign is not None:
-                r.put(sign, np.sign(s))
-            else:
-                value = np.where(s < 0, np.nan, value)
-            r.put(out, value)
+            for unit, (row, part) in enumerate(_units(call.inputs[0], start, stop), start):
+                result = formula(*(as_floats(a[row, part]) for a in call.inputs), *call.parameters)
+                value, slope = result if isinstance(result, tuple) else (result, None)
+                factor = 1.0 if call.weight is None else as_floats(call.weight[row, part])
+                if call.value is not None:
+                    call.value[row, part] = rounded(factor * value, call.value.dtype)
+                if call.partial is not None:
+                    at = divmod(unit, call.partial.shape[1])
+                    call.partial[at] = np.sum(factor * value)
+                if call.slope is not None:
+                    slopes = rounded(call.scale * factor * slope, call.slope.dtype)
+                    call.slope[row, part] = slopes
 
         return kernel
 
     @_quiet
-    def softmax(self, x: Array, state: Array, out: Array, log: bool) -> Kernel:
+    def fold(self, call: Fold) -> Kernel:
         def kernel(start: int, stop: int) -> None:
-            r = _Rows(x, start, stop)
-            xs = r.full(x)
-            m, e, k = np.moveaxis(r.of(state), -1, 0) if state is not None else _fold(xs, None, None)
-            if log:
-                result = (xs - m[:, None]) - np.log1p(e + (k - 1))[:, None]
-            else:
-                result = _probabilities(xs, m, e + k)
-            r.put_full(out, result)
+            rows = _Rows(call, start, stop)
+            FOLDS[call.operation](rows) if call.operation in FOLDS else _sum_of_terms(rows)
 
         return kernel
 
-    @_quiet
-    def cross_entropy(
-        self,
-        x: Array,
-        target: Array,
-        labels: Array,
-        weight: Array,
-        options: CrossEntropyOptions,
-        loss: Array,
-        lse: Array,
-        grad: Array,
-    ) -> Kernel:
-        ignore_index, eps, z, cap, scale = options
-        classes = x.shape[1]
-
-        def kernel(start: int, stop: int) -> None:
-            r = _Rows(x, start, stop)
-            xs = r.full(x)
-            slope = 1 / np.cosh(xs / cap) ** 2 if cap else 1.0
-            if cap:
-                xs = cap * np.tanh(xs / cap)
-            m, e, k = _fold(xs, None, None)
-            log_s = np.log1p(e + (k - 1))
-            w = np.ones(classes) if weight is None else weight.astype(np.float64)
-            row = np.arange(len(xs))
-            if labels is not None:
-                y = r.of(labels)
-                kept = y != ignore_index
-                u = np.broadcast_to(w * (eps / max(classes, 1)), xs.shape)
-                c = np.zeros(len(xs))
-                y = np.where(kept, y, 0)
-                x_y = np.zeros(len(xs))
-                if kept.any():
-                    c = (1 - eps) * w[y]
-                    x_y = xs[row, y]
-                value = np.where(c == 0, 0, c * (log_s + (m - x_y)))
-            else:
-                kept = np.ones(len(xs), bool)
-                u = w * ((1 - eps) * r.full(target) + eps / max(classes, 1))
-                c = np.zeros(len(xs))
-                value = np.zeros(len(xs))
-            nll = log_s[:, None] + (m[:, None] - xs)
-            value = value + np.where(u == 0, 0, u * nll).sum(axis=1)
-            if classes:
-                value = np.where(m == -np.inf, np.nan, value)
-            row_lse = m + log_s
-            if z:
-                value = value + z * row_lse**2
-            r.put(loss, np.where(kept, value, 0))
-            if lse is not None:
-                r.put(lse, row_lse)
-            if grad is None:
-                return
-            total = c + u.sum(axis=1) + (2 * z * row_lse if z else 0)
-            p = _probabilities(xs, m, e + k)
-            g = total[:, None] * p - u
-            if labels is not None and kept.any():
-                # at y: (total - c) p - c (1 - p) - u, with 1 - p free of cancellation
-                q = ((e + (k - 1)) - np.expm1(x_y - m)) / (e + k)
-                g[row, y] = (total - c) * p[row, y] - c * q - u[row, y]
-            r.put_full(grad, np.where(kept[:, None], scale * slope * g, 0))
-
-        return kernel
-
-    def check_labels(
+    def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array
     ) -> tuple[int, float]:
         kept = labels != ignore_index
@@ -153,77 +79,146 @@ class Backend(Host):
             return -1, float(np.count_nonzero(kept))
         return -1, float(np.sum(weight[labels[kept]], dtype=np.float64))
 
-    @_quiet
-    def sigmoid(self, x: Array, out: Array, log: bool) -> Kernel:
-        def kernel(start: int, stop: int) -> None:
-            for row, part in _units(x, start, stop):
-                xs = as_floats(x[row, part])
-                tail = np.exp(-np.abs(xs))
-                if log:
-                    value = np.minimum(xs, 0) - np.log1p(tail)
-                else:
-                    value = np.where(xs >= 0, 1, tail) / (1 + tail)
-                out[row, part] = rounded(value, out.dtype)
 
-        return kernel
+def _sigmoid(x: Array) -> Array:
+    tail = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, tail) / (1 + tail)
 
-    @_quiet
-    def binary_cross_entropy(
-        self,
-        x: Array,
-        target: Array,
-        weight: Array,
-        pos_weight: Array,
-        scale: float,
-        loss: Array,
-        partial: Array,
-        grad: Array,
-    ) -> Kernel:
-        units = units_of(x.shape[1])
 
-        def kernel(start: int, stop: int) -> None:
-            for unit, (row, part) in enumerate(_units(x, start, stop), start):
-                xs: Array = as_floats(x[row, part])
-                t: Array = as_floats(target[row, part])
-                w: Array = 1.0 if weight is None else as_floats(weight[row, part])
-                positive = t if pos_weight is None else t * as_floats(pos_weight[row, part])
-                negative = 1 - t
-                # softplus(x) = max(x, 0) + log1p(exp(-|x|)), and likewise softplus(-x)
-                tail = np.exp(-np.abs(xs))
-                slope = np.where(xs > 0, negative, positive)
-                linear = np.where(slope == 0, 0, slope * np.abs(xs))
-                value = w * (linear + (positive + negative) * np.log1p(tail))
-                if loss is not None:
-                    loss[row, part] = value
-                if partial is not None:
-                    partial[divmod(unit, units)] = value.sum()
-                if grad is not None:
-                    upper, lower = np.where(xs >= 0, 1, tail), np.where(xs >= 0, tail, 1)
-                    g = (negative * upper - positive * lower) / (1 + tail)
-                    grad[row, part] = rounded(scale * w * g, grad.dtype)
+def _softplus(x: Array) -> Array:
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
-        return kernel
+
+def _times(coefficient: Array, value: Array) -> Array:
+    """The product, 0 where the coefficient is."""
+    return np.where(coefficient == 0, 0, coefficient * value)
+
+
+def _binary_cross_entropy(x: Array, t: Array, pos_weight: Array = 1.0) -> tuple[Array, Array]:
+    positive, negative = pos_weight * t, 1 - t
+    value = _times(positive, _softplus(-x)) + _times(negative, _softplus(x))
+    return value, negative * _sigmoid(x) - positive * _sigmoid(-x)
+
+
+#: Element-wise operations: their value, or value and slope.
+ELEMENTS: dict[str, Callable[..., Any]] = {
+    "sigmoid": _sigmoid,
+    "log_sigmoid": lambda x: -_softplus(-x),
+    "binary_cross_entropy": _binary_cross_entropy,
+    "binary_cross_entropy_pos_weight": _binary_cross_entropy,
+}
+#: Terms of the folds that are sums of them.
+TERMS: dict[str, Callable[..., Any]] = {}
 
 
 class _Rows:
-    """Rows `start` to `stop` of arrays over (outer, classes, inner), as two-dimensional float64."""
+    """Rows `start` to `stop` of a fold's operands, as two-dimensional float64."""
 
-    def __init__(self, x: Array, start: int, stop: int) -> None:
-        self.at = np.divmod(np.arange(start, stop), x.shape[2])
+    def __init__(self, call: Fold, start: int, stop: int) -> None:
+        self.call = call
+        self.at = np.divmod(np.arange(start, stop), call.x.shape[2])
+        self.x = self.full(call.x)
 
     def of(self, array: Array) -> Array:
         return array[self.at]
 
     def put(self, array: Array, values: Array) -> None:
-        array[self.at] = values
+        if array is not None:
+            array[self.at] = values
 
     def full(self, array: Array) -> Array:
         outer, inner = self.at
-        return as_floats(array[outer, :, inner])
+        return None if array is None else as_floats(array[outer, :, inner])
 
     def put_full(self, array: Array, values: Array) -> None:
         outer, inner = self.at
         array[outer, :, inner] = rounded(values, array.dtype)
+
+
+def _logsumexp(rows: _Rows) -> None:
+    call = rows.call
+    before = rows.of(call.state) if call.state is not None else None
+    m, e, k = _exponentials(rows.x, rows.full(call.second), before)
+    if call.state is not None:
+        rows.put(call.state, np.stack((m, e, k), axis=-1))
+    s = e + k
+    # log|s| from whichever of its two parts dominates
+    log_s = np.where(np.abs(e) < np.abs(k), np.log(np.abs(k)) + np.log1p(e / k), np.log(np.abs(s)))
+    value = np.where((m == -np.inf) & ~np.isnan(e), -np.inf, m + log_s)
+    if call.sign is not None:
+        rows.put(call.sign, np.sign(s))
+    else:
+        value = np.where(s < 0, np.nan, value)
+    rows.put(call.lse, value)
+
+
+def _softmax(rows: _Rows) -> None:
+    call = rows.call
+    if call.state is not None:
+        m, e, k = np.moveaxis(rows.of(call.state), -1, 0)
+    else:
+        m, e, k = _exponentials(rows.x, None, None)
+    if call.operation == "log_softmax":
+        result = (rows.x - m[:, None]) - np.log1p(e + (k - 1))[:, None]
+    else:
+        result = _probabilities(rows.x, m, e + k)
+    rows.put_full(call.out, result)
+
+
+def _cross_entropy(rows: _Rows) -> None:
+    call, x = rows.call, rows.x
+    ignore_index, eps, z, cap, scale = call.options
+    classes = x.shape[1]
+    slope = 1 / np.cosh(x / cap) ** 2 if cap else 1.0
+    if cap:
+        x = cap * np.tanh(x / cap)
+    m, e, k = _exponentials(x, None, None)
+    log_s = np.log1p(e + (k - 1))
+    w = np.ones(classes) if call.weight is None else call.weight.astype(np.float64)
+    row = np.arange(len(x))
+    c, x_y = np.zeros(len(x)), np.zeros(len(x))
+    kept = np.ones(len(x), bool)
+    if call.labels is not None:
+        y = rows.of(call.labels)
+        kept = y != ignore_index
+        u = np.broadcast_to(w * (eps / max(classes, 1)), x.shape)
+        y = np.where(kept, y, 0)
+        if kept.any():
+            c, x_y = (1 - eps) * w[y], x[row, y]
+    else:
+        u = w * ((1 - eps) * rows.full(call.second) + eps / max(classes, 1))
+    value = _times(c, log_s + (m - x_y))
+    value = value + _times(u, log_s[:, None] + (m[:, None] - x)).sum(axis=1)
+    if classes:
+        value = np.where(m == -np.inf, np.nan, value)
+    lse = m + log_s
+    value = value + _times(z, lse**2)
+    rows.put(call.value, np.where(kept, value, 0))
+    rows.put(call.lse, lse)
+    if call.out is None:
+        return
+    total = c + u.sum(axis=1) + _times(2 * z, lse)
+    p = _probabilities(x, m, e + k)
+    g = total[:, None] * p - u
+    if call.labels is not None and kept.any():
+        # at y: (total - c) p - c (1 - p) - u, with 1 - p free of cancellation
+        q = ((e + (k - 1)) - np.expm1(x_y - m)) / (e + k)
+        g[row, y] = (total - c) * p[row, y] - c * q - u[row, y]
+    rows.put_full(call.out, np.where(kept[:, None], scale * slope * g, 0))
+
+
+def _sum_of_terms(rows: _Rows) -> None:
+    call = rows.call
+    inputs = [rows.x] if call.second is None else [rows.x, rows.full(call.second)]
+    rows.put(call.value, call.options.scale * TERMS[call.operation](*inputs).sum(axis=1))
+
+
+FOLDS: dict[str, Callable[[_Rows], None]] = {
+    "logsumexp": _logsumexp,
+    "softmax": _softmax,
+    "log_softmax": _softmax,
+    "cross_entropy": _cross_entropy,
+}
 
 
 def _units(x: Array, start: int, stop: int) -> list[tuple[int, slice]]:
@@ -233,16 +228,16 @@ def _units(x: Array, start: int, stop: int) -> list[tuple[int, slice]]:
     return [(row, slice(at * CHUNK, (at + 1) * CHUNK)) for row, at in places]
 
 
-def _fold(xs: Array, b: Array, before: Array) -> tuple[Array, Array, Array]:
+def _exponentials(x: Array, b: Array, before: Array) -> tuple[Array, Array, Array]:
     """The state (m, e, k) of rows, continued from `before`."""
-    weights = np.ones_like(xs) if b is None else b
-    xs = np.where(weights == 0, -np.inf, xs)
+    weights = np.ones_like(x) if b is None else b
+    x = np.where(weights == 0, -np.inf, x)
     # fmax passes NaN over: a NaN shows in e
-    m = np.fmax.reduce(xs, axis=1, initial=-np.inf)
+    m = np.fmax.reduce(x, axis=1, initial=-np.inf)
     if before is not None:
         m = np.fmax(m, before[:, 0])
-    top = xs == m[:, None]
-    e = np.sum(np.where(top | (weights == 0), 0, weights * np.exp(xs - m[:, None])), axis=1)
+    top = x == m[:, None]
+    e = np.sum(np.where(top | (weights == 0), 0, weights * np.exp(x - m[:, None])), axis=1)
     # weights of both signs at an infinite maximum make it NaN
     unit = np.where(np.isposinf(m) & (b is not None), np.inf, 1)[:, None]
     k = np.sum(np.where(top & (weights != 0), weights * unit, 0), axis=1)
@@ -254,9 +249,9 @@ def _fold(xs: Array, b: Array, before: Array) -> tuple[Array, Array, Array]:
     return m, np.where(empty & ~np.isnan(e), 0, e), np.where(empty, 0, k)
 
 
-def _probabilities(xs: Array, m: Array, s: Array) -> Array:
+def _probabilities(x: Array, m: Array, s: Array) -> Array:
     """exp(x - m) / s; NaN in every entry where the maximum is infinite."""
-    p = np.exp(xs - m[:, None]) / s[:, None]
+    p = np.exp(x - m[:, None]) / s[:, None]
     return np.where(np.isinf(m)[:, None], np.nan, p)
 
 

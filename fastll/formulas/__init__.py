@@ -1,0 +1,75 @@
+"""The formulas, once: plain Python functions that every compiled backend shares.
+
+`maths` has what they are made of, `elements` and `rows` the operations, `constants` every coefficient,
+`vocabulary` the operations that the text may use. A text consists of assignments to new names (tuples
+may be unpacked), calls, ``+ - * /``, attributes and a final return; no branch, loop, literal or unary
+minus. `bind` compiles the texts for a target of Numba, `fastll.formulas.cpp` translates them into C++
+for Cython. The NumPy reference and the tests' oracle do not use them: they check them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+from fastll.formulas import elements, maths, rows
+
+
+class Element(NamedTuple):
+    """An element-wise operation; see `fastll.formulas.elements`."""
+
+    formula: Callable[..., Any]
+    inputs: int = 1
+    parameters: int = 0
+    slope: bool = False  # returns (value, slope)
+    log1p: bool = False  # returns (value, e, slope), where log1p(e) is still to be added to the value
+
+
+class Terms(NamedTuple):
+    """A fold of rows whose value is the sum of a term of each element; see `fastll.formulas.rows`."""
+
+    formula: Callable[..., Any]
+    inputs: int = 1
+
+
+#: Element-wise operations by name. Their order is that of the codes that Cython's kernels are told.
+ELEMENTS = {
+    "sigmoid": Element(elements.sigmoid),
+    "log_sigmoid": Element(elements.log_sigmoid),
+    "binary_cross_entropy": Element(elements.binary_cross_entropy, inputs=2, slope=True, log1p=True),
+    "binary_cross_entropy_pos_weight": Element(
+        elements.binary_cross_entropy_pos_weight, inputs=3, slope=True
+    ),
+}
+
+#: Folds that are sums of terms, by name, likewise.
+TERMS: dict[str, Terms] = {}
+
+
+def texts(*modules: ModuleType) -> list[FunctionType]:
+    """The formulas of modules (all of them by default), each after those that it calls."""
+    return [
+        function
+        for module in modules or (maths, elements, rows)
+        for function in vars(module).values()
+        if isinstance(function, FunctionType) and function.__module__ == module.__name__
+    ]
+
+
+def bind(
+    operations: Mapping[str, Any],
+    compiled: Callable[[FunctionType], Any],
+    functions: list[FunctionType] | None = None,
+) -> SimpleNamespace:
+    """The formulas with the operations of a target as their globals, each `compiled` for it.
+
+    An operation that has the name of a formula takes its place, in the formulas that call it too.
+    """
+    names = dict(operations)
+    for function in texts() if functions is None else functions:
+        if function.__name__ not in operations:
+            names[function.__name__] = compiled(
+                FunctionType(function.__code__, names, function.__name__)
+            )
+    return SimpleNamespace(**names)

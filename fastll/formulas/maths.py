@@ -1,0 +1,116 @@
+"""exp, log1p, log and tanh, which the formulas of losses are made of.
+
+Exponential. With n = round(x / ln 2) and f = x - n ln 2, |f| <= ln(2) / 2,
+
+    exp(x) = 2**n exp(f),    exp(f) = 1 + q,    q = f + f**2 r(f),
+
+where r is a Chebyshev fit of (exp(f) - 1 - f) / f**2 and ln 2 is the sum of two constants, so that two
+fused operations give f to an ulp. The rounding is an addition: z = x / ln 2 + MAGIC leaves n in the low
+bits of z. Those bits, moved to the place of the exponent, *are* 2**n; what MAGIC holds besides
+1.5 * 2**23 is the exponent's bias.
+
+`exponential` returns exp(x) 2**(SHIFT - n_ref) for a reference exponent n_ref, usually that of the
+row's maximum. Nothing is subtracted from x first, so no digit of it is lost: the relative error is that
+of exp at the exact x, however large the row's offset. Below `floor` the result is exactly 0.
+
+Sources: Cody and Waite, "Software Manual for the Elementary Functions" (1980), for the reduction;
+Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, for tracking the exponent.
+"""
+
+# mypy: ignore-errors
+
+from fastll.formulas.vocabulary import (
+    absolute,
+    constants,
+    downscale,
+    exponent,
+    exponent_bits,
+    fma,
+    horner,
+    maximum,
+    where_eq,
+    where_gt,
+)
+
+
+def reduced(x, n):
+    """x - n ln 2."""
+    c = constants(x)
+    return fma(n, -c.ln2_low, fma(n, -c.ln2_high, x))
+
+
+def split(x, floor, magic):
+    """(q, s) with exp(x) 2**(SHIFT - n_ref) = s (1 + q)."""
+    c = constants(x)
+    y = maximum(floor, x)  # a NaN in x stays
+    z = fma(y, c.log2e, magic)
+    f = reduced(y, z - magic)
+    return fma(f * f, horner(c.exp, f), f), exponent_bits(z)
+
+
+def exponential(x, floor, magic):
+    """exp(x) 2**(SHIFT - n_ref); 0 below floor."""
+    q, s = split(x, floor, magic)
+    return fma(q, s, s)
+
+
+def exp_fraction(f):
+    """exp(f), |f| <= ln(2) / 2."""
+    c = constants(f)
+    return c.one + fma(f * f, horner(c.exp, f), f)
+
+
+def tails(x):
+    """exp(-|x|) 2**SHIFT, exp(-|x|)."""
+    c = constants(x)
+    scaled = exponential(c.zero - absolute(x), c.scaled_floor, c.scaled_magic)
+    return scaled, scaled * c.unshift
+
+
+def series(u):
+    """log(1 + u) for sqrt(1/2) <= 1 + u <= sqrt(2).
+
+    log(1 + u) = 2 atanh(z / 2) with z = 2 u / (2 + u), |z| <= 6 - 4 sqrt(2). A subnormal u keeps its
+    digits.
+    """
+    c = constants(u)
+    z = (u + u) / (u + c.two)
+    w = z * z
+    return fma(z * w, horner(c.atanh, w), z)
+
+
+def log1p(e):
+    """log(1 + e), 0 <= e <= 1. Above sqrt(2) - 1, 1 + e is halved."""
+    c = constants(e)
+    log = series(where_gt(e, c.root, (e - c.one) * c.half, e))
+    return where_gt(e, c.root, log + c.ln2, log)
+
+
+def log(x):
+    """log(x), with log(0) = -inf and NaN below 0: for x = 2**n f, n ln 2 + log(f)."""
+    c = constants(x)
+    normal = where_gt(c.least, x, x * c.lift, x)
+    n = where_gt(c.least, x, exponent(normal) - c.lift_bits, exponent(normal))
+    fraction = series(fma(normal, downscale(normal), c.zero - c.one))
+    finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
+    positive = where_gt(c.infinity, x, finite, x)  # inf and NaN stay
+    return where_gt(x, c.zero, positive, where_eq(x, c.zero, c.zero - c.infinity, x * c.nan))
+
+
+def softcap(x, cap):
+    """cap tanh(x / cap) and its derivative, 1 - tanh(x / cap)**2.
+
+    With e = exp(-2 |x| / cap): tanh = (1 - e) / (1 + e), and 1 - tanh**2 = 4 e / (1 + e)**2. Near 0,
+    where 1 - e would cancel, -expm1 takes its place: expm1 = s (1 + q) - 1 = s q + (s - 1). A zero
+    keeps its sign.
+    """
+    c = constants(x)
+    y = absolute(x / cap)
+    q, s = split(c.zero - (y + y), c.floor, c.magic)
+    e = fma(q, s, s)
+    fall = fma(q, s, s - c.one)
+    share = c.one / (fall + c.two)
+    magnitude = (c.zero - fall) * share * cap
+    capped = where_gt(c.zero, x, c.zero - magnitude, magnitude)
+    slope = c.two * share
+    return where_eq(x, c.zero, x, capped), e * (slope * slope)

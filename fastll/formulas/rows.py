@@ -1,0 +1,68 @@
+"""Row-wise operations: the terms of a row's sums, what becomes of the sums, and what is written in the
+shape of the row. The formulas and the names of the sums are those of `fastll.contract`.
+"""
+
+# mypy: ignore-errors
+
+from fastll.formulas.vocabulary import constants, fma, where_eq
+
+
+def product(coefficient, value):
+    """The product, 0 where the coefficient is."""
+    c = constants(value)
+    return where_eq(coefficient, c.zero, c.zero, coefficient * value)
+
+
+def below_maximum(x, m, e):
+    """The `exponential` e of an element below the row's maximum; 0 of one equal to it."""
+    return where_eq(x, m, constants(x).zero, e)
+
+
+def at_maximum(x, m, weight):
+    """The weight of an element equal to the row's maximum; 0 of one below."""
+    return where_eq(x, m, weight, constants(x).zero)
+
+
+def smoothed(target, keep, spread):
+    """(1 - eps) t + eps / C."""
+    return fma(target, keep, spread)
+
+
+def distance(x, u, m):
+    """u (m - x), where a u of 0 annuls an infinite x."""
+    return product(u, m - x)
+
+
+def probability(e, peak, factor, scale):
+    """factor exp(x - m) of the `exponential` e; exactly `factor` where e is that of the maximum."""
+    return where_eq(e, peak, factor, e * scale)
+
+
+def log_probability(x, m, log_s):
+    """log softmax: both parts are at most 0, so that nothing cancels."""
+    return (x - m) - log_s
+
+
+def less_target(gradient, u, scale):
+    """The gradient of a row less `scale` u."""
+    return fma(u, constants(u).zero - scale, gradient)
+
+
+def cross_entropy_loss(m, log_s, c_y, x_y, mass, distances, z_loss):
+    """c (log s + m - x_y) + log s sum u + sum u (m - x) + z lse**2."""
+    lse = m + log_s
+    linear = product(c_y, log_s + (m - x_y)) + product(mass, log_s)
+    return (linear + distances) + product(z_loss, lse * lse)
+
+
+def cross_entropy_gradient(lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y):
+    """Factor of exp(x - m) in the gradient, and the gradient at the label.
+
+    At the label the gradient is (c + excess) p - u_y - c, whose part c (p - 1) is computed as
+    -c (1 - p). With e_y = exp(x_y - m), fall_y = e_y - 1 by expm1 and rest = s - 1, 1 - p is
+    (rest - fall_y) / s: nothing cancels.
+    """
+    excess = mass + product(z_loss + z_loss, lse)
+    others = (rest - fall_y) / s
+    at_label = (excess * (e_y / s) - u_y) - c_y * others
+    return c_y + excess, at_label
