@@ -137,9 +137,11 @@ def logsumexp(
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Softmax, in one read and one write.
+    r"""Softmax over the last axis by default, as in PyTorch and JAX; SciPy's default is all axes.
 
     .. math:: p_j = \exp(x_j - m) / \sum_i \exp(x_i - m), \quad m = \max_i x_i
+
+    It takes one read and one write.
 
     Parameters
     ----------
@@ -178,11 +180,12 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Logarithm of the softmax, in one read and one write.
+    r"""Log-softmax over the last axis by default, as in PyTorch and JAX; SciPy's default is all axes.
 
     .. math:: \log p_j = (x_j - m) - \log \sum_i \exp(x_i - m), \quad m = \max_i x_i
 
-    Both parts are at most 0, and the second has the log1p form: nothing cancels.
+    It takes one read and one write. Both parts are at most 0, and the second has the log1p form, so
+    nothing cancels.
 
     Parameters
     ----------
