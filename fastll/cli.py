@@ -62,7 +62,7 @@ def warn_without_extension() -> None:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fastll.__version__, prog_name="fastll")
 def main() -> None:
-    """fastll: the likelihood side of machine learning at the speed of memory."""
+    """Log-sum-exp, softmax, cross-entropy and their gradients at the speed of memory."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # never fail on a name that the terminal cannot show
