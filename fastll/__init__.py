@@ -1,4 +1,4 @@
-"""fastll (fast log-likelihood): log-sum-exp, softmax, cross-entropy and their gradients, fast and exact.
+"""fastll (fast log-likelihood): log-sum-exp, softmax, cross-entropy and their gradients.
 
 Where an argument is array_like, it may also be an array of torch, CuPy, Numba, JAX or any library with
 DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results are arrays of the library
