@@ -60,7 +60,7 @@ class Set(NamedTuple):
 
 class Workload(NamedTuple):
     job: Job
-    shape: tuple[int, ...]  # with fewer rows than the case where those do not fit into memory
+    shape: tuple[int, ...]  # that of the case, with fewer rows if they do not fit into memory
     sets: list[Set]
     calls: list[Call]
     restore: Call  # restores the logits
@@ -298,7 +298,7 @@ def off_by(card: Card, work: Workload) -> float:
         value, matrix = reference(job.operation, arrays.out is not None, x, others)
         if operation.gradient:
             found.append(distance(np.mean(values[i], dtype=np.float64), value))
-            # the gradient of a mean over fewer losses is larger
+            # the mean of the reference is over fewer losses
             scale = work.losses / (x.size if operation.elementwise else 1)
             found += (
                 [distance(written[i].astype(np.float64) * scale, matrix)] if matrix is not None else []
