@@ -5,6 +5,7 @@ DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results ar
 of the first argument, on the same device, computed on the caller's current stream.
 """
 
+from fastll import testing
 from fastll.api.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -34,14 +35,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "sparse_cross_entropy",
+    "testing",
     "use_backend",
     "warmup",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name == "testing":
-        from importlib import import_module
-
-        return import_module("fastll.testing")
-    raise AttributeError(f"module 'fastll' has no attribute {name!r}")

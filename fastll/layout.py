@@ -1,9 +1,9 @@
-"""Arrays of any shape and strides as the three-dimensional views that kernels take.
+"""Turns arrays of any shape and strides into the three-dimensional views that kernels take.
 
-A reduction over some axes of an array sees two kinds of them: kept (one result a position: the rows)
-and reduced (the classes). Neighbouring axes of a kind merge into one where every operand's strides
-allow it. A kernel walks two kept groups (outer, inner) and one reduced group (classes); whatever does
-not merge into these, the smallest groups, is iterated here. Nothing is ever copied.
+A reduction divides the axes of an array into two kinds: kept (their positions are the rows) and reduced
+(the classes). Neighbouring axes of a kind merge into one where the strides of every operand allow it. A
+kernel walks two kept groups (outer, inner) and one reduced group (classes); the smallest groups, which
+do not merge into these, are iterated here. Nothing is ever copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-#: Arrays, of which the first is there; None for one that is not, which stays None in every piece.
+#: Arrays; None for a missing one (never the first), which stays None in every piece.
 Operands = Sequence[Any]
 #: One view per operand, in the order they were given.
 Piece = Sequence[Any]
@@ -31,23 +31,29 @@ class _Group(NamedTuple):
 
 
 def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
-    """Pieces for a reduction over `axes`, in ascending order, and how many every row is spread over.
+    """Pieces for a reduction over `axes` (ascending), and the number of pieces that share each row.
 
-    `full` operands share one shape. `row` operands have that shape less `axes`, and may have further
-    axes at the end, which stay as they are. Rows spread over more than one piece need a running state.
+    `full` operands share one shape. `row` operands have that shape without `axes`, and may have further
+    axes at the end, which are left alone. Rows in more than one piece need a running state.
     """
     shape = full[0].shape
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first != len(axes) or not _contiguous(full) or not _contiguous(row):
+    if last - first != len(axes):
         return _strided_rows(axes, full, row)
     ndim = len(shape) - len(axes)
-    kept = prod(shape[:first]), prod(shape[last:]) if first < ndim else 1
-    whole = kept[0], prod(shape[first:last]), kept[1]
+    kept = prod(shape[:first]) if first else 1, prod(shape[last:]) if first < ndim else 1
+    whole = kept[0], shape[first] if last - first == 1 else prod(shape[first:last]), kept[1]
     piece = []
     for a in full:
-        piece.append(None if a is None else a.reshape(whole))
+        if a is not None:
+            if not a.flags.c_contiguous:
+                return _strided_rows(axes, full, row)
+            a = a.reshape(whole)
+        piece.append(a)
     for a in row:
         if a is not None:
+            if not a.flags.c_contiguous:
+                return _strided_rows(axes, full, row)
             a = a.reshape(kept if a.ndim == ndim else kept + a.shape[ndim:])
         piece.append(a)
     return (piece,), 1
@@ -105,13 +111,13 @@ def _strides(operands: Operands, axis: int) -> tuple[int, ...]:
 
 
 def _pieces(views: Operands, rest: list[_Group]) -> Iterable[Piece]:
-    """The views at each place of the groups that kernels do not walk."""
+    """The views at each position of the groups that kernels do not walk."""
     for at in np.ndindex(*(g.size for g in rest)):
         yield [None if v is None else v[at] for v in views]
 
 
 def _view(a: Array, i: int, groups: list[_Group], extra: int) -> Array:
-    """Operand i over the groups; its axes from `extra` on stay as they are."""
+    """Operand i over the groups; its axes from `extra` on are left alone."""
     return as_strided(
         a,
         (*(g.size for g in groups), *a.shape[extra:]),
@@ -135,7 +141,7 @@ def _merge(axes: Sequence[int], shape: tuple[int, ...], strides: Any) -> list[_G
 
 
 def _largest(groups: list[_Group], count: int) -> tuple[list[_Group], list[_Group]]:
-    """The `count` largest groups in their order (padded in front by size 1), and the others."""
+    """The `count` largest groups in order (padded in front with size 1), and the others."""
     by_size = sorted(range(len(groups)), key=lambda i: -groups[i].size)[:count]
     largest = [groups[i] for i in sorted(by_size)]
     width = len(groups[0].strides) if groups else 64

@@ -57,17 +57,17 @@ def gradcheck(
     >>> gradcheck(lambda x: cross_entropy(x, [2, 0], return_grad=True), x)
     True
     """
-    x = np.array(x, dtype=np.float64)
+    x = np.asarray(x).astype(np.float64)
     if not np.all(np.isfinite(x)):
         raise ValueError("x is not finite; expected an array of finite numbers")
-    gradient = np.array(f(x.copy())[1], dtype=np.float64)
+    gradient = np.asarray(f(x.copy())[1]).astype(np.float64)
     if gradient.shape != x.shape:
         raise AssertionError(f"the gradient has shape {gradient.shape}; expected that of x, {x.shape}")
 
     def loss_at(index: tuple[int, ...], offset: float) -> float:
         shifted = x.copy()
         shifted[index] += offset
-        return float(np.sum(f(shifted)[0]))
+        return float(np.sum(np.asarray(f(shifted)[0])))
 
     numeric = np.empty_like(x)
     for index in np.ndindex(x.shape):

@@ -75,7 +75,7 @@ class Backend(Old, Host):
 
     def scan_labels(self, labels, classes, ignore_index, weight):
         ones = np.empty(0) if weight is None else weight
-        return rows.check_labels(labels, classes, ignore_index, ones)
+        return rows.check_labels(labels.reshape(-1), classes, ignore_index, ones)
 
     def _sigmoid(self, x, out, log):
         like = _like(x)
