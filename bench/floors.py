@@ -18,7 +18,7 @@ LINE = 64
 
 
 def reader(*arrays: Array) -> Callable[[], None]:
-    """Make a call that reads each array once, by a maximum; fewer than 512 bytes per part are skipped."""
+    """Make a call that reads each array once, by a maximum; under 512 bytes per part are skipped."""
     maximum = _maximum()
 
     def read() -> None:
