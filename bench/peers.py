@@ -1,7 +1,7 @@
-"""The peers, each called as its own users would: one table of formulas a library.
+"""The peers, each called as its own users would call it: one table of formulas per library.
 
 A library is imported when it is measured. Its formulas take (x, axis, *arguments), its arrays are made
-outside of what is timed, and it has as many threads as fastll.
+before anything is timed, and it has as many threads as fastll.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import fastll
 from bench.cases import BCE, Array
 
 Call = Callable[[], Any]
-#: Of operation, gradient, x, axis, arguments; None where the library has no such operation.
+#: Takes operation, gradient, x, axis and arguments; None where the library has no such operation.
 Bind = Callable[[str, bool, Array, int, tuple[Array, ...]], Call | None]
 
 
@@ -78,7 +78,7 @@ def torch(
 
 
 def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call]:
-    """What makes calls for tensors, wherever they are, of one formula that is compiled once."""
+    """A function that makes calls for tensors on any device; the formula is compiled once."""
     import torch
     from torch.nn import functional
 
@@ -96,7 +96,7 @@ def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[
     }
     formula = formulas[name]
     if compiled:
-        torch._dynamo.reset()  # else it gives up after eight shapes, and runs uncompiled
+        torch._dynamo.reset()  # otherwise it runs uncompiled after eight shapes
         formula = torch.compile(formula, dynamic=False)
     return partial(_bind_tensors, formula, gradient)
 
@@ -116,7 +116,7 @@ def _bind_tensors(formula: Callable[..., Any], gradient: bool, x: Any, *others: 
 
 
 def liger_binder(name: str, gradient: bool) -> Callable[..., Call] | None:
-    """Liger's cross-entropy, which leaves the gradient in the logits."""
+    """Liger's cross-entropy, which writes the gradient into the logits."""
     if name != "sparse_cross_entropy":
         return None
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
@@ -130,7 +130,7 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
     import jax
     from jax import numpy as jnp
 
-    jax.config.update("jax_enable_x64", True)  # float64 stays what it is
+    jax.config.update("jax_enable_x64", True)  # keep float64 arrays as they are
 
     def cross_entropy(x: Any, axis: int, t: Any) -> Any:
         at_label = jnp.take_along_axis(x, jnp.expand_dims(t, axis), axis).squeeze(axis)
@@ -161,14 +161,14 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
 
 
 class Peer(NamedTuple):
-    """A library and what makes calls of it."""
+    """A library and the function that makes its calls."""
 
     package: str
-    bind: Callable[..., Any]  # a `Bind`; on a GPU a binder of (operation, gradient)
+    bind: Callable[..., Any]  # a `Bind`; on a GPU a function of (operation, gradient) that returns one
 
     @property
     def version(self) -> str | None:
-        """None where it is not installed."""
+        """Version of the package; None if it is not installed."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -192,7 +192,7 @@ CUDA_PEERS = {
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference, relative to the largest value; infinite where only one is finite."""
+    """Largest difference relative to the largest value; infinite if only one of the two is finite."""
     worst = 0.0
     for a, b in zip(_parts(ours), _parts(theirs), strict=True):
         finite = np.isfinite(a)
@@ -205,7 +205,7 @@ def disagreement(ours: Any, theirs: Any) -> float:
 
 
 def _parts(result: Any) -> list[Array]:
-    """The results as float64, of large ones the beginning."""
+    """The results as float64; of large ones, only the beginning."""
     parts = result if isinstance(result, tuple) else (result,)
     return [_numpy(part.reshape(-1)[: 1 << 20]).astype(np.float64) for part in parts]
 

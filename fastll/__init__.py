@@ -1,8 +1,8 @@
-"""fastll, fast log-likelihood: the likelihood side of machine learning at the speed of memory.
+"""fastll (fast log-likelihood): log-sum-exp, softmax, cross-entropy and their gradients.
 
-Wherever an argument is array_like it may also be an array of torch, CuPy, Numba, JAX or any library
-with DLPack or `__cuda_array_interface__`, on the CPU or a CUDA device. Results are arrays of the first
-argument's library, on its device, and computed on the caller's current stream.
+Where an argument is array_like, it may also be an array of torch, CuPy, Numba, JAX or any library with
+DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results are arrays of the library
+of the first argument, on the same device, computed on the caller's current stream.
 """
 
 from fastll import testing
