@@ -76,13 +76,6 @@ class Place:
         library.writes(out)
         return array
 
-    def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
-        """`out`, checked, or a new array, for a result with the shape of `x`."""
-        element = kind_of(x.dtype).element
-        if out is None:
-            return self.empty_like(x, element)
-        return self.output(out, name, x.shape, element, inputs, like=x)
-
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
         return self._library.empty(shape, np.dtype(dtype), self.device, None)
@@ -142,11 +135,6 @@ class _Host(Place):
 
     def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
         return np.empty_like(x, dtype=dtype, subok=False)
-
-    def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
-        if out is None:
-            return np.empty_like(x, dtype=kind_of(x.dtype).element, subok=False)
-        return super().result(x, out, name, inputs)
 
     def give(self, view: Array) -> Any:
         return view[()]

@@ -6,6 +6,7 @@ of whole arrays, piece by piece as `fastll.layout` cuts it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastll.dtypes import kind_of
 class Call:
     """One call: the first array, and the library, device and dtypes that follow from it."""
 
-    __slots__ = ("compute", "name", "operation", "place", "x")
+    __slots__ = ("compute", "element", "name", "operation", "place", "x")
 
     def __init__(self, operation: str, x: Any, name: str, place: Place | None = None) -> None:
         if type(x) is np.ndarray and place is None:
@@ -28,12 +29,19 @@ class Call:
             place = place or place_of(x)
             x = place.take(x, name)
         self.operation, self.name, self.place, self.x = operation, name, place, x
-        self.compute = kind_of(x.dtype, name).compute
+        kind = kind_of(x.dtype, name)
+        self.compute, self.element = kind.compute, kind.element
 
     @property
     def backend(self) -> Backend:
         """The backend for this call."""
         return dispatch.choose(self.operation, self.compute, self.x.size, self.place)
+
+    def output(self, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
+        """`out`, checked, or a new array, for a result with the shape of the first array."""
+        if out is None:
+            return self.place.empty_like(self.x, self.element)
+        return self.place.output(out, name, self.x.shape, self.element, inputs, like=self.x)
 
     def map(
         self,

@@ -255,7 +255,7 @@ def _cross_entropy(
     ignore_index = numbers[0]
     grad = None
     if return_grad or grad_out is not None:
-        grad = place.result(x, grad_out, "grad_out", (dense, labels, weights))
+        grad = call.output(grad_out, "grad_out", (dense, labels, weights))
 
     backend = call.backend
     denominator: Any = float(math.prod(rows))
@@ -385,7 +385,7 @@ def _elementwise(
     mean = check_reduction(reduction) == "mean"
     grad = None
     if return_grad or grad_out is not None:
-        grad = place.result(x, grad_out, "grad_out", (*inputs[1:], w))
+        grad = call.output(grad_out, "grad_out", (*inputs[1:], w))
     scale = 1 / x.size if mean and x.size else 1.0
     loss = place.empty_like(x, call.compute) if reduction == "none" else None
     backend = call.backend

@@ -208,7 +208,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
 
 def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any:
     call = Call(operation, x, "x")
-    result = call.place.result(call.x, out, "out")
+    result = call.output(out, "out")
     full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
     if full.size:
@@ -292,6 +292,6 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
 def _elementwise(operation: str, x: ArrayLike, out: Array | None) -> Any:
     call = Call(operation, x, "x")
-    result = call.place.result(call.x, out, "out")
+    result = call.output(out, "out")
     call.map(call.backend, (call.x,), result)
     return call.place.give(result) if out is None else out

@@ -108,17 +108,17 @@ class LogSumExp:
             earlier arrays; nothing has been added by then.
         """
         call = Call("logsumexp", x, "x", self._place)
-        x = call.x if call.x.ndim else call.x.reshape(1)
-        axes = axes_of(axis, x.ndim)
-        kept = kept_shape(x.shape, axes)
+        added = call.x if call.x.ndim else call.x.reshape(1)
+        axes = axes_of(axis, added.ndim)
+        kept = kept_shape(added.shape, axes)
         if kept != self.shape:
             raise ValueError(
-                f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"
+                f"x has shape {added.shape}, {kept} without axis {axis}; expected {self.shape}"
             )
         backend = call.backend
         self._move_to(backend, call.place)
-        if x.size:
-            calls.fold(backend, call.place, Fold("logsumexp", x, state=self._state), axes)
+        if added.size:
+            calls.fold(backend, call.place, Fold("logsumexp", added, state=self._state), axes)
         return self
 
     def _move_to(self, backend: Backend, place: Place) -> None:
