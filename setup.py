@@ -1,13 +1,22 @@
 """The extension modules of the cython backend. Everything else stands in pyproject.toml."""
 
 import os
+import sys
+from pathlib import Path
 from sysconfig import get_platform
 
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-FOLDER = "fastll/backend/cython"
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the formulas of these sources, not of an installed fastll
+
+from fastll.formulas import cpp
+
+FOLDER = Path("fastll/backend/cython")
+FORMULAS = Path("build/formulas.hpp")
 
 #: IEEE arithmetic: nothing is reordered or contracted.
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -25,11 +34,17 @@ elif get_platform().endswith("x86_64"):
 else:
     modules = {"_v1": FLAGS}
 
+FORMULAS.parent.mkdir(exist_ok=True)
+formulas = cpp.header()
+if not FORMULAS.exists() or FORMULAS.read_text() != formulas:  # a newer header means a new build
+    FORMULAS.write_text(formulas)
+
 extensions = [
     Extension(
         f"fastll.backend.cython.{name}",
         [f"{FOLDER}/{name}.pyx"],
-        include_dirs=[np.get_include()],
+        include_dirs=[np.get_include(), str(FOLDER), str(FORMULAS.parent)],
+        depends=[str(FORMULAS), *(str(path) for path in FOLDER.glob("*.[hp][px][pi]"))],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), *INLINE],
         extra_compile_args=flags,
         language="c++",

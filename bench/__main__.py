@@ -1,4 +1,4 @@
-"""``python -m bench``, from the root of the repository: measure, compare, tabulate, plot."""
+"""The commands of ``python -m bench``, run from the root of the repository."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from bench.jobs import Settings, measures, select
 from bench.peers import CUDA_PEERS, PEERS
 from bench.plots import draw
 from bench.session import measure
+from fastll.cli import warn_without_extension
 from fastll.operations import OPERATIONS
 
 Results = click.Path(path_type=Path)
@@ -29,7 +30,7 @@ Folder = click.Path(path_type=Path, file_okay=False)
 
 
 class _Failure(click.ClickException):
-    exit_code = 2  # 1 is for regressions
+    exit_code = 2  # 1 means that something got slower
 
 
 class _Group(click.Group):
@@ -41,7 +42,7 @@ class _Group(click.Group):
 
 
 def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | None], tuple[str, ...]]:
-    """A callback that splits at commas."""
+    """Callback for an option that takes a comma-separated list of names."""
 
     def split(ctx: Any, option: Any, value: str | None) -> tuple[str, ...]:
         names = tuple(name.strip() for name in value.split(",")) if value else ()
@@ -54,7 +55,7 @@ def _list_of(known: Collection[str], *others: str) -> Callable[[Any, Any, str | 
 
 
 def _cases(value: str | None, axis: int, device: str) -> tuple[Case, ...]:
-    """Cases by name or group, or of a shape such as 2048x50257."""
+    """Look up cases by name or group, or make one from a shape such as 2048x50257."""
     cases: list[Case] = []
     of_device = (CUDA_CASES | CASES if device == "cuda" else CASES).values()
     for name in (part.strip() for part in value.split(",")) if value else ():
@@ -68,11 +69,11 @@ def _custom(name: str, axis: int) -> Case:
     if not all(size.isdecimal() and int(size) for size in sizes):
         known = ", ".join((*GROUPS, *(c.name for c in CASES.values() if c.group in GROUPS[:2])))
         raise click.BadParameter(
-            f"{name!r} is no shape such as 2048x50257, and none of {known}", param_hint="--shape"
+            f"{name!r} is not a shape such as 2048x50257 and none of {known}", param_hint="--shape"
         )
     shape = tuple(map(int, sizes))
     if not -len(shape) <= axis < len(shape):
-        raise click.BadParameter(f"{axis} is no axis of {name}", param_hint="--axis")
+        raise click.BadParameter(f"{axis} is not an axis of {name}", param_hint="--axis")
     group = "calls" if prod(shape) < CALL_BELOW else "workloads"
     axis %= len(shape)
     label = name if axis == len(shape) - 1 else f"{name}-axis{axis}"
@@ -82,27 +83,32 @@ def _custom(name: str, axis: int) -> Case:
 @click.group(
     cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option("--full", is_flag=True, help="Everything, instead of the quick set of about 2 minutes.")
+@click.option("--full", is_flag=True, help="Measure everything instead of the quick set of 2 minutes.")
 @click.option(
     "--op",
     "operations",
     callback=_list_of(OPERATIONS, *measures()),
-    help="Operations, or OPERATION/VARIANT: value, gradient, in-place.",
+    help="Operations, or OPERATION/VARIANT with the variant value, gradient or in-place.",
 )
-@click.option("--shape", help=f"Cases, groups of them ({', '.join(GROUPS)}) or shapes: 2048x50257.")
-@click.option("--axis", default=-1, show_default=True, help="The axis of the classes, of such a shape.")
+@click.option("--shape", help=f"Cases, groups ({', '.join(GROUPS)}) or shapes such as 2048x50257.")
+@click.option("--axis", default=-1, show_default=True, help="Class axis of a shape given with --shape.")
 @click.option("--dtype", "dtypes", callback=_list_of(DTYPES), help=", ".join(DTYPES))
 @click.option("--logits", callback=_list_of(LOGITS), help=", ".join(LOGITS))
-@click.option("--backend", "backends", callback=_list_of(fastll.backends()), help="Default: cython.")
+@click.option(
+    "--backend",
+    "backends",
+    callback=_list_of(fastll.backends()),
+    help="Default: cython, or else numba.",
+)
 @click.option(
     "--against",
     callback=_list_of(ChainMap(CUDA_PEERS, PEERS), "none"),
-    help=f"{', '.join(PEERS)} (the default), or none; on a GPU {', '.join(CUDA_PEERS)}.",
+    help=f"{', '.join(PEERS)} (default: all) or none; on a GPU {', '.join(CUDA_PEERS)}.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Of fastll and of every peer.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of fastll and of every peer.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seconds", type=click.FloatRange(0), help="On a GPU: begin nothing after so many.")
+@click.option("--seconds", type=click.FloatRange(0), help="On a GPU: start nothing after this time.")
 @click.option("--output", type=Folder, default="results", show_default=True, help="Folder to write to.")
 @click.pass_context
 def main(
@@ -115,13 +121,15 @@ def main(
     output: Path,
     **selected: Any,
 ) -> None:
-    """Measure fastll beside the floor that memory sets, and beside its peers."""
+    """Measure fastll against the limit set by memory bandwidth and against its peers."""
     if ctx.invoked_subcommand is not None:
         return
     peers = CUDA_PEERS if device == "cuda" else PEERS
     chosen = tuple(name for name in against or peers if name != "none")
     settings = Settings(cases=_cases(shape, axis, device), against=chosen, device=device, **selected)
     _check(settings, peers)
+    if device == "cpu" and not settings.backends:
+        warn_without_extension()
     if threads is not None:
         _limit(threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -140,13 +148,13 @@ def main(
 
 
 def _check(settings: Settings, peers: Collection[str]) -> None:
-    """Whether there is something to measure on the device."""
+    """Raise an error if the selection leaves nothing to measure."""
     for name in settings.against:
         if name not in peers:
             raise click.BadParameter(f"{name!r} is none of {', '.join(peers)}", param_hint="--against")
     if settings.device == "cuda":
         if not {"randn"}.issuperset(settings.logits) or not {"cuda"}.issuperset(settings.backends):
-            raise click.UsageError("on a GPU the backend is cuda and the logits are randn")
+            raise click.UsageError("on a GPU the only backend is cuda and the only logits are randn")
         reason = card.why_not()
         if reason is not None:
             raise _Failure(f"no GPU to measure: {reason}")
@@ -155,7 +163,7 @@ def _check(settings: Settings, peers: Collection[str]) -> None:
 
 
 def _limit(threads: int) -> None:
-    """To as many CPUs as threads: what libraries without a setting of their own go by."""
+    """Limit the process to as many CPUs, for libraries that have no setting for threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     fastll.set_num_threads(threads)
@@ -167,17 +175,19 @@ def _share(ctx: Any, option: Any, value: str) -> float:
     except ValueError:
         share = -1
     if not share >= 0:
-        raise click.BadParameter(f"{value!r} is no percentage such as 10%")
+        raise click.BadParameter(f"{value!r} is not a percentage such as 10%")
     return share
 
 
 @main.command()
 @click.argument("old", type=Results)
 @click.argument("new", type=Results)
-@click.option("--fail-over", callback=_share, default="10%", show_default=True, help="Slower by this.")
+@click.option(
+    "--fail-over", callback=_share, default="10%", show_default=True, help="Allowed slowdown."
+)
 @click.pass_context
 def compare(ctx: click.Context, old: Path, new: Path, fail_over: float) -> None:
-    """Compare results, in multiples of the floor where there is one; exit with 1 if NEW is slower."""
+    """Compare two files of results; exit with 1 if anything in NEW is slower than in OLD."""
     table, worse, only = report.compare(report.load(old), report.load(new), fail_over)
     console = Console(highlight=False)
     console.print(table, "")
@@ -191,9 +201,9 @@ def compare(ctx: click.Context, old: Path, new: Path, fail_over: float) -> None:
 @click.argument("results", type=Results)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def table(results: Path, device: str) -> None:
-    """Print results as the Markdown tables that README carries.
+    """Print results as the Markdown tables of bench/README.md.
 
-    Of a GPU also without a file: what there is to be measured.
+    With --device cuda, RESULTS need not exist: the table then lists the targets.
     """
     if device == "cuda" and not results.exists():
         click.echo(gpu_report.markdown(None))
@@ -207,23 +217,26 @@ def table(results: Path, device: str) -> None:
 @click.argument("output", type=Results)
 @click.argument("results", type=Results, nargs=-1, required=True)
 def merge(output: Path, results: tuple[Path, ...]) -> None:
-    """Put the measurements of several runs into one file; of those done twice the last."""
+    """Merge the results of several runs; of repeated measurements, the last one counts."""
     whole = report.merged([report.load(path) for path in results])
     output.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 @main.command()
 @click.argument("results", type=Results)
-@click.option("--output", type=Folder, help="Folder to write to; default: that of RESULTS.")
+@click.option("--output", type=Folder, help="Folder to write to; default: the folder of RESULTS.")
 def plot(results: Path, output: Path | None) -> None:
-    """Draw the plots of results again."""
+    """Draw the plots of results."""
     for written in draw(report.load(results), output or results.parent):
         click.echo(f"Wrote {written}", err=True)
 
 
 @main.command()
 def crossover() -> None:
-    """Show where Numba overtakes Cython, and when its compilation has paid for itself."""
+    """Show from which size Numba beats Cython, and when its compilation pays for itself."""
+    reason = fastll.backends()["cython"].reason
+    if reason is not None:
+        raise _Failure(f"no cython backend: {reason}")
     for line in crossover_lines():
         click.echo(line)
 

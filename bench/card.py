@@ -1,6 +1,6 @@
-"""A GPU as the benchmark needs it: memory, copies, events, and what it is.
+"""The GPU as the benchmark uses it: memory, copies, events, properties.
 
-By the driver, so that arrays may be those of torch, CuPy or Numba, whichever is there.
+It goes through the driver, so that it works with arrays of torch, CuPy or Numba alike.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bench.report import ReportError
 from fastll import array_libraries as libraries
 from fastll.dtypes import BFLOAT16
 
-#: Array libraries, the first one of which that sees the GPU is used.
+#: Array libraries in order of preference: the first one that finds the GPU is used.
 LIBRARIES = ("torch", "cupy", "numba")
-#: Bytes of the copy that everything is compared with.
+#: Size in bytes of the copy that everything is compared with.
 COPY = 1 << 30
 PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings", "numpy", "torch", "triton", "cupy-cuda13x")
 
@@ -32,13 +32,13 @@ Call = Callable[[], Any]
 
 
 def why_not() -> str | None:
-    """Why no GPU can be measured, in a line; None if one can."""
+    """The reason, in one line, why no GPU can be measured; None if one can."""
     reason = fastll.backends()["cuda"].reason
-    return None if reason is None else f"the backend cuda is not available: {' '.join(reason.split())}"
+    return None if reason is None else f"the cuda backend is not available: {' '.join(reason.split())}"
 
 
 class Card:
-    """The first GPU, with the arrays of one library on its current stream."""
+    """The first GPU, with arrays of one library and its current stream."""
 
     def __init__(self, driver: Any = None, library: Any = None) -> None:
         if driver is None:
@@ -57,21 +57,21 @@ class Card:
     # memory
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """As the library's arrays have it."""
+        """The dtype of that name as views of the library's arrays have it."""
         if name == "bfloat16":
             return BFLOAT16 if self.library.name == "torch" else np.dtype(ml_dtypes.bfloat16)
         return np.dtype(name)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """The view of a new array, which is its `owner`."""
+        """View of a new array; the array itself is the view's `owner`."""
         return self.library.empty(shape, dtype, self.place, None)
 
     def view(self, x: Any) -> Any:
-        """The view of an array."""
+        """View of an array."""
         return self.library.view(x, "x")
 
     def upload(self, view: Any, numbers: np.ndarray[Any, Any]) -> None:
-        """Numbers of the host, in C order, to a contiguous array of as many."""
+        """Copy numbers from the host to a contiguous array of the same size."""
         numbers = np.ascontiguousarray(numbers)
         at = _span(view)[0]
         if numbers.size:
@@ -81,7 +81,7 @@ class Card:
         self.synchronize()
 
     def repeat(self, view: Any, block: Any) -> None:
-        """Copies of a block, one after the other, up to the end of a contiguous array."""
+        """Fill a contiguous array with repetitions of a block."""
         (address, size), (source, length) = _span(view), _span(block)
         done = min(size, length)
         self._copy(address, source, done)
@@ -91,7 +91,7 @@ class Card:
             done += part
 
     def fetch(self, view: Any, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Elements of a contiguous array; a copy."""
+        """Copy elements of a contiguous array to the host."""
         dtype = view.dtype if view.dtype != BFLOAT16 else np.dtype(ml_dtypes.bfloat16)
         result = np.empty(prod(view.shape) - start if count is None else count, dtype)
         at = _span(view)[0] + start * dtype.itemsize
@@ -103,19 +103,19 @@ class Card:
         return result
 
     def poison(self, view: Any) -> None:
-        """NaN everywhere."""
+        """Fill an array with NaN."""
         address, size = _span(view)
         self._checked(self.driver.cuMemsetD8Async(address, 0xFF, size, self.stream))
 
     def copy(self, target: Any, source: Any) -> None:
-        """One array's bytes to another."""
+        """Copy the bytes of one array to another."""
         self._copy(_span(target)[0], *_span(source))
 
     def _copy(self, target: int, source: int, size: int) -> None:
         self._checked(self.driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
 
     def free(self) -> int:
-        """Bytes of memory that are left, once libraries have given back what they kept."""
+        """Free memory in bytes, after the libraries have released what they cache."""
         self.synchronize()
         gc.collect()
         if "torch" in sys.modules:
@@ -138,7 +138,7 @@ class Card:
         self._checked(self.driver.cuStreamSynchronize(self.stream))
 
     def seconds(self, calls: Iterable[Call]) -> tuple[float, float]:
-        """From before to after what the calls start, by events; and those that starting it takes."""
+        """Seconds that the calls take on the GPU, by events, and that the host takes to start them."""
         start, stop = self._events
         stream = self.stream
         self._checked(self.driver.cuEventRecord(start, stream))
@@ -150,10 +150,10 @@ class Card:
         self._checked(self.driver.cuEventSynchronize(stop))
         return float(self._checked(self.driver.cuEventElapsedTime(start, stop))) / 1e3, host
 
-    # what it is
+    # properties
 
     def describe(self) -> dict[str, Any]:
-        """For the JSON."""
+        """Properties of the GPU, for the JSON."""
         name = self._checked(self.driver.cuDeviceGetName(256, self.device))
         capability = [self._attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR")]
         free, total = self._checked(self.driver.cuMemGetInfo())
@@ -174,15 +174,15 @@ class Card:
         return int(self._checked(self.driver.cuDeviceGetAttribute(attribute, self.device)))
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
-        """The value or values of a call of the driver, or its error."""
+        """Return what a driver call returned, or raise its error."""
         error, *values = result
         if error != self.driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"the CUDA driver says {error.name}")
+            raise RuntimeError(f"the CUDA driver reports {error.name}")
         return values[0] if len(values) == 1 else values
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that matter on a GPU; None where one is missing."""
+    """Versions of the packages that matter on a GPU; None for a missing one."""
     return {name: version_of(name) for name in PACKAGES}
 
 
@@ -199,15 +199,15 @@ def _library() -> Any:
         try:
             library = libraries.load(name)
             library.empty((1,), np.dtype(np.float32), libraries.Device("cuda", 0), None)
-        except Exception as error:  # of whatever kind: another library may do
+        except Exception as error:  # any error: another library may work
             reasons.append(f"{name}: {' '.join(str(error).split())}")
         else:
             return library
-    raise ReportError(f"no library has arrays on the GPU ({'; '.join(reasons)})")
+    raise ReportError(f"no library can make arrays on the GPU ({'; '.join(reasons)})")
 
 
 def _span(view: Any) -> tuple[int, int]:
-    """Address and bytes of a contiguous array."""
+    """Address and size in bytes of a contiguous array."""
     return view.__array_interface__["data"][0], prod(view.shape) * view.dtype.itemsize
 
 

@@ -15,14 +15,14 @@ Array = NDArray[Any]
 
 
 class Case(NamedTuple):
-    """A shape, and what is measured on it: `operation`, or `operation/variant` for one variant."""
+    """A shape and what to measure on it: `operation`, or `operation/variant` for a single variant."""
 
     name: str
     shape: tuple[int, ...]
     axis: int
     operations: tuple[str, ...]
-    quick: tuple[str, ...] = ()  # those that the quick set measures
-    dtypes: tuple[str, ...] = ("float32",)  # the quick set takes the first one
+    quick: tuple[str, ...] = ()  # operations in the quick set
+    dtypes: tuple[str, ...] = ("float32",)  # the quick set uses only the first
     logits: tuple[str, ...] = ("randn",)  # likewise
     group: str = "workloads"
 
@@ -87,7 +87,7 @@ WORKLOADS = (
 _NUMBERS = tuple(f"{name}/value" for name in (*ROWS, *ELEMENTS) if not takes(name, "labels"))
 _LABELLED = tuple(f"{name}/value" for name in ROWS if takes(name, "labels"))
 
-#: Small calls: what counts is the time of a whole call from Python.
+#: Small calls, where the overhead of a call from Python dominates.
 CALLS = (
     Case("10", (10,), 0, _NUMBERS, _NUMBERS, dtypes=("float64",), group="calls"),
     Case("1x10", (1, 10), 1, _LABELLED, _LABELLED, group="calls"),
@@ -118,7 +118,7 @@ GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 _ROWS = (*ROWS, *ROWS_ONCE)
 _HALVES = ("float32", "bfloat16")
 
-#: What is measured on a GPU: that which has targets, and an axis that is not the last.
+#: Cases for a GPU: those with targets, and one whose class axis is not the last.
 CUDA_CASES = {
     case.name: case
     for case in (
@@ -141,16 +141,16 @@ CUDA_CASES = {
     )
 }
 
-#: Bytes of a row that the registers of eight blocks hold; a longer one is read twice to be written.
+#: Longest row, in bytes, that the registers of eight thread blocks hold; a longer one is read twice.
 ON_CHIP = 131072 * 4
-#: Seconds that one small call may take, from Python and without waiting for the GPU.
+#: Target for a small call from Python in seconds, without waiting for the GPU.
 CALL_TARGET = 15e-6
-#: Times as fast as a peer that a loss with its gradient shall be.
+#: Target speed of a loss with its gradient, as a multiple of each peer's.
 PEER_TARGETS = {"torch": 3.0, "torch.compile": 1.5, "liger": 1.5}
 
 
 def target(measure: str, case: Case, dtype: str) -> float | None:
-    """The share of a GPU's copy bandwidth that is aimed at; `measure` is `operation/variant`."""
+    """Target share of a GPU's copy bandwidth; `measure` is `operation/variant`."""
     if case.group == "calls" or case.axis != len(case.shape) - 1:
         return None
     name, _, variant = measure.partition("/")
@@ -167,14 +167,14 @@ def target(measure: str, case: Case, dtype: str) -> float | None:
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-#: Elements below which a shape from the command line is a small call, without a floor.
+#: A shape from the command line with fewer elements than this is a small call, without a floor.
 CALL_BELOW = 100_000
-#: Of one array: with the result, the target and a peer's copies it must fit.
+#: Largest array in bytes: the result, the target and a peer's copies must fit into memory too.
 MAX_BYTES = 1_100_000_000
 
 
 def _peaked(x: Array, labels: Array, axis: int) -> None:
-    """As after training: the label's probability is 0.99."""
+    """Logits as after training: the label has probability 0.99."""
     np.put_along_axis(x, np.expand_dims(labels, axis), 5 + log(x.shape[axis]), axis)
 
 
@@ -183,7 +183,7 @@ def _offset(x: Array, labels: Array, axis: int) -> None:
 
 
 def _masked(x: Array, labels: Array, axis: int) -> None:
-    """Every other class is impossible, but never the label."""
+    """Every other class is -inf, except the label."""
     np.moveaxis(x, axis, -1)[..., ::2] = -np.inf
     np.put_along_axis(x, np.expand_dims(labels, axis), 0, axis)
 
@@ -198,7 +198,7 @@ def _takes_logits(name: str) -> bool:
 
 
 class Kind(NamedTuple):
-    """What is done to standard normal logits and their labels, and for which operations it is."""
+    """A kind of logits: what is done to the standard normal ones, and for which operations."""
 
     change: Callable[[Array, Array, int], None]
     suits: Callable[[str], bool]

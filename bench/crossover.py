@@ -1,6 +1,6 @@
-"""Where Numba overtakes Cython, and when its compilation has paid for itself.
+"""From which size Numba beats Cython, and when its compilation pays for itself.
 
-What `NUMBA_FROM` and `NUMBA_PAYS_AFTER` in `fastll.dispatch` are set by.
+`NUMBA_FROM` and `NUMBA_PAYS_AFTER` in `fastll.dispatch` are set from these measurements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ print(time.perf_counter() - start)
 
 
 def crossover() -> Iterator[str]:
-    """A line a measurement."""
+    """Measure, and yield one line per measurement."""
     rng = np.random.default_rng(0)
     for name, operation in OPERATIONS.items():
         code = COMPILE.format(name=name)

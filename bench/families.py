@@ -1,8 +1,8 @@
-"""Each family of kernels once, on a GPU, beside the reference: for a checker or a profiler to watch.
+"""Run each family of GPU kernels once, against the reference: for compute-sanitizer and profilers.
 
 python -m bench.families                    # every family, small arrays
 python -m bench.families rows columns       # some of them
-python -m bench.families --profile          # three large calls, for a profiler that was told to wait
+python -m bench.families --profile          # a few large calls between profiler start and stop
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.cases import ELEMENTWISE, ROWWISE
 from fastll.operations import OPERATIONS
 
 Call = Callable[..., Any]
-#: Classes, from a thread of a row to eight blocks of one in chunks; whole vectors and ragged ones.
+#: Numbers of classes: from rows of one thread to rows of eight thread blocks, aligned and ragged.
 CLASSES = (
     1,
     10,
@@ -42,15 +42,15 @@ CLASSES = (
     300001,
 )
 ROWS = 5
-#: Shapes of three axes, the middle one of classes, and of classes in front.
+#: Shapes of three axes, of which the middle one is the class axis.
 COLUMNS = ((1, 300, 33), (2, 17, 100), (3, 2000, 7))
-#: Off by this much in norm, by the bytes of an element.
+#: Largest relative error in norm, by the size of an element in bytes.
 TOLERANCE = {2: 5e-3, 4: 1e-5, 8: 1e-12}
 
 Calls = Iterator[tuple[str, Call, tuple[np.ndarray[Any, Any], ...]]]
 
 
-#: Operations on rows that stand for all: those of the quick benchmark.
+#: The row-wise operations of the quick benchmark, which stand for the others.
 USUAL = tuple(name for name in ROWWISE if OPERATIONS[name].measured != "full")
 
 
@@ -63,7 +63,7 @@ def calls(
     axis: int = 1,
     **more: Any,
 ) -> Calls:
-    """A call of an operation with some options, of a loss with its gradient."""
+    """A call of an operation with some options; of a loss, with its gradient."""
     operation = OPERATIONS[name]
     first, *others = operation.make(rng, shape, axis, dtype)
     if operation.arguments[0].domain == "logits":
@@ -82,7 +82,7 @@ def calls(
 
 
 def rows() -> Calls:
-    """Rows that lie in memory as they are."""
+    """Rows that are contiguous in memory."""
     rng = np.random.default_rng(0)
     for classes in CLASSES:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
@@ -97,7 +97,7 @@ def rows() -> Calls:
 
 
 def options() -> Calls:
-    """Every operation on rows with each of its options."""
+    """Every row-wise operation with each of its options."""
     rng = np.random.default_rng(1)
     for classes in (10, 1001, 70001):
         for name in ROWWISE:
@@ -106,7 +106,7 @@ def options() -> Calls:
 
 
 def columns() -> Calls:
-    """An axis that is not the last."""
+    """Class axes other than the last."""
     rng = np.random.default_rng(2)
     for shape in COLUMNS:
         for dtype in ("float32", "bfloat16"):
@@ -115,7 +115,7 @@ def columns() -> Calls:
 
 
 def elements() -> Calls:
-    """One number after the other, in whole vectors and not."""
+    """Element-wise operations, of whole vectors and with a remainder."""
     rng = np.random.default_rng(3)
     for size in (1, 1000, 70_000, 70_001):
         for dtype in ("float32", "bfloat16"):
@@ -127,7 +127,7 @@ def elements() -> Calls:
 
 
 def totals() -> Calls:
-    """Sums over more rows than a block has numbers, weights of labels, and parts of a log-sum-exp."""
+    """Sums over many rows, weighted log-sum-exp, and log-sum-exp in parts."""
     rng = np.random.default_rng(4)
     x, y = numbers(rng, (70_000, 10), "float32"), rng.integers(0, 10, 70_000)
     y[::3] = -100
@@ -155,7 +155,7 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.
 
 
 def moved(card: Card, x: np.ndarray[Any, Any]) -> Any:
-    """An array of the card's library, of the same numbers."""
+    """Copy an array to the GPU, as an array of the card's library."""
     name = "bfloat16" if x.dtype == ml_dtypes.bfloat16 else str(x.dtype)
     view = card.empty(x.shape, card.dtype(name))
     card.upload(view, x)
@@ -163,7 +163,7 @@ def moved(card: Card, x: np.ndarray[Any, Any]) -> Any:
 
 
 def off_by(card: Card, call: Call, arrays: tuple[np.ndarray[Any, Any], ...]) -> float:
-    """How far the results are from the reference's, as a share of what they may be off by."""
+    """Largest error against the reference, as a multiple of the tolerance."""
     found = call(*(moved(card, a) for a in arrays))
     with fastll.use_backend("numpy"):
         expected = call(*arrays)
@@ -179,7 +179,7 @@ def off_by(card: Card, call: Call, arrays: tuple[np.ndarray[Any, Any], ...]) -> 
 
 
 def check(card: Card, names: list[str]) -> int:
-    """Run families and say what is wrong; how many calls were."""
+    """Run families and print what is wrong; return the number of calls that were."""
     wrong = 0
     for name in names:
         start, done = perf_counter(), 0
@@ -187,8 +187,8 @@ def check(card: Card, names: list[str]) -> int:
             done += 1
             try:
                 off = off_by(card, call, arrays)
-                said = "" if off <= 1 else f"off by {off:.3g} times what is allowed"
-            except Exception as error:  # the next one may do
+                said = "" if off <= 1 else f"off by {off:.3g} times the tolerance"
+            except Exception as error:  # the next call may work
                 said = f"{type(error).__name__}: {error}"
             if said:
                 wrong += 1
@@ -199,7 +199,7 @@ def check(card: Card, names: list[str]) -> int:
 
 
 def profile(card: Card) -> None:
-    """Three large calls between the start and the stop of a profiler."""
+    """Make a few large calls between the start and stop of a profiler."""
     rng = np.random.default_rng(5)
     dtype = np.dtype(np.float32)
     block = card.empty((1 << 20,), dtype)
@@ -231,13 +231,13 @@ def profile(card: Card) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.families")
-    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; default: all")
+    parser.add_argument("families", nargs="*", help=f"some of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--arrays", choices=("torch", "cupy", "numba"), help="library of the arrays")
+    parser.add_argument("--arrays", choices=("torch", "cupy", "numba"), help="array library")
     chosen = parser.parse_args()
     unknown = set(chosen.families) - set(FAMILIES)
     if unknown:
-        parser.error(f"{', '.join(unknown)}: none of {', '.join(FAMILIES)}")
+        parser.error(f"{', '.join(unknown)}: not in {', '.join(FAMILIES)}")
     reason = why_not()
     if reason is not None:
         print(f"no GPU: {reason}", file=sys.stderr)

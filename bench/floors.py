@@ -1,4 +1,4 @@
-"""What memory allows: reading an array once, and reading one while writing another, on all threads."""
+"""The limit set by memory: the time to read arrays once and to copy one, on all threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE = 64
 
 
 def reader(*arrays: Array) -> Callable[[], None]:
-    """A call that reads each array once, by a maximum: what is left over beyond a KiB is not read."""
+    """Make a call that reads each array once, by a maximum; under 512 bytes per part are skipped."""
     maximum = _maximum()
 
     def read() -> None:
@@ -29,9 +29,9 @@ def reader(*arrays: Array) -> Callable[[], None]:
 
 
 def copier(source: Array, target: Array) -> Callable[[], None]:
-    """A call that copies one array to another.
+    """Make a call that copies one array to another.
 
-    By the C library's memcpy and as much as possible at once: it then goes past the caches.
+    It uses the C library's memcpy on parts as large as possible, which then bypasses the caches.
     """
     memcpy = ctypes.CDLL(None).memcpy
     memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -40,7 +40,7 @@ def copier(source: Array, target: Array) -> Callable[[], None]:
 
 
 def _share(size: int, call: Callable[[int, int], object]) -> None:
-    """Call with the ends of one part of `size` bytes a thread."""
+    """Split `size` bytes into one part per thread; call each thread with the ends of its part."""
     parts = threads.get_num_threads()
 
     def kernel(start: int, stop: int) -> None:
@@ -52,7 +52,7 @@ def _share(size: int, call: Callable[[int, int], object]) -> None:
 
 @cache
 def _maximum() -> Callable[[int, int], float]:
-    """The maximum of the float32 between two addresses, as fast as memory gives them."""
+    """A function that returns the maximum of the float32 between two addresses, at memory speed."""
     from numba import njit
 
     from fastll.backend.numba.vector import largest, load_ahead, maximum, splat

@@ -1,8 +1,8 @@
-"""Measurements on a GPU: fastll and its peers by events, beside a copy by the card in the same round.
+"""Measurements on a GPU, timed by events.
 
-Like those on the CPU: each round is each peer, the copy and then fastll, and ratios are medians over
-rounds. A sample is as many calls in a row as take two milliseconds, over several sets of arrays, which
-together are far larger than the L2 cache.
+As on the CPU, a round runs each peer, then the floor (here a copy on the card), then fastll, and ratios
+are medians over the rounds. A sample is as many consecutive calls as take two milliseconds. They cycle
+over several sets of arrays, which together are far larger than the L2 cache.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from bench.report import ReportError
 from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
 from fastll.operations import OPERATIONS, Argument
 
-#: Seconds of one sample, and the most calls in it: a stream takes about a thousand launches at once.
+#: Length of a sample in seconds, and the most calls in it: a stream queues about a thousand launches.
 SAMPLE, MOST_CALLS = 2e-3, 200
-#: Rounds for each of those asked for: they are short.
+#: Rounds for each requested round: they are short.
 MORE_ROUNDS = 3
-#: Times the L2 cache that the sets of one array are together.
+#: Total size of the sets of arrays, as a multiple of the L2 cache.
 SETS = 4
-#: Random numbers, which arrays repeat.
+#: Number of random numbers; larger arrays repeat them.
 BLOCK = 1 << 24
-#: Arrays in the shape of the logits that a peer may need for itself, and the share of memory to use.
+#: Arrays of the shape of the logits that a peer may allocate, and the share of free memory to use.
 PEER_ARRAYS, SHARE = 3, 0.9
-#: What a few rows may be off by: the norm of the difference over the norm.
+#: Tolerance for the rows that are checked: norm of the difference over the norm.
 ROW_TOLERANCE = {"float16": 2e-3, "bfloat16": 4e-3, "float32": 1e-5, "float64": 1e-12}
-#: Elements of an element-wise operation that are checked together.
+#: Number of elements in each part of an element-wise result that is checked.
 CHECKED = 4096
 
 Call = Callable[[], Any]
@@ -51,32 +51,32 @@ Times = dict[str, list[float]]
 
 
 class Set(NamedTuple):
-    """Arrays of one call, as views."""
+    """The arrays of one call, as views."""
 
     x: Any
     arguments: tuple[Any, ...]
-    out: Any  # in the shape of x, or None
+    out: Any  # of the shape of x, or None
 
 
 class Workload(NamedTuple):
     job: Job
-    shape: tuple[int, ...]  # fewer rows than the case has, where they do not fit
+    shape: tuple[int, ...]  # that of the case, with fewer rows if they do not fit into memory
     sets: list[Set]
     calls: list[Call]
-    restore: Call  # the logits
+    restore: Call  # restores the logits
     overwrites: bool
-    nbytes: int  # that have to be read and written
+    nbytes: int  # to read and to write
 
     @property
     def losses(self) -> int:
-        """Numbers that a loss is the mean of."""
+        """Number of losses that the mean is over."""
         if OPERATIONS[self.job.operation].elementwise:
             return prod(self.shape)
         return prod(self.shape) // self.shape[self.job.case.axis]
 
 
 def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
-    """Run the jobs, and write their results after each; 1 if one of them failed, 2 if interrupted."""
+    """Run the jobs and write the results after each; return 1 if one failed, 2 if interrupted."""
     console = Console(stderr=True, highlight=False)
     card = card or Card()
     results: dict[str, Any] = {"benchmarks": [], "unmeasured": {}}
@@ -86,14 +86,14 @@ def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
         late = settings.seconds is not None and perf_counter() - start > settings.seconds
         try:
             if late:
-                raise TimeoutError(f"no time left of {settings.seconds:g} s")
+                raise TimeoutError(f"the {settings.seconds:g} s are over")
             record = measured(card, job, bandwidths)
             results["benchmarks"].append(record)
             said = gpu_report.describe(record["extra_info"] | {"seconds": record["stats"]["median"]})
             code = code or int(not record["extra_info"]["agrees"])
         except KeyboardInterrupt:
-            return 2  # as pytest has it
-        except Exception as error:  # the next one may do
+            return 2  # as pytest does
+        except Exception as error:  # the next job may work
             said = results["unmeasured"][job.name] = f"{type(error).__name__}: {first_line(error)}"
             code = code or int(not late)
         console.print(f"{number}/{len(jobs)} {job.name}: {said}", soft_wrap=True, markup=False)
@@ -106,7 +106,7 @@ def measure(settings: Settings, path: Path, card: Card | None = None) -> int:
 
 
 def environment(settings: Settings, card: Card, bandwidths: list[float]) -> dict[str, Any]:
-    """The card, the versions, and the copy's bytes a second: the median over all rounds."""
+    """The card, the versions, and the bandwidth of a copy: the median over all rounds."""
     bandwidth = median(bandwidths) if bandwidths else None
     return {
         "device": settings.device,
@@ -175,7 +175,7 @@ def statistics(times: list[float]) -> dict[str, Any]:
 
 
 def workload(card: Card, job: Job) -> Workload:
-    """The arrays of a job, filled, and the calls of fastll on them."""
+    """Make the arrays of a job and the calls of fastll on them."""
     operation, axis = OPERATIONS[job.operation], job.case.axis
     first, *others = operation.arguments
     writes = job.variant != "value" or not (operation.reduces or operation.gradient)
@@ -239,7 +239,7 @@ def options(job: Job, arrays: Set) -> dict[str, Any]:
 
 
 def fit(card: Card, job: Job, itemsize: int, kept: int) -> tuple[tuple[int, ...], int]:
-    """The shape, with fewer rows where memory is too small, and the number of sets."""
+    """The shape, with fewer rows if memory is too small, and the number of sets."""
     shape, rows = job.case.shape, 0 if len(job.case.shape) == 1 or job.case.axis else 1
     space = SHARE * card.free()
     while True:
@@ -250,7 +250,7 @@ def fit(card: Card, job: Job, itemsize: int, kept: int) -> tuple[tuple[int, ...]
             if arrays * nbytes + min(nbytes, BLOCK * itemsize) <= space:
                 return shape, sets
         if shape[rows] == 1:
-            raise MemoryError(f"{space / 1e9:.1f} GB are too few for one row")
+            raise MemoryError(f"{space / 1e9:.1f} GB is too little for one row")
         shape = (*shape[:rows], shape[rows] // 2, *shape[rows + 1 :])
 
 
@@ -280,9 +280,9 @@ def values(domain: str, dtype: str, classes: int) -> Array:
 
 
 def off_by(card: Card, work: Workload) -> float:
-    """How far fastll is from float64 in a few rows; the largest of the relative norms.
+    """Error of fastll against float64 in a few rows: the largest relative norm.
 
-    Results are NaN before, so that a number that is not written is found.
+    Outputs are filled with NaN first, so that an element that is never written is detected.
     """
     job, arrays = work.job, work.sets[0]
     operation = OPERATIONS[job.operation]
@@ -309,7 +309,7 @@ def off_by(card: Card, work: Workload) -> float:
         value, matrix = reference(job.operation, arrays.out is not None, x, others)
         if operation.gradient:
             found.append(distance(np.mean(values[i], dtype=np.float64), value))
-            # that of a mean over fewer
+            # the mean of the reference is over fewer losses
             scale = work.losses / (x.size if operation.elementwise else 1)
             found += (
                 [distance(written[i].astype(np.float64) * scale, matrix)] if matrix is not None else []
@@ -320,7 +320,7 @@ def off_by(card: Card, work: Workload) -> float:
 
 
 def picked(card: Card, work: Workload, view: Any) -> list[Array]:
-    """A few rows of an array in the shape of the logits, or the numbers of these rows."""
+    """A few rows of an array of the shape of the logits, or the entries of an array of the rows."""
     axis, shape = work.job.case.axis, work.shape
     if OPERATIONS[work.job.operation].elementwise:
         size = prod(shape)
@@ -337,7 +337,7 @@ def picked(card: Card, work: Workload, view: Any) -> list[Array]:
 
 
 def reference(name: str, gradient: bool, x: Array, others: list[Array]) -> tuple[Any, Any]:
-    """The value of one row, or of the mean over elements, and its gradient, in float64 on the CPU."""
+    """Value of one row, or mean over elements, and its gradient, in float64 on the CPU."""
     operation = OPERATIONS[name]
     lead = (slice(None),) if operation.elementwise else (None,)
     x = x.astype(np.float64)[lead]
@@ -368,7 +368,7 @@ def distance(actual: Any, expected: Any) -> float:
 
 
 def bind_peers(card: Card, work: Workload) -> tuple[dict[str, list[Call]], dict[str, dict[str, Any]]]:
-    """Calls of the peers, compared with fastll's result; and what there is to say of each."""
+    """Make the calls of the peers and compare their results with fastll's; return calls and reports."""
     job = work.job
     calls: dict[str, list[Call]] = {}
     reports: dict[str, dict[str, Any]] = {}
@@ -394,7 +394,7 @@ def bind_peers(card: Card, work: Workload) -> tuple[dict[str, list[Call]], dict[
 
 
 def compared(work: Workload, theirs: Any) -> float:
-    """How far a peer's result is from fastll's. What it wrote over the logits is kept aside first."""
+    """Difference between a peer's result and fastll's. The peer's, perhaps in the logits, is copied."""
     if isinstance(theirs, tuple):
         theirs = tuple(part.detach().reshape(-1)[: 1 << 20].clone() for part in theirs)
     work.restore()
@@ -407,7 +407,7 @@ def compared(work: Workload, theirs: Any) -> float:
 
 
 class Sampler:
-    """Calls in turn over the sets."""
+    """Calls that cycle over the sets."""
 
     def __init__(self, card: Card, calls: list[Call], restore: Call | None) -> None:
         self.card, self.restore = card, restore
@@ -418,7 +418,7 @@ class Sampler:
         self.count = min(MOST_CALLS, max(1, ceil(SAMPLE / each)))
 
     def sample(self) -> tuple[float, float]:
-        """Seconds of a call on the GPU, and of starting it."""
+        """Seconds per call on the GPU, and on the host to start it."""
         if self.restore is not None:
             self.restore()
             self.card.synchronize()
@@ -429,7 +429,7 @@ class Sampler:
 def in_rounds(
     card: Card, work: Workload, rivals: dict[str, list[Call]]
 ) -> tuple[Times, dict[str, Any]]:
-    """Seconds of fastll and of each peer, and the copy's bytes a second; and what else there is."""
+    """Seconds of fastll and of each peer, the bandwidth of the copy, and details."""
     restore = work.restore if work.overwrites else None
     samplers = {name: Sampler(card, calls, restore) for name, calls in rivals.items()}
     ours = Sampler(card, work.calls, restore)
@@ -449,7 +449,7 @@ def in_rounds(
 
 
 def in_calls(card: Card, work: Workload, rivals: dict[str, list[Call]]) -> tuple[Times, dict[str, Any]]:
-    """Host seconds of a call that nothing waits for; and with a wait after each."""
+    """Seconds per call on the host, without waiting for the GPU and with a wait after each call."""
     times: Times = defaultdict(list)
     waited: Times = defaultdict(list)
     everyone = {name: calls[0] for name, calls in rivals.items()} | {"fastll": work.calls[0]}
@@ -462,7 +462,7 @@ def in_calls(card: Card, work: Workload, rivals: dict[str, list[Call]]) -> tuple
 
 
 def host_seconds(card: Card, call: Call, after: Call) -> float:
-    """Of one call, by as many as a stream takes without making the host wait."""
+    """Seconds per call, over as many calls as a stream queues without making the host wait."""
     card.synchronize()
     start = perf_counter()
     for _ in range(CALLS):

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine that has one and need not have a network.
+# Run everything that needs a GPU, on a machine that has one; no network is needed.
 #
 #   bash bench/gpu.sh [STAGE ...]      from the root of the repository; default: smoke test bench
 #
-#   smoke      each family of kernels once, beside the reference (under a minute)
+#   smoke      each family of kernels once, against the reference (under a minute)
 #   test       the table of tests on the GPU, and tests/test_gpu.py
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the families of kernels
-#   quick      the quick benchmark; full: all of it; bench: quick, then full
+#   quick      the quick benchmark (full: all of it; bench: quick, then full)
 #   call       small calls only
 #   profile    Nsight Compute on four large calls: bandwidth, occupancy, registers
 #
-# Results go to OUT (bench/results/gpu); compiled kernels stay in CACHE (~/.cache/fastll-gpu) from stage to
-# stage. Each stage has a limit of its own in seconds (SMOKE_LIMIT=120 and so on), and one that fails
-# stops no other. PYTHON is the interpreter (python3).
+# Results go to OUT (bench/results/gpu); compiled kernels are kept in CACHE (~/.cache/fastll-gpu) between
+# stages. Each stage has its own limit in seconds (SMOKE_LIMIT=120 and so on); if one fails, the others
+# still run. PYTHON is the interpreter (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -23,13 +23,13 @@ mkdir -p "$CACHE"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 export NUMBA_CACHE_DIR="$CACHE" FASTLL_TEST_CACHE="$CACHE" CUDA_CACHE_PATH="$CACHE/driver"
 export TORCHINDUCTOR_CACHE_DIR="$CACHE/inductor" TRITON_CACHE_DIR="$CACHE/triton"
-for place in /usr/local/cuda /opt/cuda; do # libnvvm and ptxas are there where no wheel has them
+for place in /usr/local/cuda /opt/cuda; do # has libnvvm and ptxas where no wheel does
     [ -n "${CUDA_HOME:-}" ] || { [ -d "$place" ] && export CUDA_HOME="$place"; }
 done
 PATH="$PATH:${CUDA_HOME:+$CUDA_HOME/bin}"
 declare -A said=()
 
-# NAME SECONDS COMMAND...: its output to a log and to the terminal; what became of it to the table
+# stage NAME SECONDS COMMAND...: output goes to a log and to the terminal, the outcome to the table
 stage() {
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
@@ -53,13 +53,13 @@ versions() {
     "$PYTHON" -m bench.summary versions
 }
 
-extension() { # the CPU's ahead-of-time backend, which a GPU does without
+extension() { # the cython backend for the CPU; the GPU does not need it
     command -v c++ >/dev/null && "$PYTHON" setup.py -q build_ext --inplace
 }
 
 tests() {
     local several=()
-    if "$PYTHON" -c 'import xdist' 2>/dev/null; then # compilation takes most of the time
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then # most of the time is compilation
         several=(-n "${WORKERS:-$(($(nproc) < 12 ? $(nproc) : 12))}" --dist=worksteal)
     fi
     local options=(-W default -o addopts= -q -p no:cacheprovider -ra --durations=10)
@@ -67,7 +67,7 @@ tests() {
         --junitxml="$OUT/table.xml"
 }
 
-sanitize() { # with arrays of Numba: torch keeps memory, so that what lies beyond an array belongs to another
+sanitize() { # with Numba's arrays: torch caches memory, which would hide accesses beyond an array
     local tool=$1
     shift
     compute-sanitizer --tool "$tool" --error-exitcode 7 --launch-timeout 120 "$@" \
@@ -87,7 +87,7 @@ profile() {
     return $code
 }
 
-bench() { # NAME LIMIT OPTIONS...: a little less than its limit, as what has been measured is then written
+bench() { # bench NAME LIMIT OPTIONS...: stops before the limit, so that the results are written
     local name=$1 limit=$2
     shift 2
     stage "$name" "$limit" "$PYTHON" -m bench --device cuda --seconds $((limit - 45)) --output "$OUT/$name" "$@"
@@ -121,7 +121,7 @@ for name in "$@"; do
             ;;
         profile) stage profile "${PROFILE_LIMIT:-240}" bash -c profile ;;
         *)
-            echo "no stage $name: smoke build test sanitize quick full bench call profile" >&2
+            echo "unknown stage $name; expected smoke, build, test, sanitize, quick, full, bench, call or profile" >&2
             exit 2
             ;;
     esac

@@ -1,4 +1,4 @@
-"""Results of a GPU into words: shares of the card's copy bandwidth beside their targets."""
+"""Reports of results of a GPU: shares of the card's copy bandwidth, with their targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_MEASURED = "not measured"
 
 
 def share(record: Record) -> float | None:
-    """Of the copy's bandwidth."""
+    """Share of the bandwidth of a copy."""
     return 1 / record["times_the_floor"] if record["times_the_floor"] else None
 
 
@@ -28,7 +28,7 @@ def percent(value: float | None) -> str:
 
 
 def describe(record: Record) -> str:
-    """A result in a line."""
+    """One result in one line."""
     said = [report.seconds(record["seconds"])]
     if record["times_the_floor"]:
         aim = "" if record["target"] is None else f" (target {percent(record['target'])})"
@@ -40,11 +40,11 @@ def describe(record: Record) -> str:
 
 
 def table(results: Results) -> Table:
-    """Everything, for the terminal."""
+    """All results, for the terminal."""
     peers = list(results["environment"]["peers"])
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("operation, case, dtype", overflow="fold")
-    for name in ("time", "starting it", "GB/s", "of a copy", "target", *peers):
+    for name in ("time", "start", "GB/s", "of a copy", "target", *peers):
         result.add_column(name, justify="right", no_wrap=True)
     for record in report.records(results):
         large = record["times_the_floor"] is not None
@@ -62,21 +62,21 @@ def table(results: Results) -> Table:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """Card and versions, and everything that was not measured, is not right or does not agree."""
+    """The card and versions, then everything that was not measured, is wrong or disagrees."""
     environment = results["environment"]
     gpu = environment["gpu"]
     names = (
         {"fastll": environment["versions"]["fastll"]} | environment["versions"] | environment["peers"]
     )
     bandwidth = gpu["copy_bandwidth"]
-    copied = "no copy was measured" if bandwidth is None else f"copies {bandwidth / 1e12:.2f} TB/s"
+    copied = "not measured" if bandwidth is None else f"{bandwidth / 1e12:.2f} TB/s, reads and writes"
     yield (
         f"{gpu['name']} (compute capability {'.'.join(map(str, gpu['capability']))}, "
         f"{gpu['multiprocessors']} multiprocessors, L2 of {gpu['l2'] / 1e6:.0f} MB, "
-        f"driver {gpu['driver']}), which {copied}, read and written; arrays of {gpu['arrays']}; "
+        f"driver {gpu['driver']}); bandwidth of a copy: {copied}; arrays of {gpu['arrays']}; "
         + ", ".join(f"{name} {version}" for name, version in names.items() if version)
-        + f"; medians of {environment['rounds']} rounds, of slow peers of 3 or more. "
-        "Of a peer: how many times as long as fastll it takes (! where its result differs)."
+        + f"; medians of {environment['rounds']} rounds, or at least 3 for slow peers. "
+        "A peer's number is its time divided by fastll's (! if its result differs)."
     )
     missing = [name for name, version in environment["peers"].items() if version is None]
     if missing:
@@ -86,12 +86,12 @@ def notes(results: Results) -> Iterator[str]:
             shapes = (" x ".join(map(str, record[key])) for key in ("shape", "wanted_shape"))
             yield "{}: {} instead of {}, which does not fit into memory".format(record["name"], *shapes)
         if not record["agrees"]:
-            yield f"fastll is off by {record['off_by']:.0e}, in norm: {record['name']}"
+            yield f"fastll is off by {record['off_by']:.0e} in norm: {record['name']}"
     yield from report.of_peers(results)
 
 
 def markdown(results: Results | None) -> str:
-    """README's tables: what is measured beside what is aimed at; without results only that."""
+    """The tables of bench/README.md: results and targets; without results, the targets alone."""
     jobs = select(Settings(full=True, device="cuda"))
     if results is None:
         return "\n".join(_unmeasured(jobs))
@@ -116,7 +116,7 @@ def markdown(results: Results | None) -> str:
 
 
 def _unmeasured(jobs: list[Any]) -> Iterator[str]:
-    """The targets, of each which operations and logits it is for."""
+    """The targets, with the operations and logits each applies to."""
     wanted: dict[tuple[str, str], dict[str, None]] = {}
     for job in jobs:
         aim = _aim(job)
@@ -129,7 +129,7 @@ def _unmeasured(jobs: list[Any]) -> Iterator[str]:
         yield line(heading, "; ".join(labels), aim, NOT_MEASURED)
     for peer, times in PEER_TARGETS.items():
         yield line(
-            "all of these", f"a loss with its gradient beside {peer}", f"{times:g} x", NOT_MEASURED
+            "all of these", f"a loss with its gradient against {peer}", f"{times:g} x", NOT_MEASURED
         )
     for heading in {_heading(job.case): None for job in jobs if job.case.group == "calls"}:
         yield line(heading, "one call from Python", report.seconds(CALL_TARGET), NOT_MEASURED)
@@ -148,7 +148,7 @@ def _measured(found: dict[str, Record], job: Any) -> str:
 
 
 def _rivals(found: dict[str, Record], jobs: list[Any]) -> Iterator[str]:
-    """Losses with their gradient beside the peers."""
+    """Losses with their gradient against the peers."""
     aims = [f"{peer} / {aim:g}" for peer, aim in PEER_TARGETS.items()]
     yield from header("times as fast as / target", "logits", "time", *aims)
     for job in jobs:
@@ -162,9 +162,9 @@ def _rivals(found: dict[str, Record], jobs: list[Any]) -> Iterator[str]:
 
 
 def _calls(found: dict[str, Record], jobs: list[Any]) -> Iterator[str]:
-    """Small calls, by the time that the host takes."""
+    """Small calls: their time on the host."""
     aim = f"time / {report.seconds(CALL_TARGET)}"
-    yield from header("one call from Python", "logits", aim, "waited for")
+    yield from header("one call from Python", "logits", aim, "with a wait")
     for job in (job for job in jobs if job.case.group == "calls"):
         record = found.get(job.name)
         cells = [NOT_MEASURED, ""]

@@ -1,4 +1,4 @@
-"""Which measurements there are, and the arrays and calls of one of them."""
+"""The measurements, called jobs: which there are, and the arrays and calls of each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
+import fastll
 from bench import floors
 from bench.cases import CASES, CUDA_CASES, LOGITS, MAX_BYTES, Array, Case
 from bench.peers import PEERS
@@ -21,7 +22,7 @@ VARIANTS = ("value", "gradient", "in-place")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line selects; nothing selected is the quick set, or all of it with `full`."""
+    """What the command line selects. Nothing selected means the quick set, or everything if `full`."""
 
     full: bool = False
     operations: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ class Settings:
     against: tuple[str, ...] = tuple(PEERS)
     rounds: int = 7
     device: str = "cpu"
-    seconds: float | None = None  # after which no job is begun any more
+    seconds: float | None = None  # start no job after this time
 
     @property
     def known(self) -> dict[str, Case]:
@@ -74,7 +75,7 @@ def _expand(names: Iterable[str]) -> set[str]:
 
 def select(settings: Settings) -> list[Job]:
     """The jobs, in the order of the cases."""
-    usual = ("cuda",) if settings.device == "cuda" else ("cython", "numba")
+    usual = ("cuda",) if settings.device == "cuda" else compiled_backends()
     backends = settings.backends or (usual if settings.full else usual[:1])
     return [
         Job(
@@ -95,15 +96,21 @@ def select(settings: Settings) -> list[Job]:
     ]
 
 
+def compiled_backends() -> tuple[str, ...]:
+    """The compiled backends of the CPU that are available; without any, the reference."""
+    status = fastll.backends()
+    return tuple(name for name in ("cython", "numba") if status[name].available) or ("numpy",)
+
+
 def _size(case: Case, dtype: str) -> float:
     """Bytes of the logits."""
     return float(np.prod(case.shape, dtype=float) * np.dtype(dtype).itemsize)
 
 
 def _peers(settings: Settings, case: Case, measure: str) -> tuple[str, ...]:
-    """Those whose users would do the same: they leave the logits alone, but for Liger's.
+    """The peers that do the same as the measurement. Only Liger writes into the logits.
 
-    On a GPU the comparison is of losses with their gradient, for which alone something is compiled.
+    On a GPU, peers that compile are compared only on losses with their gradient.
     """
     if case.group not in ("workloads", "calls"):
         return ()
@@ -123,7 +130,7 @@ def _measures(case: Case, settings: Settings) -> list[str]:
 
 
 def _kinds(case: Case, settings: Settings) -> Iterator[tuple[str, str]]:
-    """Pairs of dtype and logits: unless asked for, no more than one of them is unusual."""
+    """Pairs of dtype and logits. Unless both are selected, at most one of a pair is not the default."""
     dtypes = settings.dtypes or (case.dtypes if settings.full else case.dtypes[:1])
     kinds = settings.logits or (case.logits if settings.full else case.logits[:1])
     for i, dtype in enumerate(dtypes):
@@ -133,13 +140,13 @@ def _kinds(case: Case, settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 class Workload(NamedTuple):
-    """The arrays of a job, a call of fastll on them, and its floor where it has one."""
+    """The arrays of a job, the call of fastll on them, and its floor if it has one."""
 
     x: Array
     arguments: tuple[Array, ...]
     call: Callable[[], Any]
     floor: Callable[[], None] | None
-    nbytes: int  # that the floor reads and writes
+    nbytes: int  # read and written by the floor
 
 
 def workload(job: Job) -> Workload:
@@ -158,7 +165,7 @@ def workload(job: Job) -> Workload:
     result = x
     if writes:
         result = np.zeros_like(x)
-        # in place, the floor's copy restores the logits too
+        # in place, the floor's copy also restores the logits
         source, target = (result, x) if job.variant == "in-place" else (x, result)
         source[...] = x
         options |= {"return_grad": True, "grad_out": target} if operation.gradient else {"out": target}

@@ -1,8 +1,7 @@
-"""The peers, each called as its own users would: how a library is called, in one place.
+"""The peers, each called as its own users would call it.
 
-Which function of a library does what an operation does is in the table of operations. A library is
-imported when it is measured, its arrays are made outside of what is timed, and it has as many threads
-as fastll.
+Which function of a library computes an operation is in the table of operations. A library is imported
+when it is measured, its arrays are made before anything is timed, and it has as many threads as fastll.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from bench.cases import Array
 from fastll.operations import OPERATIONS
 
 Call = Callable[[], Any]
-#: Of operation, gradient, x, axis, arguments; None where the library has no such operation.
+#: Takes operation, gradient, x, axis and arguments; None where the library has no such operation.
 Bind = Callable[[str, bool, Array, int, tuple[Array, ...]], Call | None]
 
-#: Modules that functions of the table take, where they are not named as the library is.
+#: The module that a library's functions in the table take, where its name is another one.
 MODULES = {"liger": "liger_kernel.ops.cross_entropy"}
 
 
 def formula(library: str, name: str) -> Callable[..., Any] | None:
-    """What a library has for an operation: a function of x, the axis, if any, and the others."""
+    """A library's function for an operation, of x, the axis (where there is one) and the other arrays."""
     peer = OPERATIONS[name].peers.get(library)
     if isinstance(peer, str):
         return resolve_name(peer)  # type: ignore[no-any-return]
@@ -47,7 +46,7 @@ def ordered(name: str, x: Any, axis: int, others: tuple[Any, ...]) -> tuple[Any,
 def plain(
     library: str, name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]
 ) -> Call | None:
-    """A library of NumPy's arrays, without gradients."""
+    """Libraries that take NumPy arrays and have no gradients."""
     function = None if gradient else formula(library, name)
     return function and partial(function, *ordered(name, x, axis, arguments))
 
@@ -68,14 +67,14 @@ def torch(
 
 
 def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call] | None:
-    """What makes calls for tensors, wherever they are, of one formula that is compiled once."""
+    """A function that makes calls for tensors on any device; the formula is compiled once."""
     import torch
 
     function = formula("torch", name)
     if function is None:
         return None
     if compiled:
-        torch._dynamo.reset()  # else it gives up after eight shapes, and runs uncompiled
+        torch._dynamo.reset()  # otherwise it runs uncompiled after eight shapes
         function = torch.compile(function, dynamic=False)
     return partial(_bind_tensors, function, name, gradient)
 
@@ -98,7 +97,7 @@ def _bind_tensors(
 
 
 def liger_binder(name: str, gradient: bool) -> Callable[..., Call] | None:
-    """Liger's functions of tensors; its cross-entropy leaves the gradient in the logits."""
+    """Liger's functions, of which cross-entropy writes the gradient into the logits."""
     function = formula("liger", name)
     return function and partial(_bind_tensors, function, name, gradient)
 
@@ -106,7 +105,7 @@ def liger_binder(name: str, gradient: bool) -> Callable[..., Call] | None:
 def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call | None:
     import jax
 
-    jax.config.update("jax_enable_x64", True)  # float64 stays what it is
+    jax.config.update("jax_enable_x64", True)  # keep float64 arrays as they are
     function = formula("jax", name)
     if function is None:
         return None
@@ -118,14 +117,14 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
 
 
 class Peer(NamedTuple):
-    """A library and what makes calls of it."""
+    """A library and the function that makes its calls."""
 
     package: str
-    bind: Callable[..., Any]  # a `Bind`; on a GPU a binder of (operation, gradient)
+    bind: Callable[..., Any]  # a `Bind`; on a GPU a function of (operation, gradient) that returns one
 
     @property
     def version(self) -> str | None:
-        """None where it is not installed."""
+        """Version of the package; None if it is not installed."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -149,7 +148,7 @@ CUDA_PEERS = {
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference, relative to the largest value; infinite where only one is finite."""
+    """Largest difference relative to the largest value; infinite if only one of the two is finite."""
     worst = 0.0
     for a, b in zip(_parts(ours), _parts(theirs), strict=True):
         finite = np.isfinite(a)
@@ -162,7 +161,7 @@ def disagreement(ours: Any, theirs: Any) -> float:
 
 
 def _parts(result: Any) -> list[Array]:
-    """The results as float64, of large ones the beginning."""
+    """The results as float64; of large ones, only the beginning."""
     parts = result if isinstance(result, tuple) else (result,)
     return [_numpy(part.reshape(-1)[: 1 << 20]).astype(np.float64) for part in parts]
 

@@ -1,4 +1,4 @@
-"""The plots: fastll beside its peers, the fraction of the floor against size, time against shape."""
+"""The plots: fastll and its peers, speed against size, time against shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from bench.report import Record, Results, place, records, title
 
-#: Okabe and Ito's colours, which colour-blind readers can tell apart; each with a marker of its own.
+#: Okabe and Ito's colours, which colour-blind readers can tell apart, each with its own marker.
 STYLES = {
     "fastll": ("#000000", "o"),
     "numpy": ("#E69F00", "s"),
@@ -35,12 +35,12 @@ LOOK = {
     "grid.color": "0.9",
     "legend.frameon": False,
     "font.size": 9,
-    "svg.hashsalt": "fastll",  # the same results are the same file
+    "svg.hashsalt": "fastll",  # the same results give the same file
 }
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """PNG and SVG of each plot that the results have records for."""
+    """Write each plot that the results have records for, as PNG and SVG."""
     by_group = defaultdict(list)
     for record in records(results):
         by_group[record["group"]].append(record)
@@ -68,7 +68,7 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 
 def _peers(compared: list[Record]) -> Figure:
-    """Dots: on a logarithmic axis, which starts nowhere, the length of a bar would mean nothing."""
+    """fastll and its peers as dots: on a logarithmic axis the length of a bar would mean nothing."""
     figure = Figure((9, 1.4 + 0.3 * len(compared)), layout="constrained")
     axes = figure.subplots()
     points: dict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -81,7 +81,7 @@ def _peers(compared: list[Record]) -> Figure:
         color, marker = STYLES[name]
         x, y = zip(*points[name], strict=True)
         look = {"c": color, "s": 36}
-        if name == "fastll":  # a ring, which hides no peer
+        if name == "fastll":  # a ring, so that no peer is hidden
             look = {"c": "none", "edgecolors": color, "linewidths": 1.5, "s": 60}
         axes.scatter(x, y, marker=marker, label=name, zorder=2, **look)
     axes.axvline(1, color="0.4", lw=1)
@@ -96,7 +96,7 @@ def _peers(compared: list[Record]) -> Figure:
 
 
 def _shares(large: list[Record]) -> Figure:
-    """Of a GPU: bars of shares of the copy's bandwidth, marks of the targets, and the peers as dots."""
+    """Results of a GPU: bars for the share of a copy's bandwidth, marks for targets, dots for peers."""
     figure = Figure((9, 1.4 + 0.25 * len(large)), layout="constrained")
     axes = figure.subplots()
     places = range(len(large))
@@ -128,7 +128,7 @@ def _sizes(swept: list[Record]) -> Figure:
     _lines(axes, swept, lambda r: prod(r["shape"]), lambda r: 1 / r["times_the_floor"])
     axes.axhline(1, color="0.4", lw=1)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="elements of the logits", ylabel="speed, of what memory allows", ylim=(0, None))
+    axes.set(xlabel="elements of the logits", ylabel="speed, as a share of the floor's", ylim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -140,7 +140,7 @@ def _scaling(rows: list[Record], classes: list[Record]) -> Figure:
     for i, (name, swept) in enumerate((("rows", rows), ("classes", classes))):
         _lines(axes[i], swept, lambda r, i=i: r["shape"][i], lambda r: 1e3 * r["seconds"])  # type: ignore[misc]
         axes[i].set(xscale="log", yscale="log", xlabel=name)
-        for line in axes[i].get_lines():  # straight up from the largest
+        for line in axes[i].get_lines():  # exact proportion, through the largest
             x, y = line.get_data()
             axes[i].plot(x, y[-1] * x / x[-1], color="0.6", lw=1, ls=":", zorder=1)
     axes[0].set_ylabel("milliseconds")
@@ -152,7 +152,7 @@ def _scaling(rows: list[Record], classes: list[Record]) -> Figure:
 def _lines(
     axes: Axes, swept: list[Record], x: Callable[[Record], float], y: Callable[[Record], float]
 ) -> None:
-    """A line an operation and backend."""
+    """Draw one line per operation and backend."""
     lines = defaultdict(list)
     for record in swept:
         lines[title(record), record["backend"]].append((x(record), y(record)))

@@ -1,4 +1,4 @@
-"""Results into words: a line, a table in the terminal, one in Markdown, a comparison of two files."""
+"""Reports of results: lines, tables for the terminal and in Markdown, comparisons of two files."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Record = dict[str, Any]
 
 
 class ReportError(Exception):
-    """What is wrong with a file, or with a run."""
+    """An error in a file or in a run, in words for the user."""
 
 
 def load(path: Path) -> Results:
-    """The results in a file."""
+    """Load the results from a file."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         list(records(results)), results["environment"]["peers"], results["unmeasured"]
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:
-        raise ReportError(f"{path} has no results of python -m bench: {error!r}") from error
+        raise ReportError(f"{path} is not a file of results from python -m bench: {error!r}") from error
     return results
 
 
 def records(results: Results) -> Iterator[Record]:
-    """One measurement each."""
+    """Yield the record of each measurement."""
     for benchmark in results["benchmarks"]:
-        if benchmark["extra_info"]:  # else it was interrupted
+        if benchmark["extra_info"]:  # otherwise it was interrupted
             median = {"name": benchmark["param"], "seconds": benchmark["stats"]["median"]}
             yield benchmark["extra_info"] | median
 
@@ -47,14 +47,14 @@ def seconds(value: float) -> str:
 
 
 def multiple(value: float | None) -> str:
-    """Two digits, more of which no shared machine would repeat."""
+    """Format a ratio with two or three digits; more would not be reproducible on a shared machine."""
     if value is None:
         return ""
     return f"{value:.2f}" if value < 9.995 else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def faster(record: Record, peer: str) -> str:
-    """How many times as long the peer takes."""
+    """The peer's time divided by fastll's, in words."""
     report = record["peers"].get(peer, {})
     if "failed" in report:
         return "failed"
@@ -62,7 +62,7 @@ def faster(record: Record, peer: str) -> str:
 
 
 def describe(record: Record) -> str:
-    """A result in a line."""
+    """One result in one line."""
     said = [seconds(record["seconds"])]
     if record["times_the_floor"]:
         said.append(f"{multiple(record['times_the_floor'])} x floor")
@@ -71,23 +71,23 @@ def describe(record: Record) -> str:
 
 
 def title(record: Record) -> str:
-    """The operation and its variant."""
+    """Operation and variant."""
     return record["operation"] + ("" if record["variant"] == "value" else f", {record['variant']}")
 
 
 def place(record: Record) -> str:
-    """The case, and its logits where they are unusual."""
+    """Case, and the kind of logits if it is not the default."""
     return record["case"] + ("" if record["logits"] == "randn" else f", {record['logits']}")
 
 
 def _peers(results: Results) -> list[str]:
-    """Those that there is anything to say of."""
+    """The peers that have at least one result."""
     said = {peer for record in records(results) for peer in record["peers"]}
     return [peer for peer in results["environment"]["peers"] if peer in said]
 
 
 def table(results: Results) -> Table:
-    """Everything but the sweeps, which are for the plots."""
+    """All results but the sweeps, which are for the plots."""
     peers = _peers(results)
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("operation\ncase, dtype, backend", overflow="fold")
@@ -107,14 +107,15 @@ def table(results: Results) -> Table:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """Machine and versions, and everything that was not measured or does not agree."""
+    """The machine and versions, then everything that was not measured or disagrees."""
     environment = results["environment"]
     versions = {"fastll": environment["versions"]["fastll"]} | environment["peers"]
     yield (
-        f"{environment['threads']} threads, {environment['cpu']}, {environment['instruction_set']}; "
+        f"{environment['threads']} threads, {environment['cpu']}, "
+        f"{environment['instruction_set'] or 'no cython backend'}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f"; medians of {environment['rounds']} rounds or more, of slow peers of 3 or more. "
-        "Of a peer: how many times as long as fastll it takes (! where its result differs)."
+        + f"; medians of at least {environment['rounds']} rounds, or 3 for slow peers. "
+        "A peer's number is its time divided by fastll's (! if its result differs)."
     )
     missing = [name for name, version in environment["peers"].items() if version is None]
     if missing:
@@ -135,7 +136,7 @@ def of_peers(results: Results) -> Iterator[str]:
 
 
 def markdown(results: Results) -> str:
-    """README's tables: multiples of the floor by operation and case; times, and ratios to each peer."""
+    """The tables of bench/README.md: multiples of the floor; times and ratios to each peer."""
     usual = [r for r in records(results) if r["group"] in ("workloads", "calls")]
     large = [r for r in usual if r["times_the_floor"] is not None]
     cases = list(dict.fromkeys(_heading(r) for r in large))
@@ -178,10 +179,10 @@ def header(*cells: str) -> tuple[str, str]:
 
 
 def merged(several: list[Results]) -> Results:
-    """Measurements of several runs of one device; of one that was done twice the later."""
+    """Merge results of several runs on one device; of repeated measurements, the last one counts."""
     devices = {results["environment"]["device"] for results in several}
     if len(devices) > 1:
-        raise ReportError(f"results of different devices: {', '.join(sorted(devices))}")
+        raise ReportError(f"the results are of different devices: {', '.join(sorted(devices))}")
     found = {
         benchmark["param"]: benchmark for results in several for benchmark in results["benchmarks"]
     }
@@ -191,7 +192,7 @@ def merged(several: list[Results]) -> Results:
 
 
 def compare(old: Results, new: Results, fail_over: float) -> tuple[Table, list[str], list[str]]:
-    """A table of new over old, the names of what got slower by more than a share, and notes."""
+    """Compare two runs: a table, the names of what got slower by more than `fail_over`, and notes."""
     before, after = ({r["name"]: r for r in records(results)} for results in (old, new))
     result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("measurement", overflow="fold")
@@ -200,7 +201,7 @@ def compare(old: Results, new: Results, fail_over: float) -> tuple[Table, list[s
     worse = []
     for name in (name for name in before if name in after):
         pair = (before[name], after[name])
-        # multiples of the floor where there are: they do not depend on how busy the machine was
+        # multiples of the floor if both have them: they do not depend on how busy the machine was
         measure = "times_the_floor" if all(r["times_the_floor"] for r in pair) else "seconds"
         shown = [multiple(r[measure]) if measure != "seconds" else seconds(r[measure]) for r in pair]
         change = pair[1][measure] / pair[0][measure]

@@ -1,19 +1,20 @@
-"""What measurements on the CPU and on a GPU have in common."""
+"""What measurements on the CPU and on a GPU share."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Calls in a round of a small call.
+#: Number of calls per round when a small call is timed.
 CALLS = 200
-#: Seconds after which a slow peer is measured no more, and rounds that it gets in any case.
+#: A slow peer is dropped after this many seconds, but not before this many rounds.
 PATIENCE, LEAST_ROUNDS = 1.5, 3
-#: By the bytes of an element, relative to the largest value: peers may sum in the dtype itself.
+#: Tolerance for peers, relative to the largest value, by the size of an element in bytes. Peers may
+#: sum in the dtype of the logits.
 TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median over the rounds that both had."""
+    """Median ratio over the rounds that both have."""
     n = min(len(above), len(below))
     return float(np.median(np.divide(above[:n], below[:n])))
 

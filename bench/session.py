@@ -1,4 +1,4 @@
-"""One run of pytest on this folder: progress while it runs, and what the JSON says of the machine."""
+"""One run of pytest on this folder: the progress display, and the machine's description in the JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = pytest.StashKey[Settings]()
 
 
 class Session:
-    """A pytest plugin."""
+    """The pytest plugin of a run."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
@@ -36,7 +36,7 @@ class Session:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
             console=console,
-            auto_refresh=False,  # it would take time from what is measured
+            auto_refresh=False,  # a refresh would disturb the measurement
         )
         self.task = self.progress.add_task("preparing")
 
@@ -70,7 +70,7 @@ class Session:
 
 
 def environment(settings: Settings) -> dict[str, Any]:
-    """Machine, versions and threads; a peer that is not installed has the version None."""
+    """The machine, versions and threads; the version of a peer that is not installed is None."""
     info = subprocess.run(
         [sys.executable, "-m", "fastll", "info", "--json"], capture_output=True, text=True, check=True
     )
@@ -87,7 +87,7 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def measure(settings: Settings, path: Path) -> int:
-    """Run the jobs and write their results; pytest's exit code."""
+    """Run the jobs and write their results; return pytest's exit code."""
     session = Session(settings, Console(stderr=True))
     options = ["-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider", "-s"]
     said = io.StringIO()

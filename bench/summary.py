@@ -1,4 +1,4 @@
-"""What `bench/gpu.sh` prints: versions, results in a line each, and what a profiler has seen.
+"""What `bench/gpu.sh` prints: versions, one line per result, and a profiler's metrics.
 
 python -m bench.summary versions
 python -m bench.summary results FILE.json
@@ -20,7 +20,7 @@ PACKAGES = """
     cupy-cuda13x jax pytest pytest-benchmark pytest-xdist hypothesis mpmath scipy matplotlib rich
     click cython
 """
-#: Which of the profiler's columns are said, and how.
+#: The profiler's columns to print, and their names.
 COLUMNS = {
     "Kernel Name": "kernel",
     "gpu__time_duration.sum": "time",
@@ -33,7 +33,7 @@ COLUMNS = {
 
 
 def versions() -> Iterator[str]:
-    """Of all that takes part, and whether each part works: it may be there and not."""
+    """Versions of all packages involved, and whether each part works: an installed one may not."""
     yield f"python {platform.python_version()}, {platform.platform()}"
     found = []
     for name in PACKAGES.split():
@@ -50,7 +50,7 @@ def versions() -> Iterator[str]:
     ):
         try:
             yield f"{what}: {works()}"
-        except Exception as error:  # it is what this is about
+        except Exception as error:  # errors are what this reports
             yield f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -87,7 +87,7 @@ def _torch() -> str:
 
 
 def results(path: Path) -> Iterator[str]:
-    """A line a measurement."""
+    """One line per measurement."""
     from bench import gpu_report, report
 
     found = report.load(path)
@@ -98,11 +98,11 @@ def results(path: Path) -> Iterator[str]:
 
 
 def profile(path: Path) -> Iterator[str]:
-    """A line a kernel, of the CSV of Nsight Compute."""
+    """One line per kernel, from the CSV of Nsight Compute."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
-        yield from lines[-20:]  # it says why there is nothing
+        yield from lines[-20:]  # they say why there are no kernels
         return
     units, *rows = csv.DictReader(lines[start:])
     for row in rows:

@@ -1,4 +1,4 @@
-"""Each job in rounds: the peers, its floor, then fastll at once. Results in `extra_info`."""
+"""Measure each job in rounds of the peers, the floor and fastll. Results go to `extra_info`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.peers import PEERS, Call, disagreement
 from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
 from bench.session import SETTINGS
 
-#: Rounds of a small array are short and noisy: there are more of them.
+#: Below this many elements rounds are short and noisy, so there are this many times as many.
 SMALL, MORE_ROUNDS = 1 << 22, 10
 
 Times = dict[str, list[float]]
@@ -58,7 +58,7 @@ def test_operation(benchmark: Any, job: Job) -> None:
 def bind_peers(
     job: Job, work: Workload, result: Any
 ) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
-    """Calls of the peers, warm and compared with fastll's result; and what there is to say of each."""
+    """Make the calls of the peers, warm them up and compare their results; return calls and reports."""
     calls: dict[str, Call] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name in filter(lambda name: PEERS[name].version, job.against):
@@ -79,7 +79,7 @@ def bind_peers(
 
 
 def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
-    """Seconds of one call of each peer, and fastll timed, by many calls in a row."""
+    """Time fastll and each peer over many consecutive calls; return the peers' seconds per call."""
     benchmark.pedantic(work.call, rounds=job.rounds, iterations=CALLS, warmup_rounds=1)
     return {
         name: [t / CALLS for t in timeit.repeat(call, repeat=job.rounds, number=CALLS)]
@@ -88,7 +88,7 @@ def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) 
 
 
 def in_rounds(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
-    """Seconds of the peers and of the floor, with fastll timed last in each round."""
+    """Time fastll, last in each round; return the seconds of the peers and of the floor."""
     times: Times = defaultdict(list)
 
     def before_each() -> None:
@@ -99,7 +99,7 @@ def in_rounds(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call])
         floor()
         times["floor"].append(seconds(floor))
 
-    floor = work.floor  # also run before whatever is timed: all find the caches in the same state
+    floor = work.floor  # also run before each timing, so that all find the caches in the same state
     rounds = job.rounds * (MORE_ROUNDS if work.x.size < SMALL else 1)
     benchmark.pedantic(work.call, setup=before_each, rounds=rounds)
     return times

@@ -1,10 +1,11 @@
-"""fastll, fast log-likelihood: the likelihood side of machine learning at the speed of memory.
+"""fastll (fast log-likelihood): log-sum-exp, softmax, cross-entropy and their gradients.
 
-Wherever an argument is array_like it may also be an array of torch, CuPy, Numba, JAX or any library
-with DLPack or `__cuda_array_interface__`, on the CPU or a CUDA device. Results are arrays of the first
-argument's library, on its device, and computed on the caller's current stream.
+Where an argument is array_like, it may also be an array of torch, CuPy, Numba, JAX or any library with
+DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results are arrays of the library
+of the first argument, on the same device, computed on the caller's current stream.
 """
 
+from fastll import testing
 from fastll.api.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -34,14 +35,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "sparse_cross_entropy",
+    "testing",
     "use_backend",
     "warmup",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name == "testing":
-        from importlib import import_module
-
-        return import_module("fastll.testing")
-    raise AttributeError(f"module 'fastll' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``python -m fastll``: the command line, which needs the extra ``cli``."""
+"""Entry point of ``python -m fastll``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say how to install what it needs."""
+    """Run the command line, or say how to install the packages it needs."""
     try:
         from fastll.cli import main as command
     except ModuleNotFoundError as error:

@@ -1,30 +1,36 @@
-"""Arguments into arrays: every check of an argument that is an array, an axis or an output.
+"""Turns arguments into arrays: every check of an array, an axis or an output.
 
 Each error names the argument, its value and what was expected. Nothing here writes to an array.
 
-Every public function takes NumPy arrays, whatever np.asarray takes, and the arrays of other libraries:
-torch, CuPy, Numba, JAX and all that have DLPack or `__cuda_array_interface__`. The result comes back in
-the library and on the device of the first one, computed on the caller's current stream. No input is
+Every public function takes NumPy arrays, anything that np.asarray takes, and arrays of other libraries:
+torch, CuPy, Numba, JAX and those with DLPack or `__cuda_array_interface__`. The result is an array of
+the first argument's library on the same device, computed on the caller's current stream. No input is
 copied, and nothing waits for a device.
 """
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import NDArray
 
 from fastll.array_libraries import CPU, Device, Library, library_of
 from fastll.dtypes import kind_of, name_of
 
 Array = NDArray[Any]
+Axis = int | Sequence[int] | None
+
+
+#: All axes of an array, by their number.
+_ALL_AXES = tuple(tuple(range(ndim)) for ndim in range(65))
 
 
 class Place:
-    """Where a call's arrays are and its results go: a library and one of its devices."""
+    """The library and device of a call's arrays and results."""
 
     __slots__ = ("device", "library", "on_cpu")
 
@@ -37,8 +43,9 @@ class Place:
         return self._library.stream(self.device)
 
     def take(self, x: Any, name: str) -> Array:
-        """An argument as an array of a dtype that fastll computes with; no copy where it is one."""
+        """An argument as an array of an accepted dtype; arrays are not copied."""
         library = self._library_of(x, name)
+        check_unmasked(x, name)
         array: Array = np.asarray(x) if library is None else self._view(library, x, name)
         kind_of(array.dtype, name)
         return array
@@ -54,11 +61,12 @@ class Place:
         like: Array | None = None,
         cast: bool = False,
     ) -> Array:
-        """The view to write an output through, once it is checked."""
+        """Check an output, and return the view to write it through."""
         library = self._library_of(out, name)
         if library is None:
             if not isinstance(out, np.ndarray):
                 raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
+            check_unmasked(out, name)
             check_output(out, name, shape, dtype, inputs, like, cast)
             return out
         if not library.mutable:
@@ -69,7 +77,7 @@ class Place:
         return array
 
     def result(self, x: Array, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
-        """`out` once it is checked, or a new array, for a result in the shape of `x`."""
+        """`out`, checked, or a new array, for a result with the shape of `x`."""
         element = kind_of(x.dtype).element
         if out is None:
             return self.empty_like(x, element)
@@ -80,38 +88,38 @@ class Place:
         return self._library.empty(shape, np.dtype(dtype), self.device, None)
 
     def scratch(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array that stays within the call."""
+        """A new array that does not outlive the call."""
         return np.empty(shape, dtype) if self.on_cpu else self.empty(shape, dtype)
 
     def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
-        """A new array in the shape of another, its axes in the same order in memory."""
+        """A new array with the shape of another and its axes in the same order in memory."""
         order = None
         if not x.flags.c_contiguous:
             order = tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
         return self._library.empty(x.shape, dtype, self.device, order)
 
     def give(self, view: Array) -> Any:
-        """A result as the library's own array; NumPy's without axes as a scalar."""
+        """A result as an array of the library, or as a NumPy scalar."""
         return self._library.give(view)
 
     def give_array(self, view: Array) -> Any:
-        """A result as the library's own array."""
+        """A result as an array of the library."""
         return self._library.give(view)
 
     @property
     def _library(self) -> Library:
-        assert self.library is not None  # HOST overrides all that asks
+        assert self.library is not None  # HOST overrides every method that asks
         return self.library
 
     def _view(self, library: Library, x: Any, name: str) -> Array:
-        """The view of another library's array, which this one's stream may then work on."""
+        """The view of another library's array, ordered before work on this call's stream."""
         array = library.view(x, name)
         if library is not self.library and not self.on_cpu:
             library.order(x, self.device, self.stream)
         return array
 
     def _library_of(self, x: Any, name: str) -> Library | None:
-        """The library of an argument, which must be on this device."""
+        """The library of an argument, after a check that it is on this device."""
         library = library_of(x)
         device = CPU if library is None else library.device(x)
         if device != self.device:
@@ -120,7 +128,7 @@ class Place:
 
 
 class _Host(Place):
-    """NumPy: the fast path."""
+    """NumPy arrays: the fast path."""
 
     __slots__ = ()
 
@@ -147,7 +155,7 @@ class _Host(Place):
         return view
 
 
-#: The place of NumPy arrays, and of what np.asarray takes.
+#: The place of NumPy arrays and of anything that np.asarray takes.
 HOST = _Host(None, CPU)
 
 
@@ -164,38 +172,63 @@ def place_of(x: Any) -> Place:
     return Place(library, device)
 
 
-def axes_of(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """Axes as numbers from 0, in ascending order; None is all of them."""
+def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """Axes counted from 0, in ascending order; None means all."""
     if axis is None:
-        return tuple(range(ndim))
+        return _ALL_AXES[ndim]
     if type(axis) is int and -ndim <= axis < ndim:
         return (axis % ndim,)
-    try:
-        return tuple(sorted(normalize_axis_tuple(axis, ndim, "axis")))
-    except TypeError:
-        raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None") from None
+    axes = tuple(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else (axis,)
+    if any(isinstance(a, (bool, np.bool_)) or not hasattr(a, "__index__") for a in axes):
+        raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None")
+    numbers = [operator.index(a) for a in axes]
+    for number in numbers:
+        if not -ndim <= number < ndim:
+            raise np.exceptions.AxisError(
+                f"axis is {axis!r}; expected {-ndim} <= axis < {ndim} for {ndim} dimensions"
+            )
+    if len({number % ndim for number in numbers}) < len(numbers):
+        raise ValueError(f"axis is {axis!r}; expected each axis once")
+    return tuple(sorted(number % ndim for number in numbers))
 
 
-def kept_shape(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
-    """A shape without some of its axes: that of the rows of a reduction over them."""
+def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = False) -> tuple[int, ...]:
+    """The shape of a reduction over some axes."""
+    if keepdims:
+        return tuple([1 if i in axes else n for i, n in enumerate(shape)])
+    if len(axes) == len(shape):
+        return ()
+    if len(axes) == 1:
+        return shape[: axes[0]] + shape[axes[0] + 1 :]
     return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def axis_of(axis: int, ndim: int) -> int:
-    """One axis, as a number from 0."""
-    if type(axis) is not int and (not hasattr(axis, "__index__") or isinstance(axis, bool)):
+    """One axis, counted from 0."""
+    if type(axis) is int and -ndim <= axis < ndim:
+        return axis % ndim
+    if isinstance(axis, Sequence) or axis is None:
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
 
 
 def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
-    """A view of `x` in a shape."""
+    """`x` broadcast to a shape, without copying."""
+    if x.shape == shape:
+        return x
     try:
         return np.broadcast_to(x, shape, subok=True)
     except ValueError:
         raise ValueError(
             f"{name} has shape {x.shape}; expected one that broadcasts to {shape}"
         ) from None
+
+
+def check_unmasked(x: Any, name: str) -> None:
+    """`TypeError` for a masked array with masked elements: the mask would be ignored."""
+    ma = sys.modules.get("numpy.ma")  # if it is not imported, there are no masked arrays
+    if ma is not None and isinstance(x, ma.MaskedArray) and ma.is_masked(x):
+        raise TypeError(f"{name} is a masked array with masked elements; expected one without a mask")
 
 
 def check_output(
@@ -207,10 +240,10 @@ def check_output(
     like: Array | None,
     cast: bool,
 ) -> None:
-    """Whether `out` can be written: shape, dtype, writable, each element once, and not to an input.
+    """Check that `out` can be written: shape, dtype, no element twice, no overlap with inputs.
 
-    It may be `like` itself (the same memory in the same order), for an operation in place. With `cast`
-    its dtype is one that `dtype` can be cast to.
+    It may be `like` itself (the same memory in the same order), for an operation in place. With `cast`,
+    any dtype will do that `dtype` can be cast to.
     """
     if out.shape != shape:
         raise ValueError(f"{name} has shape {out.shape}; expected {shape}")
@@ -223,7 +256,7 @@ def check_output(
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writable array")
     if _overlaps_itself(out):
-        raise ValueError(f"{name} has several elements in one place (strides {out.strides})")
+        raise ValueError(f"{name} has several elements at one address (strides {out.strides})")
     for x in (like, *inputs):
         if x is None or not np.may_share_memory(out, x) or (x is like and _same_memory(out, x)):
             continue
@@ -247,7 +280,7 @@ def _share_memory(a: Array, b: Array) -> bool:
 
 
 def _overlaps_itself(a: Array) -> bool:
-    """Whether axes, ordered by stride, do not each step over all of the smaller ones."""
+    """Whether elements may coincide: some axis does not step over all axes of smaller stride."""
     reach = a.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
         if stride < reach:

@@ -1,4 +1,4 @@
-"""The commands of ``python -m fastll``, with click and rich: the extra ``cli``."""
+"""The commands of ``python -m fastll``. They need click and rich, which the extra ``cli`` installs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ import fastll
 from fastll import demo as model
 
 DEFAULT_STEPS, QUICK_STEPS = 300, 50
-#: Where the steps are too many for the machine: with the rest of the demo, less than a minute.
+#: Limit of the training time on a slow machine: with the rest of the demo, it takes under a minute.
 DEFAULT_SECONDS = 30.0
-#: Steps that the numpy backend repeats for comparison, at most.
+#: Largest number of steps that the numpy backend repeats for comparison.
 COMPARED_STEPS, QUICK_COMPARED_STEPS = 20, 5
 
 
 class _Failure(click.ClickException):
-    """An error of the user's or of the machine's, told in one sentence."""
+    """An error in the arguments or the environment, reported in one sentence."""
 
     exit_code = 2
 
@@ -48,34 +48,42 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
-            ctx.exit(130)  # as a shell reports it; click's own answer would be 1
+            ctx.exit(130)  # as shells do; click would exit with 1
+
+
+def warn_without_extension() -> None:
+    """Print one line, with the remedy, if the compiled extension is missing."""
+    try:
+        importlib.import_module("fastll.backend.cython")
+    except ImportError as error:
+        click.echo(f"No cython backend: {error}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fastll.__version__, prog_name="fastll")
 def main() -> None:
-    """fastll: the likelihood side of machine learning at the speed of memory."""
+    """Log-sum-exp, softmax, cross-entropy and their gradients at the speed of memory."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # a name that the terminal cannot show is no reason to fail
+        if reconfigure is not None:  # never fail on a name that the terminal cannot show
             reconfigure(errors="replace")
 
 
 @main.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(min=1), help=f"Training steps; default {DEFAULT_STEPS}.")
+@click.option("--steps", type=click.IntRange(min=1), help=f"Training steps. Default {DEFAULT_STEPS}.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    help="Train no longer than this; without --steps, just so long (and then not reproducibly); "
-    f"default {DEFAULT_SECONDS:g}.",
+    help="Longest training time; without --steps, the training time (not reproducible then). "
+    f"Default {DEFAULT_SECONDS:g}.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--quick", is_flag=True, help=f"A few seconds only: {QUICK_STEPS} steps.")
+@click.option("--quick", is_flag=True, help=f"Take only a few seconds: {QUICK_STEPS} steps.")
 def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int, quick: bool) -> None:
     """Fit a next-token model to a text by maximum likelihood.
 
-    FILE is any text of 20 kB or more; by default the documentation inside CPython is used.
+    FILE is any text of 20 kB or more. The default is the documentation that ships with CPython.
     """
     if steps is None and (quick or seconds is None):
         steps = QUICK_STEPS if quick else DEFAULT_STEPS
@@ -83,6 +91,7 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
         seconds = DEFAULT_SECONDS
     console = Console(highlight=False)
     clock = _Clock()
+    warn_without_extension()
     with _failures():
         corpus = model.make_corpus(model.default_text() if file is None else model.read_text(file))
         clock.lap("reading")
@@ -93,7 +102,8 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     scores = {"uniform": model.uniform(corpus), "unigram": model.unigram(corpus)}
     scores["before training"] = model.evaluate(trained, corpus)
     clock.lap("scores before training (and compilation)")
-    taken = list(_show(run))
+    with model.backends_used() as backends:
+        taken = list(_show(run))
     clock.lap("training")
     scores["after training"] = model.evaluate(trained, corpus)
     clock.lap("score after training")
@@ -106,16 +116,16 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     console.print(_score_table(scores), "")
     if taken[-1].progress < 1:
         console.print(
-            f"Training stopped after {seconds:g} s, at step {len(taken)} of {steps}: more steps would "
-            "improve the scores, which depend on this machine's speed now.\n"
+            f"Training stopped after {seconds:g} s, at step {len(taken)} of {steps}. Scores depend on "
+            "the speed of this machine, and more steps would improve them.\n"
         )
-    console.print(_time_table(taken, compared), "")
+    console.print(_time_table((", ".join(backends), taken), ("numpy", compared)), "")
     console.print(_verdict(taken, compared, reproducible=steps is not None))
     console.print(f"\nSeconds: {clock}.")
 
 
 class _Clock:
-    """The seconds between laps."""
+    """Records the seconds between laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -132,7 +142,7 @@ class _Clock:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Errors of the arguments and the environment as one sentence."""
+    """Report errors in the arguments and the environment in one sentence."""
     try:
         yield
     except (ValueError, NotImplementedError, RuntimeError) as error:
@@ -140,25 +150,25 @@ def _failures() -> Iterator[None]:
 
 
 def _check_environment() -> None:
-    """Fail now where FASTLL_BACKEND or FASTLL_NUM_THREADS would make any call fail."""
+    """Fail now if FASTLL_BACKEND or FASTLL_NUM_THREADS would make every call fail."""
     fastll.get_num_threads()
     fastll.cross_entropy(np.zeros((1, 2), np.float32), [0])
 
 
 def _describe(file: Path | None, corpus: model.Corpus) -> str:
-    name = "the documentation inside CPython" if file is None else click.format_filename(file)
+    name = "the documentation of CPython" if file is None else click.format_filename(file)
     if file is not None and file.stat().st_size > model.MAX_BYTES:
         name = f"the first {model.MAX_BYTES >> 20} MiB of {name}"
     tokens = len(corpus.train) + len(corpus.heldout)
     return (
         f"Text: {escape(name)}, {tokens:,} tokens, {len(corpus.heldout):,} of them held out "
         f"({corpus.heldout_bytes:,} bytes).\n"
-        f"Model: {model.CONTEXT} tokens in, a softmax over {len(corpus.vocabulary):,} tokens out.\n"
+        f"Model: from {model.CONTEXT} tokens to a softmax over {len(corpus.vocabulary):,} tokens.\n"
     )
 
 
 def _show(steps: Iterator[model.Step]) -> Iterator[model.Step]:
-    """Pass the steps on, under a progress bar where stderr is a terminal."""
+    """Pass the steps on, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("training"),
@@ -179,7 +189,7 @@ def _show(steps: Iterator[model.Step]) -> Iterator[model.Step]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table, numbers but for its first column, that wraps and cuts nothing off where it is narrow."""
+    """A table of numbers after the first column. On a narrow terminal it wraps and cuts nothing off."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
@@ -201,11 +211,10 @@ def _spent(steps: list[model.Step]) -> list[float]:
     return [step.likelihood_seconds for step in steps]
 
 
-def _time_table(taken: list[model.Step], compared: list[model.Step]) -> Table:
+def _time_table(*runs: tuple[str, list[model.Step]]) -> Table:
     title = "Time in the likelihood and its gradient"
     table = _table(title, "backend", "steps", "median ms", "slowest ms", "total s")
-    chosen = os.environ.get("FASTLL_BACKEND") or "default"
-    for name, steps in ((chosen, taken), ("numpy", compared)):
+    for name, steps in runs:
         seconds = _spent(steps)
         milliseconds = [1e3 * statistics.median(seconds), 1e3 * max(seconds)]
         table.add_row(
@@ -227,25 +236,28 @@ def _verdict(taken: list[model.Step], compared: list[model.Step], reproducible: 
     )
     if len(compared) < len(taken):
         text += f" (extrapolated from the median of the first {len(compared)} steps)"
-    if reproducible:  # by the clock, the learning rates of the two runs differ
+    if reproducible:  # otherwise the learning rates of the two runs differ
         worst = max(abs(a.loss - b.loss) for a, b in zip(taken, compared, strict=False))
-        text += f". The losses of the two agree {f'to {worst:.0e} nats' if worst else 'exactly'}"
+        text += f". Their losses agree {f'to {worst:.0e} nats' if worst else 'exactly'}"
     return text + "."
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
     """Show backends, versions, threads and hardware."""
     report = _report()
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
+    warn_without_extension()
     console = Console(highlight=False)
     backends = _table("Backends", "backend", "version", "available")
     backends.columns[-1].justify = "left"
     for name, status in report["backends"].items():
         available = "yes" if status["available"] else f"no: {status['reason']}"
+        if name == "cython" and not status["available"]:
+            available = "no"  # the warning gives the reason
         backends.add_row(name, escape(status["version"] or ""), escape(available))
     console.print(backends, "")
     facts = Table.grid("", Column(overflow="fold"), padding=(0, 2))
@@ -259,10 +271,10 @@ def _facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, found or "not installed"
     yield "threads", str(report["threads"])
     yield "CPU", report["cpu"]
-    yield "instruction set", report["instruction_set"] or "not known: no cython backend"
+    yield "instruction set", report["instruction_set"] or "unknown (no cython backend)"
     yield "GPU", ", ".join(report["gpu"]) or "none"
     settings = [f"{name}={value}" for name, value in report["environment"].items()]
-    yield "environment", ", ".join(settings) or "no FASTLL_* variable is set"
+    yield "environment", ", ".join(settings) or "no FASTLL_* variable set"
 
 
 def _report() -> dict[str, Any]:
@@ -297,7 +309,7 @@ def _instruction_set() -> str:
 
 
 def _cpu() -> str:
-    """Model name, or the architecture where the system does not tell it."""
+    """Model name of the CPU, or its architecture if the system does not report the model."""
     name = ""
     if sys.platform == "darwin":
         name = _output("sysctl", "-n", "machdep.cpu.brand_string")
@@ -320,7 +332,7 @@ def _gpus() -> list[str]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints, nothing where it is missing or fails."""
+    """What a program prints; nothing if it is missing or fails."""
     program = shutil.which(command[0])
     if program is None:
         return ""

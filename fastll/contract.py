@@ -126,6 +126,10 @@ class Fold(NamedTuple):
     # may be x
 
 
+#: ``new(Map, fields)`` takes a third of the time of ``Map(*fields)``, which small calls notice.
+new = tuple.__new__
+
+
 class Backend(Protocol):
     """One implementation of every operation, for arrays on one device and, on a GPU, one stream of it.
 

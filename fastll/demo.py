@@ -1,11 +1,11 @@
-"""A next-token model fitted by maximum likelihood: what ``python -m fastll demo`` shows.
+"""The model of ``python -m fastll demo``: next-token prediction, fitted by maximum likelihood.
 
-Every likelihood and every gradient of a likelihood comes from fastll, the matrix products from NumPy.
+fastll computes every likelihood and its gradient, NumPy the matrix products.
 
-The tokens are the words, spaces and signs that occur at least twice in the training text, and all 256
-bytes: whatever is no token of its own is spelled in bytes. A softmax over thousands of words is what
-language models have, and the spelling keeps bits per byte honest: every text is encoded without loss,
-so the cost of its tokens is a cost of all its bytes, unknown words included.
+The tokens are the 256 bytes, and the words, runs of spaces and punctuation marks that occur at least
+twice in the training text. Anything else is spelled in bytes. So the softmax is over thousands of
+tokens, as in a language model, and bits per byte are meaningful: any text is encoded without loss,
+unknown words included.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 import fastll
+from fastll import dispatch
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
 MIN_BYTES = 20_000
-MAX_BYTES = 2 << 20  # of a longer file, the beginning: more than a minute of training sees
+MAX_BYTES = 2 << 20  # the rest of a longer file is not read: a minute of training sees less
 MAX_VOCABULARY = 4096
 BLOCK_BYTES = 2_000
-HELDOUT_EVERY = 10  # one block in ten is held out, so that both parts are of one kind
+HELDOUT_EVERY = 10  # every tenth block is held out, so that both parts are alike
 
 CONTEXT = 6
 EMBEDDING = 64
@@ -42,7 +44,7 @@ WARMUP_STEPS = 30
 WEIGHT_DECAY = 0.5
 
 _PIECE = re.compile(rb" ?[A-Za-z\x80-\xff]+|[0-9]|\n *|  +|[^A-Za-z0-9\s\x80-\xff]+|.", re.DOTALL)
-# cut at the end of a line, else at white space, else anywhere
+# cut at the end of a line if possible, else at white space, else anywhere
 _BLOCK = re.compile(
     rb".{%d,%d}\n|.{1,%d}(?:\s|\Z)|.{1,%d}" % (BLOCK_BYTES // 2, *(BLOCK_BYTES - 1,) * 3),
     re.DOTALL,
@@ -52,13 +54,13 @@ _PADDING = ord("\n")  # the context of the first token: an empty line
 
 
 class TextError(ValueError):
-    """A text that the demo cannot use, and why."""
+    """The demo cannot use a text; the message says why."""
 
 
 class Corpus(NamedTuple):
-    """A text in tokens, in two parts."""
+    """A text as tokens, in two parts."""
 
-    vocabulary: tuple[bytes, ...]  # the 256 bytes first
+    vocabulary: tuple[bytes, ...]  # starts with the 256 bytes
     train: Tokens
     heldout: Tokens
     heldout_bytes: int
@@ -78,13 +80,14 @@ class Step(NamedTuple):
     number: int  # from 1
     loss: float  # mean negative log-likelihood of the batch, nats per token
     likelihood_seconds: float  # spent in fastll
-    progress: float  # share of the training that is done
+    progress: float  # fraction of the training completed
 
 
 def default_text() -> bytes:
     """The documentation that ships inside CPython.
 
-    Its topics repeat one another: each paragraph is kept once, so that no held-out one is trained on.
+    Its topics repeat one another. Each paragraph is kept only once, so that training never sees a
+    held-out one.
 
     Returns
     -------
@@ -94,13 +97,13 @@ def default_text() -> bytes:
     Raises
     ------
     TextError
-        If this Python was installed without it.
+        If this Python was installed without its documentation.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise TextError(
-            "this Python comes without pydoc_data.topics, the default text; expected a FILE"
+            "this Python has no pydoc_data.topics, the default text; expected a FILE"
         ) from None
     paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.values()))
     return "\n\n".join(dict.fromkeys(paragraphs)).encode()
@@ -132,24 +135,24 @@ def read_text(path: str | Path) -> bytes:
         raise TextError(f"{path} cannot be read: {reason}; expected a text file") from None
     if len(text) < MIN_BYTES:
         raise TextError(f"{path} has {len(text):,} bytes; expected at least {MIN_BYTES:,}")
-    # checked in the bytes: UTF-8, Latin-1 and the like pass; UTF-16, images and archives do not
+    # by its bytes: UTF-8, Latin-1 and similar encodings pass; UTF-16, images and archives do not
     if len(text) - len(text.translate(None, _CONTROL)) > len(text) // 100 or b"\0" in text:
         raise TextError(f"{path} is not text; expected UTF-8, without null characters")
     return text
 
 
 def make_corpus(text: bytes) -> Corpus:
-    """Split a text into training and held-out part, and both into tokens.
+    """Split a text into a training and a held-out part, and both into tokens.
 
     Parameters
     ----------
     text : bytes
-        At least `MIN_BYTES` of it.
+        At least `MIN_BYTES` long.
 
     Returns
     -------
     Corpus
-        Its vocabulary is that of the training part.
+        The vocabulary is taken from the training part.
 
     Raises
     ------
@@ -182,7 +185,7 @@ def _encode(pieces: Iterable[bytes], index: dict[bytes, int]) -> Tokens:
     for piece in pieces:
         token = index.get(piece)
         if token is None:
-            tokens.extend(piece)  # spelled: the tokens below 256 are the bytes
+            tokens.extend(piece)  # spelled in bytes, which are the tokens below 256
         else:
             tokens.append(token)
     return np.array(tokens, dtype=np.int64)
@@ -197,17 +200,17 @@ def contexts(tokens: Tokens) -> Tokens:
 class Model:
     """Softmax of an affine function of a hidden layer over the embedded context.
 
-    That of Bengio et al., "A neural probabilistic language model" (2003). It starts as the uniform
-    distribution: the output matrix is zero.
+    The model of Bengio et al., "A neural probabilistic language model" (2003). Its output matrix is
+    zero at first, so it starts as the uniform distribution.
 
     Parameters
     ----------
     vocabulary : int
         Number of tokens.
     seed : int
-        Of the embeddings and the hidden layer.
+        Seed of the embeddings and the hidden layer.
     dtype : dtype_like
-        Of all parameters.
+        Dtype of all parameters.
     """
 
     def __init__(self, vocabulary: int, seed: int, dtype: DTypeLike = np.float32) -> None:
@@ -215,12 +218,12 @@ class Model:
         inputs = CONTEXT * EMBEDDING
         self.embedding: Floats = rng.standard_normal((vocabulary, EMBEDDING)).astype(dtype)
         self.hidden: Floats = (rng.standard_normal((inputs, HIDDEN)) / inputs**0.5).astype(dtype)
-        self.output: Floats = np.zeros((HIDDEN + 1, vocabulary), dtype)  # the last row: the bias
+        self.output: Floats = np.zeros((HIDDEN + 1, vocabulary), dtype)  # the last row is the bias
         self._logits: Floats = np.empty((BATCH, vocabulary), dtype)
 
     @property
     def parameters(self) -> list[Floats]:
-        """The arrays that are trained."""
+        """The trained arrays."""
         return [self.embedding, self.hidden, self.output]
 
     def nll(self, context: Tokens, target: Tokens) -> float:
@@ -229,11 +232,11 @@ class Model:
         return float(fastll.cross_entropy(logits, target))
 
     def nll_and_gradients(self, context: Tokens, target: Tokens) -> tuple[float, list[Floats], float]:
-        """The same, its gradients in the order of the parameters, and the seconds spent in fastll."""
+        """The same, the gradients in the order of the parameters, and the seconds spent in fastll."""
         embedded = self._embed(context)
         hidden, logits = self._forward(embedded)
         start = time.perf_counter()
-        # in place: nothing needs the logits any more
+        # in place: the logits are not needed any more
         loss, grad = fastll.cross_entropy(logits, target, return_grad=True, grad_out=logits)
         seconds = time.perf_counter() - start
 
@@ -249,7 +252,7 @@ class Model:
         return self.embedding[context].reshape(len(context), -1)
 
     def _forward(self, embedded: Floats) -> tuple[Floats, Floats]:
-        hidden = np.ones((len(embedded), HIDDEN + 1), embedded.dtype)  # the last column: the bias
+        hidden = np.ones((len(embedded), HIDDEN + 1), embedded.dtype)  # the last column is for the bias
         np.tanh(embedded @ self.hidden, out=hidden[:, :HIDDEN])
         return hidden, np.matmul(hidden, self.output, out=self._logits[: len(embedded)])
 
@@ -260,7 +263,7 @@ class Adam:
     Parameters
     ----------
     parameters : list of ndarray
-        What `step` changes.
+        Changed in place by `step`.
     """
 
     def __init__(self, parameters: list[Floats]) -> None:
@@ -270,7 +273,7 @@ class Adam:
         self._steps = 0
 
     def step(self, gradients: list[Floats], rate: float) -> None:
-        """Go one step against the gradients, which are overwritten."""
+        """Make one step; the gradients are overwritten."""
         beta1, beta2 = 0.9, 0.99
         self._steps += 1
         unbiased = math.sqrt(1 - beta2**self._steps) / (1 - beta1**self._steps)
@@ -299,32 +302,32 @@ def train(
 ) -> Iterator[Step]:
     """Train a model, one step each time the iterator is advanced.
 
-    The learning rate rises over the first steps and then falls linearly to zero: over the number of
-    steps, or over the time where only that is given. Given `steps`, the result depends on nothing but
-    the seed and the backend.
+    The learning rate rises over the first steps and then falls linearly to zero: over `steps`, or over
+    `seconds` if that is the only limit. Given `steps`, the result depends only on the seed and the
+    backend.
 
     Parameters
     ----------
     model : Model
         Changed in place.
     corpus : Corpus
-        Its training part is sampled.
+        The batches are drawn from its training part.
     steps : int, optional
-        How many to make.
+        Number of steps.
     seconds : float, optional
-        No step begins later than this. (The first step is always made.)
+        No step starts later than this, except the first, which is always made.
     seed : int
-        Of the batches.
+        Seed of the batches.
 
     Yields
     ------
     Step
-        The step that was made.
+        The step just made.
 
     Raises
     ------
     ValueError
-        If neither limit is given, or one is not positive.
+        If no limit is given, or a limit is not positive.
     """
     if steps is None and seconds is None:
         raise ValueError("steps and seconds are None; expected at least one limit")
@@ -354,15 +357,34 @@ def _train(
             return
 
 
+@contextmanager
+def backends_used() -> Iterator[list[str]]:
+    """Record the names of the backends that the calls in a ``with`` block are given to."""
+    names: list[str] = []
+    choose = dispatch.choose
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        backend = choose(*arguments, **options)
+        if backend.name not in names:
+            names.append(backend.name)
+        return backend
+
+    dispatch.choose = recorded
+    try:
+        yield names
+    finally:
+        dispatch.choose = choose
+
+
 def evaluate(model: Model, corpus: Corpus) -> Score:
     """Score of a model on the held-out text.
 
     Parameters
     ----------
     model : Model
-        Left as it is.
+        Not changed.
     corpus : Corpus
-        Its held-out part is predicted.
+        Its held-out part is scored.
 
     Returns
     -------
@@ -384,9 +406,9 @@ def uniform(corpus: Corpus) -> Score:
 
 
 def unigram(corpus: Corpus) -> Score:
-    """Score of the token frequencies of the training text, plus 1/2 each (Krichevsky-Trofimov)."""
+    """Score of the token frequencies in the training text, each plus 1/2 (Krichevsky-Trofimov)."""
     frequency = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) + 0.5
-    # the logits are the same in each row: a view, of which fastll makes no copy
+    # every row has the same logits: a broadcast view, which fastll reads without a copy
     row = np.log(frequency).astype(np.float32)
     logits = np.broadcast_to(row, (len(corpus.heldout), len(row)))
     return _score(float(fastll.cross_entropy(logits, corpus.heldout)), corpus)

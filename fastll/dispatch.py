@@ -1,4 +1,4 @@
-"""Which backend does a call: one table by device, a strict choice by the user, and nothing else."""
+"""Selects the backend for a call: one table by device, and a strict choice by the user."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastll.array_libraries import NEEDS_NUMBA_CUDA
 from fastll.arrays import Place
 from fastll.contract import Backend
 
-#: Candidates for arrays on a device: the first available one that is worth it does the call.
+#: Candidates by device: the first available one does the call.
 TABLE = {
-    "cpu": ("numba", "cython", "numpy"),
+    "cpu": ("cython", "numba", "numpy"),
     "cuda": ("cuda",),
 }
 
-#: What `backends` says a backend is built on.
+#: The package that each backend is built on.
 _PACKAGES = {"numba": "numba", "cython": "fastll", "numpy": "numpy", "cuda": "numba-cuda"}
 NAMES = tuple(_PACKAGES)
 
-#: Elements of one call from which Numba's dearer launch (10 us) is lost in the work.
+#: Elements of a call from which Numba's launch cost (10 us) is negligible.
 NUMBA_FROM = 1 << 20
-#: Elements that an operation must have handled before its Numba kernel is worth compiling: 2 to 4 s,
-#: against a gain of at most 0.2 ns an element. Both are measured by `python -m bench crossover`.
+#: Elements that an operation must have handled before compiling its Numba kernel pays: that takes 2 to
+#: 4 s and gains at most 0.2 ns per element. Both are measured by `python -m bench crossover`.
 NUMBA_PAYS_AFTER = 1 << 34
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
@@ -59,8 +59,8 @@ def choose(operation: str, dtype: Hashable, elements: int, place: Place) -> Back
 
 @cache
 def _first(numba_pays: bool) -> Backend:
-    """The first backend of the table that is available, Cython before Numba until that pays."""
-    for name in TABLE["cpu"] if numba_pays else ("cython", *TABLE["cpu"]):
+    """The first available backend of the table; before all of them Numba, once that pays."""
+    for name in ("numba", *TABLE["cpu"]) if numba_pays else TABLE["cpu"]:
         backend = _load(name)
         if not isinstance(backend, str):
             return backend

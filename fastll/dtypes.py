@@ -1,4 +1,4 @@
-"""The dtypes fastll computes with: what is accepted, computed in, and returned."""
+"""The dtypes: which are accepted, which one is computed in, and which one is returned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-#: bfloat16 without the package that has it for NumPy: as the field of a record.
+#: bfloat16 where ml_dtypes is not needed: a record of one field.
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 
-ACCEPTED = "float16, bfloat16, float32, float64, integers and bool"
+FLOATING = "float16, bfloat16, float32, float64"
+ACCEPTED = f"{FLOATING}, integers and bool"
 
-#: Storage formats a compiled backend can read, in the order of the codes it is told them by.
+#: Storage formats that compiled backends read, in the order of their codes.
 FORMATS = (
     "float32",
     "float64",
@@ -30,7 +31,7 @@ FORMATS = (
 
 
 class Kind(NamedTuple):
-    """How the elements of one dtype are stored, computed with and returned."""
+    """How the elements of a dtype are stored, computed with and returned."""
 
     code: int  # index into FORMATS
     floating: bool
@@ -40,7 +41,7 @@ class Kind(NamedTuple):
 
     @property
     def native(self) -> bool:
-        """Stored just as it is computed with, so that a kernel may read it in place."""
+        """Whether elements are stored in the form they are computed with."""
         return self.code < 2 and not self.swapped
 
 
@@ -49,9 +50,11 @@ _known: dict[np.dtype[Any], Kind] = {}
 
 
 def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
-    """The `Kind` of a dtype; `TypeError` naming the argument where fastll does not take it."""
+    """The `Kind` of a dtype; `TypeError` naming the argument if the dtype is not accepted."""
     kind = _known.get(dtype)
     if kind is None:
+        if dtype.kind not in "biufV":  # some of the others have no byte order to ask for
+            raise TypeError(f"{name} has dtype {name_of(dtype)}; fastll takes {ACCEPTED}")
         stored = dtype.newbyteorder("=")
         format_name = "uint8" if stored.kind == "b" else name_of(stored)
         # longdouble is a float128 or, where it is no wider than double, a second float64
@@ -71,19 +74,19 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
-    """What a dtype is called in messages, and by other libraries."""
+    """The name of a dtype, as other libraries spell it too."""
     return "bfloat16" if dtype == BFLOAT16 else str(dtype)
 
 
 def as_floats(a: NDArray[Any], dtype: np.dtype[Any] = _FLOAT64) -> NDArray[Any]:
-    """A contiguous array in a floating dtype that NumPy computes with."""
+    """A contiguous copy (or the array itself) in a floating dtype that NumPy computes with."""
     if a.dtype == BFLOAT16:  # the upper half of a float32
         a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.ascontiguousarray(a, dtype)
 
 
 def rounded(a: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Floats in another dtype, rounded to nearest."""
+    """Floats converted to another dtype, rounded to nearest."""
     if dtype != BFLOAT16:
         return a.astype(dtype)
     bits = a.astype(np.float32).view(np.uint32)

@@ -1,14 +1,15 @@
-"""Arrays of any shape and strides as the three-dimensional views that kernels take.
+"""Turns arrays of any shape and strides into the three-dimensional views that kernels take.
 
-A reduction over some axes of an array sees two kinds of them: kept (one result a position: the rows)
-and reduced (the classes). Neighbouring axes of a kind merge into one where every operand's strides
-allow it. A kernel walks two kept groups (outer, inner) and one reduced group (classes); whatever does
-not merge into these, the smallest groups, is iterated here. Nothing is ever copied.
+A reduction divides the axes of an array into two kinds: kept (their positions are the rows) and reduced
+(the classes). Neighbouring axes of a kind merge into one where the strides of every operand allow it. A
+kernel walks two kept groups (outer, inner) and one reduced group (classes); the smallest groups, which
+do not merge into these, are iterated here. Nothing is ever copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from fastll.contract import Fold, new
+
 Array = NDArray[Any]
 
 
-#: Arrays, of which the first is there; None for one that is not, which stays None in every piece.
+#: Arrays; None for a missing one (never the first), which stays None in every piece.
 Operands = Sequence[Any]
 #: One view per operand, in the order they were given.
 Piece = Sequence[Any]
@@ -30,27 +33,65 @@ class _Group(NamedTuple):
     strides: tuple[int, ...]  # one per operand; 0 where an operand does not have the axis
 
 
-def rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
-    """Pieces for a reduction over `axes`, in ascending order, and how many every row is spread over.
+def folds(call: Fold, axes: tuple[int, ...]) -> tuple[Iterable[Fold], int]:
+    """A reduction over `axes` (ascending) as pieces, and the number of pieces that share each row.
 
-    `full` operands share one shape. `row` operands have that shape less `axes`, and may have further
-    axes at the end, which stay as they are. Rows spread over more than one piece need a running state.
+    The call's *full* operands (of the contract) share one shape; its *row* operands have that shape
+    without `axes`. Rows in more than one piece need a running state.
     """
-    shape = full[0].shape
+    operation, x, second, labels, weight, options, state, value, lse, sign, out = call
+    whole, kept = _contiguous_shapes(x.shape, axes)
+    if (
+        whole is None
+        or not x.flags.c_contiguous
+        or (second is not None and not second.flags.c_contiguous)
+        or (labels is not None and not labels.flags.c_contiguous)
+        or (state is not None and not state.flags.c_contiguous)
+        or (value is not None and not value.flags.c_contiguous)
+        or (lse is not None and not lse.flags.c_contiguous)
+        or (sign is not None and not sign.flags.c_contiguous)
+        or (out is not None and not out.flags.c_contiguous)
+    ):
+        return _strided_folds(call, axes)
+    fields = (
+        operation,
+        x.reshape(whole),
+        None if second is None else second.reshape(whole),
+        None if labels is None else labels.reshape(kept),
+        weight,
+        options,
+        None if state is None else state.reshape((*kept, 3)),
+        None if value is None else value.reshape(kept),
+        None if lse is None else lse.reshape(kept),
+        None if sign is None else sign.reshape(kept),
+        None if out is None else out.reshape(whole),
+    )
+    return (new(Fold, fields),), 1
+
+
+@lru_cache(1024)
+def _contiguous_shapes(
+    shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[tuple[int, int, int] | None, tuple[int, int]]:
+    """(outer, classes, inner) and (outer, inner) of a contiguous array; None if `axes` are apart."""
     first, last = (axes[0], axes[-1] + 1) if axes else (0, 0)
-    if last - first != len(axes) or not _contiguous(full) or not _contiguous(row):
-        return _strided_rows(axes, full, row)
-    ndim = len(shape) - len(axes)
-    kept = prod(shape[:first]), prod(shape[last:]) if first < ndim else 1
-    whole = kept[0], prod(shape[first:last]), kept[1]
-    piece = []
-    for a in full:
-        piece.append(None if a is None else a.reshape(whole))
-    for a in row:
-        if a is not None:
-            a = a.reshape(kept if a.ndim == ndim else kept + a.shape[ndim:])
-        piece.append(a)
-    return (piece,), 1
+    if last - first != len(axes):
+        return None, (0, 0)
+    outer = prod(shape[:first])
+    inner = prod(shape[last:]) if first < len(shape) - len(axes) else 1
+    return (outer, prod(shape[first:last]), inner), (outer, inner)
+
+
+def _strided_folds(call: Fold, axes: tuple[int, ...]) -> tuple[Iterable[Fold], int]:
+    full = call.x, call.second, call.out
+    row = call.labels, call.state, call.value, call.lse, call.sign
+    pieces, parts = _strided_rows(axes, full, row)
+    return (
+        call._replace(
+            x=x, second=second, out=out, labels=labels, state=state, value=value, lse=lse, sign=sign
+        )
+        for x, second, out, labels, state, value, lse, sign in pieces
+    ), parts
 
 
 def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[Iterable[Piece], int]:
@@ -79,25 +120,39 @@ def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[I
     return _pieces(views, rest), prod(g.size for g in reduced_rest)
 
 
-def elementwise(operands: Operands) -> Sequence[Piece]:
-    """Pieces (outer, n) for an operation on each element; the operands share one shape."""
-    shape, size = operands[0].shape, operands[0].size
-    if _contiguous(operands):
-        return ([None if a is None else a.reshape(1, size) for a in operands],)
-    if size == 0:
+def elements(
+    inputs: tuple[Array, ...], value: Array | None, slope: Array | None, weight: Array | None
+) -> Sequence[tuple[tuple[Array, ...], Array | None, Array | None, Array | None]]:
+    """An element-wise operation as pieces (outer, n); the operands share one shape."""
+    flat = 1, inputs[0].size
+    views = [a.reshape(flat) for a in inputs if a.flags.c_contiguous]
+    if (
+        len(views) < len(inputs)
+        or (value is not None and not value.flags.c_contiguous)
+        or (slope is not None and not slope.flags.c_contiguous)
+        or (weight is not None and not weight.flags.c_contiguous)
+    ):
+        operands = *inputs, value, slope, weight
+        return [(tuple(piece[:-3]), *piece[-3:]) for piece in _strided_elements(operands)]
+    return (
+        (
+            tuple(views),
+            None if value is None else value.reshape(flat),
+            None if slope is None else slope.reshape(flat),
+            None if weight is None else weight.reshape(flat),
+        ),
+    )
+
+
+def _strided_elements(operands: Operands) -> Iterable[Piece]:
+    shape = operands[0].shape
+    if operands[0].size == 0:
         return ()
     groups = _merge(range(len(shape)), shape, lambda axis: _strides(operands, axis))
     kept, rest = _largest(groups, 2)
     order = [*rest, *kept]
     views = [None if a is None else _view(a, i, order, a.ndim) for i, a in enumerate(operands)]
-    return list(_pieces(views, rest))
-
-
-def _contiguous(operands: Operands) -> bool:
-    for a in operands:  # noqa: SIM110  a generator takes as long as all else here
-        if a is not None and not a.flags.c_contiguous:
-            return False
-    return True
+    return _pieces(views, rest)
 
 
 def _strides(operands: Operands, axis: int) -> tuple[int, ...]:
@@ -105,13 +160,13 @@ def _strides(operands: Operands, axis: int) -> tuple[int, ...]:
 
 
 def _pieces(views: Operands, rest: list[_Group]) -> Iterable[Piece]:
-    """The views at each place of the groups that kernels do not walk."""
+    """The views at each position of the groups that kernels do not walk."""
     for at in np.ndindex(*(g.size for g in rest)):
         yield [None if v is None else v[at] for v in views]
 
 
 def _view(a: Array, i: int, groups: list[_Group], extra: int) -> Array:
-    """Operand i over the groups; its axes from `extra` on stay as they are."""
+    """Operand i over the groups; its axes from `extra` on are left alone."""
     return as_strided(
         a,
         (*(g.size for g in groups), *a.shape[extra:]),
@@ -135,7 +190,7 @@ def _merge(axes: Sequence[int], shape: tuple[int, ...], strides: Any) -> list[_G
 
 
 def _largest(groups: list[_Group], count: int) -> tuple[list[_Group], list[_Group]]:
-    """The `count` largest groups in their order (padded in front by size 1), and the others."""
+    """The `count` largest groups in order (padded in front with size 1), and the others."""
     by_size = sorted(range(len(groups)), key=lambda i: -groups[i].size)[:count]
     largest = [groups[i] for i in sorted(by_size)]
     width = len(groups[0].strides) if groups else 64

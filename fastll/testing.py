@@ -1,4 +1,4 @@
-"""What the test-suite checks gradients with, for users' own losses too."""
+"""Checks that the tests of fastll use, for your own losses too."""
 
 from __future__ import annotations
 
@@ -17,36 +17,35 @@ def gradcheck(
     rtol: float = 1e-6,
     atol: float = 1e-8,
 ) -> bool:
-    r"""Check an analytic gradient by central differences.
+    r"""Check an analytic gradient against central differences.
 
     .. math:: \partial_i L(x) \approx
         \frac{8 (L(x + h e_i) - L(x - h e_i)) - (L(x + 2 h e_i) - L(x - 2 h e_i))}{12 h}
 
-    whose error is of order :math:`h^4` in the step and :math:`\epsilon |L| / h` in the rounding of L:
-    with a step of 1e-4 both lie below the default tolerances where L and its derivatives are near 1.
+    The truncation error is of order :math:`h^4`, the rounding error :math:`\epsilon |L| / h`. With a
+    step of 1e-4 both are below the default tolerances if L and its derivatives are near 1.
 
     Parameters
     ----------
     f : callable
-        ``f(x)`` returns the loss and its gradient with respect to x. A loss that is an array stands for
-        its sum.
+        ``f(x)`` returns the loss and its gradient with respect to x. A loss that is an array is summed.
     x : array_like
-        Where to check, converted to float64; finite.
+        The point at which to check; finite. It is converted to float64.
     step : float
         The step h.
     rtol, atol : float
-        Tolerances, as of `numpy.testing.assert_allclose`.
+        Tolerances, as in `numpy.testing.assert_allclose`.
 
     Returns
     -------
     bool
-        True.
+        Always True: a wrong gradient raises.
 
     Raises
     ------
     AssertionError
-        If an entry differs by more than ``atol + rtol * abs(difference quotient)``, or the gradient is
-        not in the shape of x.
+        If an entry differs by more than ``atol + rtol * abs(difference quotient)``, or if the gradient
+        does not have the shape of x.
     ValueError
         If `x` is not finite.
 
@@ -58,17 +57,17 @@ def gradcheck(
     >>> gradcheck(lambda x: cross_entropy(x, [2, 0], return_grad=True), x)
     True
     """
-    x = np.array(x, dtype=np.float64)
+    x = np.asarray(x).astype(np.float64)
     if not np.all(np.isfinite(x)):
         raise ValueError("x is not finite; expected an array of finite numbers")
-    gradient = np.array(f(x.copy())[1], dtype=np.float64)
+    gradient = np.asarray(f(x.copy())[1]).astype(np.float64)
     if gradient.shape != x.shape:
         raise AssertionError(f"the gradient has shape {gradient.shape}; expected that of x, {x.shape}")
 
     def loss_at(index: tuple[int, ...], offset: float) -> float:
         shifted = x.copy()
         shifted[index] += offset
-        return float(np.sum(f(shifted)[0]))
+        return float(np.sum(np.asarray(f(shifted)[0])))
 
     numeric = np.empty_like(x)
     for index in np.ndindex(x.shape):
@@ -76,6 +75,6 @@ def gradcheck(
         far = loss_at(index, 2 * step) - loss_at(index, -2 * step)
         numeric[index] = (8 * near - far) / (12 * step)
     np.testing.assert_allclose(
-        gradient, numeric, rtol=rtol, atol=atol, err_msg="analytic gradient against central differences"
+        gradient, numeric, rtol=rtol, atol=atol, err_msg="gradient differs from central differences"
     )
     return True

@@ -1,8 +1,8 @@
-"""Rows over threads: one pool of the package's own, for kernels that release the GIL.
+"""Rows divided among threads: fastll's own thread pool, for kernels that release the GIL.
 
-The pool is the standard library's. It starts with the first call worth sharing, serves any number of
-callers at once (each works on its own call too, so a busy pool delays nobody), and is dropped in a
-forked child, which starts its own.
+The pool is a `ThreadPoolExecutor`, started by the first call that is large enough. It serves any number
+of callers at once: each caller also works on its own call, so a busy pool delays nobody. A forked child
+drops it and starts its own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastll.contract import Kernel
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-#: Elements below which a call stays on its thread: a hand-over costs about as much as this many.
+#: A call with fewer elements stays on the caller's thread: handing over costs as much as this many.
 SHARE_FROM = 1 << 17
-#: Parts per thread: enough that a thread that is held up is relieved by the others.
+#: Parts per thread: enough for the other threads to take over from one that is held up.
 _PARTS = 4
 
 _lock = threading.Lock()
@@ -30,7 +30,7 @@ _threads: int | None = None
 
 
 def run(kernel: Kernel, units: int, elements: int) -> None:
-    """Run `kernel` over units 0 to `units`, which hold `elements` elements together."""
+    """Run `kernel` over units 0 to `units`, which have `elements` elements in total."""
     if elements < SHARE_FROM or units < 2 or get_num_threads() == 1:
         if units:
             kernel(0, units)
@@ -51,30 +51,30 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
     try:
         work()
     finally:
-        todo.clear()  # after an error nobody starts another part
+        todo.clear()  # after an error, no thread starts another part
         for helper in helpers:
-            if not helper.cancel():  # a helper that has not started by now has nothing left to do
+            if not helper.cancel():  # one that has not started yet has nothing left to do
                 helper.result()
 
 
 def _start(work: Any, count: int) -> list[Future[None]]:
     global _pool
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms that small calls never need
+    from concurrent.futures import ThreadPoolExecutor  # takes 5 ms, which small calls can save
 
     try:
         with _lock:
             if _pool is None:
                 _pool = ThreadPoolExecutor(get_num_threads() - 1, thread_name_prefix="fastll")
             return [_pool.submit(work) for _ in range(count)]
-    except RuntimeError:  # no new threads: the interpreter is shutting down, or the system's limit
+    except RuntimeError:  # no new threads: at interpreter shutdown, or at the system's limit
         return []
 
 
 def get_num_threads() -> int:
     """Number of threads a call may use.
 
-    Unless set by `set_num_threads` or the environment variable ``FASTLL_NUM_THREADS``: the CPUs this
-    process may use, by its affinity mask and its control group's quota.
+    It is set by `set_num_threads` or the environment variable ``FASTLL_NUM_THREADS``. The default is
+    the number of CPUs the process may use, by its affinity mask and its control group's quota.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def set_num_threads(n: int | None) -> None:
     Parameters
     ----------
     n : int or None
-        At least 1; None returns to the default of `get_num_threads`.
+        At least 1; None restores the default of `get_num_threads`.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def set_num_threads(n: int | None) -> None:
     with _lock:
         pool, _pool, _threads = _pool, None, n
     if pool is not None:
-        pool.shutdown(wait=False)  # calls in progress finish on it
+        pool.shutdown(wait=False)  # calls in progress still finish on it
 
 
 def _default_threads() -> int:
@@ -146,7 +146,7 @@ def _default_threads() -> int:
 
 
 def _cgroup_quota() -> float:
-    """CPUs that the control group grants, by version 2 (its own and those above it) or version 1."""
+    """CPUs allowed by the control group: version 2, its own and its parents', or version 1."""
     from pathlib import Path
 
     root = Path("/sys/fs/cgroup")
@@ -157,7 +157,7 @@ def _cgroup_quota() -> float:
                 own = line[3:].strip("/")
     except OSError:
         pass
-    quotas = [1024.0]  # more CPUs than there are
+    quotas = [1024.0]  # no limit
     folders = [root / own, *(root / own).parents] if own else [root]
     for folder in folders:
         try:
@@ -176,7 +176,7 @@ def _cgroup_quota() -> float:
 
 
 def _forget() -> None:
-    """In a forked child: the parent's pool has no threads here, and its lock may be held."""
+    """Reset a forked child: the parent's pool has no threads there, and its lock may be held."""
     global _lock, _pool
     _lock = threading.Lock()
     _pool = None

@@ -162,7 +162,7 @@ BAD_OUTPUTS = [
     (
         np.lib.stride_tricks.as_strided(np.zeros(12), (3, 4), (8, 8)),
         ValueError,
-        "has several elements in one",
+        "has several elements at one",
     ),
 ]
 
@@ -233,7 +233,7 @@ CROSS_ENTROPY_ERRORS = [
     (
         {"weight": np.ones(3)},
         ValueError,
-        r"weight has shape \(3,\); expected one weight a class, \(4,\)",
+        r"weight has shape \(3,\); expected one weight per class, \(4,\)",
     ),
     ({"weight": np.ones((1, 4))}, ValueError, r"weight has shape \(1, 4\)"),
     ({"weight": np.ones(4, complex)}, TypeError, "weight has dtype complex128"),
@@ -269,7 +269,7 @@ def test_sparse_and_dense(backend):
         fastll.sparse_cross_entropy(X, T)
     with pytest.raises(ValueError, match=r"target has shape \(3,\); expected that of logits, \(3, 4\)"):
         fastll.dense_cross_entropy(X, Y)
-    with pytest.raises(TypeError, match="no ignore_index"):
+    with pytest.raises(TypeError, match="ignore_index"):
         fastll.dense_cross_entropy(X, T, ignore_index=-100)
     with pytest.raises(TypeError, match="smoothing"):
         fastll.sparse_cross_entropy(X, Y, smoothing=0.1)

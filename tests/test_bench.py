@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import require_numba_cuda
+from source_tree import make_tree, run_in
 
 import fastll
 from bench import card, cases, families, gpu, gpu_report, jobs, peers, report
 from bench.__main__ import main
+from fastll import dispatch
 from fastll.operations import OPERATIONS
 
 SHAPE = (60, 2000)
@@ -110,6 +112,12 @@ def test_table_in_markdown(run: tuple[Result, Path]) -> None:
     assert any("Not installed: abacus" in line for line in lines)
 
 
+def test_tables_in_the_documentation() -> None:
+    folder = Path(jobs.__file__).parent
+    tables = invoke("table", folder / "results/cpu.json").output
+    assert tables in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_plots_of_sweeps(results: dict[str, Any], tmp_path: Path) -> None:
     for group in ("sizes", "rows", "classes"):
         for benchmark in results["benchmarks"][:2]:
@@ -134,9 +142,9 @@ def test_plots_of_sweeps(results: dict[str, Any], tmp_path: Path) -> None:
         (["--logits", "odd"], "'odd' is none of randn"),
         (["--backend", "abacus"], "'abacus' is none of numba"),
         (["--against", "abacus"], "'abacus' is none of numpy, scipy"),
-        (["--shape", "2048xmany"], "'2048xmany' is no shape"),
-        (["--shape", "20x0"], "'20x0' is no shape"),
-        (["--shape", "20x10", "--axis", "2"], "2 is no axis of 20x10"),
+        (["--shape", "2048xmany"], "'2048xmany' is not a shape"),
+        (["--shape", "20x0"], "'20x0' is not a shape"),
+        (["--shape", "20x10", "--axis", "2"], "2 is not an axis of 20x10"),
         (["--shape", "criteo", "--op", "softmax"], "nothing to measure"),
     ],
 )
@@ -151,6 +159,31 @@ def test_nothing_measured(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "nothing was measured" in done.stderr
     assert "backend cuda: " in done.stderr
+
+
+def test_source_tree_without_extension(tmp_path: Path) -> None:
+    """One line says so, and the next backend that is available is measured instead."""
+    (tmp_path / "numba.py").write_text("raise ImportError")  # nothing needs to be compiled then
+    options = ("--shape", "5x10", "--op", "sigmoid/value", "--against", "none", "--rounds", "1")
+    done = run_in(make_tree(tmp_path), "bench", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cython") == 1
+    assert "python -m pip install -e ." in done.stderr
+    assert "sigmoid-value-5x10-float32-randn-numpy: " in done.stderr
+    assert "Not measured" not in done.stdout
+
+
+def test_backends_that_are_missing_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*missing: str, **selected: Any) -> set[str]:
+        status = {name: dispatch.Status(name not in missing, None, None) for name in dispatch.NAMES}
+        monkeypatch.setattr(fastll, "backends", lambda: status)
+        return {job.backend for job in jobs.select(jobs.Settings(**selected))}
+
+    assert measured() == {"cython"}
+    assert measured(full=True) == {"cython", "numba"}
+    assert measured("cython") == measured("cython", full=True) == {"numba"}
+    assert measured("cython", "numba") == {"numpy"}
+    assert measured("cython", backends=("cython",)) == {"cython"}  # asked for by name
 
 
 def changed(results: dict[str, Any], path: Path, factor: float) -> Path:
@@ -208,7 +241,7 @@ def test_broken_files_are_named(tmp_path: Path, content: str | None) -> None:
 
 
 def test_compare_refuses_a_share() -> None:
-    assert "'much' is no percentage" in invoke("compare", "a", "b", "--fail-over", "much").stderr
+    assert "'much' is not a percentage" in invoke("compare", "a", "b", "--fail-over", "much").stderr
 
 
 def test_cases_name_operations() -> None:
@@ -329,7 +362,7 @@ def test_gpu_without_room(emulated: card.Card) -> None:
     # 8.4 MB each: two of x, two of the result, one to spare, and the numbers
     assert gpu.fit(emulated, this, 4, 2) == ((1 << 18, 8), 2)
     emulated.driver.free = 0
-    with pytest.raises(MemoryError, match="too few for one row"):
+    with pytest.raises(MemoryError, match="too little for one row"):
         gpu.fit(emulated, this, 4, 2)
 
 
@@ -344,8 +377,8 @@ def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--against", "scipy"], "'scipy' is none of torch, torch.compile, liger"),
-        (["--logits", "peaked"], "on a GPU the backend is cuda and the logits are randn"),
-        (["--backend", "numba"], "on a GPU the backend is cuda and the logits are randn"),
+        (["--logits", "peaked"], "on a GPU the only backend is cuda and the only logits are randn"),
+        (["--backend", "numba"], "on a GPU the only backend is cuda and the only logits are randn"),
     ],
 )
 def test_unknown_names_on_a_gpu(arguments: list[str], message: str) -> None:
@@ -447,4 +480,4 @@ def test_families_of_kernels(emulated: card.Card, monkeypatch: pytest.MonkeyPatc
     assert "0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(families, "off_by", lambda card, call, arrays: 3.0)
     assert families.check(emulated, ["some"]) == 2
-    assert "weighted logsumexp: off by 3 times what is allowed" in capsys.readouterr().out
+    assert "weighted logsumexp: off by 3 times the tolerance" in capsys.readouterr().out

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import require
+from source_tree import make_tree, run_in
 
 import fastll
-from fastll import __main__, cli, demo
+from fastll import __main__, cli, demo, dispatch
 
 
 @pytest.fixture(autouse=True)
 def _numpy_backend() -> Iterator[None]:
-    """Nothing here depends on the backend, and this one needs no compilation."""
+    """Almost nothing here depends on the backend, and this one needs no compilation."""
     with fastll.use_backend("numpy"):
         yield
 
@@ -39,7 +41,7 @@ def corpus(text: bytes) -> demo.Corpus:
 
 @pytest.fixture
 def file(tmp_path: Path, text: bytes) -> str:
-    path = tmp_path / "[red] text.txt"  # no markup, whatever its name
+    path = tmp_path / "[red] text.txt"  # a name that must not be taken for markup
     path.write_bytes(text[:25_000])
     return str(path)
 
@@ -68,7 +70,7 @@ def test_tokens_lose_nothing(text: bytes, corpus: demo.Corpus) -> None:
     assert len(decoded[1]) == corpus.heldout_bytes
     assert 0.05 < corpus.heldout_bytes / len(text) < 0.15
     assert sorted(b"".join(decoded)) == sorted(text)
-    # spelled words are in the held-out part, and no word of it alone is in the vocabulary
+    # the held-out part has spelled words; the vocabulary has no word that is only in that part
     assert np.any(corpus.heldout < 256)
     assert all(piece in decoded[0] for piece in corpus.vocabulary[256:])
 
@@ -179,6 +181,26 @@ def test_demo_in_a_pipe(file: str) -> None:
     assert "stopped" not in done.stdout
 
 
+@pytest.mark.parametrize("name", ["cython", "numpy"])
+def test_demo_reports_the_backend(file: str, name: str) -> None:
+    require(name)
+    with fastll.use_backend(name):
+        result = invoke("demo", file, "--steps", "1")
+    assert result.exit_code == 0, result.output
+    rows = result.stdout.partition("total s")[2].splitlines()
+    assert [row.split()[0] for row in rows[2:4]] == [name, "numpy"]
+
+
+def test_backends_used_are_those_that_are_called() -> None:
+    choose = dispatch.choose
+    with demo.backends_used() as names:
+        fastll.softmax([0.0, 1.0])
+        fastll.softmax([0.0, 1.0])
+    assert names == ["numpy"]
+    assert dispatch.choose is choose
+    fastll.softmax([0.0, 1.0])
+
+
 def test_demo_says_that_it_stopped_early(file: str) -> None:
     result = invoke("demo", file, "--steps", "100000", "--seconds", "0.1")
     assert result.exit_code == 0, result.output
@@ -212,7 +234,7 @@ def test_narrow_terminal(command: tuple[str, ...], file: str) -> None:
     files = [file] if command[0] == "demo" else []
     result = invoke(*command, *files, COLUMNS="40")
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.output.splitlines())) <= 40
+    assert max(map(len, result.stdout.splitlines())) <= 40
     assert "\N{HORIZONTAL ELLIPSIS}" not in result.output  # nothing is cut off
 
 
@@ -266,11 +288,49 @@ def test_info_lists_every_backend() -> None:
     table, facts = result.output.split("\n\n")
     for name, status in fastll.backends().items():
         row = next(line for line in table.splitlines() if line.startswith(f"{name} "))
-        assert row.rstrip().endswith("yes" if status.available else f"no: {status.reason}")
+        reason = "" if name == "cython" else f": {status.reason}"  # that of cython is a line of its own
+        assert row.rstrip().endswith("yes" if status.available else f"no{reason}")
         assert (status.version or "") in row
     assert f"threads          {fastll.get_num_threads()} " in facts
     assert fastll.__version__ in result.output
     assert np.__version__ in result.output
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_source_tree_without_extension(tree: Path, file: str, command: str) -> None:
+    arguments = [file, "--steps", "1"] if command == "demo" else []
+    done = run_in(tree, "fastll", command, *arguments, FASTLL_BACKEND="numpy", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "No cython backend: this is a source tree without its compiled extension" in done.stderr
+    assert "python -m pip install -e ." in done.stderr
+    assert "extension" not in done.stdout  # it is said once
+
+
+def test_extension_that_does_not_load(tree: Path) -> None:
+    stale = tree / "fastll/backend/cython/_v1.py"
+    stale.write_text("import fastll.no_longer_there")
+    try:
+        reason = json.loads(run_in(tree, "fastll", "info", "--json").stdout)["backends"]["cython"][
+            "reason"
+        ]
+    finally:
+        stale.unlink()
+    assert "does not load (No module named 'fastll.no_longer_there'); run python -m pip" in reason
+
+
+def test_installed_without_extension(tree: Path) -> None:
+    (tree / "setup.py").rename(tree / "kept")
+    try:
+        said = run_in(tree, "fastll", "info").stderr
+    finally:
+        (tree / "kept").rename(tree / "setup.py")
+    assert "fastll is installed without its compiled extension; reinstall it" in said
 
 
 def test_info_as_json() -> None:

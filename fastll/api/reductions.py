@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastll import dispatch, layout
-from fastll.api import _run
-from fastll.arrays import axes_of, broadcast, kept_shape, place_of
-from fastll.contract import Fold, Map
-from fastll.dtypes import kind_of, rounded
-
-Array = NDArray[Any]
-Axis = int | Sequence[int] | None
+from fastll import calls
+from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
+from fastll.calls import Call
+from fastll.contract import Fold
+from fastll.dtypes import rounded
 
 
 def logsumexp(
@@ -39,23 +35,23 @@ def logsumexp(
     a : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     axis : int, tuple of int or None
-        Axes to reduce over; None: all.
+        Axes to reduce over; None means all.
     b : array_like, optional
-        Weights; `a` and `b` broadcast to one shape. Where a weight is 0 its element counts for
-        nothing, even inf or NaN.
+        Weights; `a` and `b` broadcast to one shape. An element whose weight is 0 is ignored, even if it
+        is inf or NaN.
     keepdims : bool
-        Leave the reduced axes in the result, with size 1.
+        Keep the reduced axes in the result, with size 1.
     return_sign : bool
-        Also return the sign of the sum, and let the result be the logarithm of its magnitude.
-        Without it a negative sum gives NaN.
+        Also return the sign of the sum; the result is then the logarithm of its magnitude. Without
+        it, a negative sum gives NaN.
     out : array, optional
-        Where to leave the result: of its shape and, except on a GPU, any dtype that it can be cast to.
+        Output array of the result's shape and, except on a GPU, of any dtype it can be cast to.
 
     Returns
     -------
     res : array or scalar
-        float64 for float64 and integer `a`, float32 for every other. Over no element: -inf. With
-        +inf among the elements: +inf; with NaN: NaN.
+        float64 for float64 and integer `a`, float32 for all others. -inf if there are no elements,
+        +inf if one is +inf, NaN if one is NaN.
     sgn : array or scalar
         -1, 0 or 1 (NaN if `res` is); only if `return_sign`.
 
@@ -69,7 +65,7 @@ def logsumexp(
 
     See Also
     --------
-    LogSumExp : the same in parts, over chunks, processes and machines.
+    LogSumExp : the same over chunks, processes or machines.
 
     References
     ----------
@@ -90,8 +86,8 @@ def logsumexp(
     >>> float(log_difference), float(sign)
     (1.541324854612918, -1.0)
     """
-    place = place_of(a)
-    x = place.take(a, "a")
+    call = Call("logsumexp", a, "a")
+    x, place = call.x, call.place
     weights = None
     if b is not None:
         weights = place.take(b, "b")
@@ -105,31 +101,19 @@ def logsumexp(
     if x.ndim == 0:
         x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
     axes = axes_of(axis, x.ndim)
-    kept = kept_shape(x.shape, axes)
-    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else kept
-    value = kind_of(x.dtype).compute
-    # the kernels of a GPU write `out` itself; on the CPU it may be of another dtype
+    shape = kept_shape(x.shape, axes, keepdims)
+    # the kernels of a GPU write `out` itself; on the CPU it may have another dtype
     output = None
     if out is not None:
-        output = place.output(out, "out", shape, value, (x, weights), cast=place.on_cpu)
+        output = place.output(out, "out", shape, call.compute, (x, weights), cast=place.on_cpu)
     direct = output is not None and not place.on_cpu
-    result = output if output is not None and direct else place.empty(shape, value)
-    sign = place.empty(shape, value) if return_sign else None
-    row: tuple[Array, Array | None] = result, sign
-    if keepdims:  # the rows: without the axes of one entry
+    result = output if output is not None and direct else place.empty(shape, call.compute)
+    sign = place.empty(shape, call.compute) if return_sign else None
+    lse, signs = result, sign
+    if keepdims:  # the rows are what is left without the axes of one entry
         at = (*(0 if i in axes else slice(None) for i in range(x.ndim)), ...)
-        row = result[at], None if sign is None else sign[at]
-    backend = dispatch.choose("logsumexp", value, x.size, place)
-    pieces, folds = layout.rows(axes, (x, weights), row)
-    if folds == 1:
-        for x_, b_, out_, sign_ in pieces:
-            call = Fold("logsumexp", x_, second=b_, lse=out_, sign=sign_)
-            _run.rows(backend, backend.fold(call), x_)
-    else:
-        state = _run.new_state(backend, place, kept)
-        _run.fold(backend, x, weights, axes, state)
-        _run.finish(backend, place, state, weights is not None, *row)
-
+        lse, signs = result[at], None if sign is None else sign[at]
+    calls.fold(call.backend, place, Fold("logsumexp", x, weights, lse=lse, sign=signs), axes)
     if output is not None and not direct:
         np.copyto(output, rounded(result, output.dtype))
     returned = place.give(result) if out is None else out
@@ -137,7 +121,7 @@ def logsumexp(
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Softmax, in one read and one write.
+    r"""Softmax over the last axis (where SciPy takes all axes), in one read and one write.
 
     .. math:: p_j = \exp(x_j - m) / \sum_i \exp(x_i - m), \quad m = \max_i x_i
 
@@ -147,15 +131,15 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
         Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
         as float64.
     axis : int, tuple of int or None
-        Axes that the probabilities sum to one over; None: all.
+        Axes over which the probabilities sum to one; None means all.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers). The probability of -inf is 0. A row
-        whose maximum is infinite or that has a NaN is NaN.
+        Same shape and dtype as `x` (float64 for integers). The probability of -inf is 0. A row that
+        contains NaN or whose maximum is infinite is NaN.
 
     Raises
     ------
@@ -174,11 +158,13 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     >>> softmax([0.0, 0.0, float("-inf")])
     array([0.5, 0.5, 0. ])
     """
-    return _softmax(x, axis, out, log=False)
+    return _softmax("softmax", x, axis, out)
 
 
 def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
-    r"""Logarithm of the softmax, in one read and one write.
+    r"""Logarithm of the softmax over the last axis (where SciPy takes all axes).
+
+    One read and one write.
 
     .. math:: \log p_j = (x_j - m) - \log \sum_i \exp(x_i - m), \quad m = \max_i x_i
 
@@ -190,15 +176,15 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
         Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
         as float64.
     axis : int, tuple of int or None
-        Axes that the probabilities sum to one over; None: all.
+        Axes over which the probabilities sum to one; None means all.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers). That of -inf is -inf; a row of
-        nothing else, or with a NaN, is NaN.
+        Same shape and dtype as `x` (float64 for integers). The result for -inf is -inf; a row that
+        contains NaN, or only -inf, is NaN.
 
     Raises
     ------
@@ -217,31 +203,21 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
     >>> log_softmax([1000.0, 0.0])
     array([    0., -1000.])
     """
-    return _softmax(x, axis, out, log=True)
+    return _softmax("log_softmax", x, axis, out)
 
 
-def _softmax(x: ArrayLike, axis: Axis, out: Array | None, log: bool) -> Any:
-    place = place_of(x)
-    x = place.take(x, "x")
-    result = place.result(x, out, "out")
-    full, target = (x, result) if x.ndim else (x.reshape(1), result.reshape(1))
+def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any:
+    call = Call(operation, x, "x")
+    result = call.place.result(call.x, out, "out")
+    full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
-    backend = dispatch.choose("softmax", kind_of(x.dtype).compute, x.size, place)
-    if x.size:
-        state = None
-        pieces, folds = layout.rows(axes, (full, target), (state,))
-        if folds > 1:
-            state = _run.new_state(backend, place, kept_shape(full.shape, axes))
-            _run.fold(backend, full, None, axes, state)
-            pieces, _ = layout.rows(axes, (full, target), (state,))
-        for x_, out_, state_ in pieces:
-            name = "log_softmax" if log else "softmax"
-            _run.rows(backend, backend.fold(Fold(name, x_, state=state_, out=out_)), x_)
-    return place.give(result) if out is None else out
+    if full.size:
+        calls.fold(call.backend, call.place, Fold(operation, full, out=target), axes)
+    return call.place.give(result) if out is None else out
 
 
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
-    r"""Logistic sigmoid, at full precision in both tails.
+    r"""Logistic sigmoid, accurate in both tails.
 
     .. math:: \sigma(x) = 1 / (1 + \exp(-x))
 
@@ -250,12 +226,12 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers).
+        Same shape and dtype as `x` (float64 for integers).
 
     Raises
     ------
@@ -274,11 +250,11 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     >>> sigmoid([-1000.0, -40.0, 0.0])
     array([0.00000000e+00, 4.24835426e-18, 5.00000000e-01])
     """
-    return _sigmoid(x, out, log=False)
+    return _elementwise("sigmoid", x, out)
 
 
 def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
-    r"""Logarithm of the logistic sigmoid, at full precision in both tails.
+    r"""Logarithm of the logistic sigmoid, accurate in both tails.
 
     .. math:: \log \sigma(x) = \min(x, 0) - \operatorname{log1p}(\exp(-|x|))
 
@@ -287,12 +263,12 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     x : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     out : array, optional
-        Where to leave the result: of its shape and dtype. May be `x` itself.
+        Output array of the result's shape and dtype; may be `x` itself.
 
     Returns
     -------
     array or scalar
-        In the shape of `x`, in its dtype (float64 for integers).
+        Same shape and dtype as `x` (float64 for integers).
 
     Raises
     ------
@@ -311,15 +287,11 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     >>> log_sigmoid([-1000.0, 40.0])
     array([-1.00000000e+03, -4.24835426e-18])
     """
-    return _sigmoid(x, out, log=True)
+    return _elementwise("log_sigmoid", x, out)
 
 
-def _sigmoid(x: ArrayLike, out: Array | None, log: bool) -> Any:
-    place = place_of(x)
-    x = place.take(x, "x")
-    result = place.result(x, out, "out")
-    backend = dispatch.choose("sigmoid", kind_of(x.dtype).compute, x.size, place)
-    for x_, out_ in layout.elementwise((x, result)):
-        call = Map("log_sigmoid" if log else "sigmoid", (x_,), value=out_)
-        _run.elements(backend, backend.map(call), x_)
-    return place.give(result) if out is None else out
+def _elementwise(operation: str, x: ArrayLike, out: Array | None) -> Any:
+    call = Call(operation, x, "x")
+    result = call.place.result(call.x, out, "out")
+    call.map(call.backend, (call.x,), result)
+    return call.place.give(result) if out is None else out

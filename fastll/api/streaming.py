@@ -1,4 +1,4 @@
-"""Likelihoods in parts: states that are updated, merged and sent elsewhere."""
+"""Streaming: running states that can be updated, merged and sent elsewhere."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastll import dispatch
-from fastll.api import _run
-from fastll.api.reductions import Axis
-from fastll.arrays import HOST, Place, axes_of, kept_shape, place_of
-from fastll.contract import Backend, Floats
-from fastll.dtypes import as_floats, kind_of
+from fastll import calls, dispatch
+from fastll.arrays import HOST, Axis, Place, axes_of, kept_shape, place_of
+from fastll.calls import Call
+from fastll.contract import Backend, Floats, Fold
+from fastll.dtypes import FLOATING, as_floats, kind_of
 
 Array = NDArray[Any]
 
 
 class LogSumExp:
-    r"""Log-sum-exp in parts.
+    r"""Streaming log-sum-exp.
 
     The state of each row is the pair (m, s), the maximum so far and the sum of ``exp(x - m)``, whose
     log-sum-exp is ``m + log(s)``. ``(-inf, 0)`` is the identity; `merge` is associative and
@@ -27,16 +26,16 @@ class LogSumExp:
     .. math:: (m_1, s_1) \oplus (m_2, s_2) = (m, s_1 e^{m_1 - m} + s_2 e^{m_2 - m}),
               \quad m = \max(m_1, m_2)
 
-    The state is where the first array was, on the CPU or a GPU, and further ones must be there too.
-    What comes out is in that array's library.
+    The state lives on the device of the first array; later arrays must be there too. Results are
+    arrays of that array's library.
 
     Parameters
     ----------
     shape : int or tuple of int
-        Shape of the rows, which is that of the value.
+        Shape of the rows, and so of the value.
     dtype : dtype_like
-        A floating dtype; the value is float64 for float64 and float32 for every other. The state is
-        float64 in any case.
+        A floating dtype; the value is float64 for float64 and float32 for all others. The state is
+        always float64.
 
     Raises
     ------
@@ -61,14 +60,18 @@ class LogSumExp:
     __slots__ = ("_dtype", "_place", "_state")
 
     def __init__(self, shape: int | tuple[int, ...] = (), dtype: DTypeLike = np.float64) -> None:
-        kind = kind_of(np.dtype(dtype), "dtype")
-        if kind.element != np.dtype(dtype).newbyteorder("="):
-            raise TypeError(f"dtype is {np.dtype(dtype)}; expected a floating one")
+        try:
+            kind = kind_of(np.dtype(dtype), "dtype")
+        except TypeError:
+            kind = None
+        if kind is None or not kind.floating:
+            raise TypeError(f"dtype is {dtype!r}; expected a floating dtype of NumPy: {FLOATING}")
         self._dtype = kind.compute
         # where the first array was, and None before it
         self._place: Place | None = None
+        lengths = (shape,) if hasattr(shape, "__index__") else tuple(shape)
         # (m, e, k) of the contract, where s = e + k: the split keeps the digits of log1p
-        self._state: Floats = np.zeros((*((shape,) if isinstance(shape, int) else shape), 3))
+        self._state: Floats = np.zeros((*lengths, 3))
         self._state[..., 0] = -np.inf
 
     @property
@@ -87,58 +90,56 @@ class LogSumExp:
         Parameters
         ----------
         x : array_like
-            Any shape and strides; without `axis`, in the shape of the rows.
+            Any shape and strides; its shape without `axis` must be that of the rows.
         axis : int, tuple of int or None
-            Axes to reduce over; None: all.
+            Axes to reduce over; None means all.
 
         Returns
         -------
         LogSumExp
-            This one.
+            This accumulator.
 
         Raises
         ------
         TypeError
             If the dtype is complex, longdouble, object or string.
         ValueError
-            If `x` without `axis` is not in the shape of the rows, or on another device than the arrays
-            before; nothing has been added then.
+            If the shape of `x` without `axis` is not that of the rows, or `x` is on another device than
+            earlier arrays; nothing has been added by then.
         """
-        place = self._place or place_of(x)
-        x = place.take(x, "x")
-        if x.ndim == 0:
-            x = x.reshape(1)
+        call = Call("logsumexp", x, "x", self._place)
+        x = call.x if call.x.ndim else call.x.reshape(1)
         axes = axes_of(axis, x.ndim)
         kept = kept_shape(x.shape, axes)
         if kept != self.shape:
             raise ValueError(
                 f"x has shape {x.shape}, {kept} without axis {axis}; expected {self.shape}"
             )
-        backend = dispatch.choose("logsumexp", kind_of(x.dtype).compute, x.size, place)
-        self._settle(backend, place)
+        backend = call.backend
+        self._move_to(backend, call.place)
         if x.size:
-            _run.fold(backend, x, None, axes, self._state)
+            calls.fold(backend, call.place, Fold("logsumexp", x, state=self._state), axes)
         return self
 
-    def _settle(self, backend: Backend, place: Place) -> None:
-        """Have the state where the first array is."""
+    def _move_to(self, backend: Backend, place: Place) -> None:
+        """Keep the state where the first array is."""
         if self._place is None:
             self._place = place
             if not place.on_cpu:
-                self._state = _run.new_state(backend, place, self.shape)
+                self._state = calls.new_state(backend, place, self.shape)
 
     def merge(self, other: LogSumExp) -> Self:
-        """Add the elements of another accumulator, which stays as it is.
+        """Add the elements of another accumulator, which is not changed.
 
         Parameters
         ----------
         other : LogSumExp
-            Of the same shape.
+            One of the same shape.
 
         Returns
         -------
         LogSumExp
-            This one.
+            This accumulator.
 
         Raises
         ------
@@ -159,7 +160,7 @@ class LogSumExp:
                 f"other is on {other._place.device}; expected it on {place.device}, as this one"
             )
         backend = self._backend(place)
-        self._settle(backend, place)
+        self._move_to(backend, place)
         backend.merge(self._state, other._state)
         return self
 
@@ -171,7 +172,7 @@ class LogSumExp:
         """The log-sum-exp of all elements so far, -inf before the first."""
         place = self._place or HOST
         out = place.empty(self.shape, self._dtype)
-        _run.finish(self._backend(place), place, self._state, False, out, None)
+        calls.finish(self._backend(place), place, Fold("logsumexp", out, state=self._state, lse=out))
         return place.give(out)
 
     @property
@@ -182,31 +183,31 @@ class LogSumExp:
             m, e, k = np.moveaxis(self._state, -1, 0)
             return place.give_array(m.copy()), place.give_array(e + k)
         backend = self._backend(place)
-        copy = _run.new_state(backend, place, self.shape)
+        copy = calls.new_state(backend, place, self.shape)
         backend.merge(copy, self._state)
         parts = place.give(copy)
         return parts[..., 0], parts[..., 1] + parts[..., 2]
 
     @classmethod
     def from_state(cls, state: tuple[ArrayLike, ArrayLike], dtype: DTypeLike = np.float64) -> Self:
-        """An accumulator with a given state.
+        """Make an accumulator from a state.
 
         Parameters
         ----------
         state : tuple of array_like
-            The pair (m, s), of one shape, as `state` gives it.
+            The pair (m, s), two arrays of one shape, as returned by `state`.
         dtype : dtype_like
-            As of the class.
+            As for the class.
 
         Returns
         -------
         LogSumExp
-            A new one.
+            A new accumulator.
 
         Raises
         ------
         ValueError
-            If the shapes differ, or an s is negative (which is not looked at on a GPU).
+            If the shapes differ, or an s is negative (not checked on a GPU).
         """
         place = place_of(state[0])
         m, s = (place.take(part, "state") for part in state)
@@ -215,8 +216,9 @@ class LogSumExp:
         result = cls(m.shape, dtype)
         if not place.on_cpu:  # one element m with weight s
             backend = result._backend(place)
-            result._settle(backend, place)
-            _run.fold(backend, m[..., None], s[..., None], (m.ndim,), result._state)
+            result._move_to(backend, place)
+            fold = Fold("logsumexp", m[..., None], s[..., None], state=result._state)
+            calls.fold(backend, place, fold, (m.ndim,))
             return result
         result._place = place
         m, s = as_floats(m).reshape(m.shape), as_floats(s).reshape(s.shape)

@@ -1,8 +1,8 @@
-"""Arrays of other libraries: whose an array is, and what fastll asks of that library.
+"""Arrays of other libraries: which library an array belongs to, and what fastll needs from it.
 
-Inside fastll every array, also one on a GPU, is a NumPy array *object*: its shape, strides, dtype and
-address are what validation, layout and kernels go by. Nothing here imports a library: an array can only
-come from one that is imported already.
+Inside fastll every array is a NumPy array *object*, even one on a GPU: validation, layout and kernels
+use its shape, strides, dtype and address. Nothing here imports a library before one of its arrays is
+met, and then it has been imported already.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Array = NDArray[Any]
 
 
 class Device(NamedTuple):
-    """Where memory is: "cpu", or "cuda" and its index."""
+    """Where memory is: "cpu", or "cuda" with an index."""
 
     type: str
-    index: int = 0  # type: ignore[assignment]  # not the method of tuples
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
 
     def __str__(self) -> str:
         return self.type if self == CPU else f"{self.type}:{self.index}"
@@ -28,31 +28,31 @@ class Device(NamedTuple):
 
 CPU = Device("cpu")
 
-#: What is said where a GPU's array comes without the package that handles it.
+#: End of the error message for an array on a GPU without the package that handles it.
 NEEDS_NUMBA_CUDA = 'needs the package numba-cuda: pip install "fastll[cuda12]" or "fastll[cuda13]"'
 
 
 class Library(Protocol):
-    """What fastll asks of an array library; a module will do.
+    """What fastll needs from an array library. A module can implement it.
 
-    `stream` and `order` are asked only of arrays on a GPU.
+    `stream` and `order` are only called for arrays on a GPU.
     """
 
-    #: For messages.
+    #: Name in messages.
     name: str
-    #: Whether its arrays may be written.
+    #: Whether its arrays may be written to.
     mutable: bool
 
     def device(self, x: Any) -> Device:
-        """Where an array is."""
+        """Device of an array."""
         ...
 
     def view(self, x: Any, name: str) -> Array:
-        """An array as the NumPy object of its geometry; `TypeError` naming one that has none."""
+        """NumPy object with an array's geometry; `TypeError` with the array's name if it has none."""
         ...
 
     def writes(self, x: Any) -> None:
-        """Say that an array is going to be written."""
+        """Notify the library before writing to `x`."""
         ...
 
     def empty(
@@ -62,11 +62,11 @@ class Library(Protocol):
         device: Device,
         order: tuple[int, ...] | None,
     ) -> Array:
-        """The view of a new array, its `owner`; `order`: its axes, from the outermost in memory on."""
+        """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
         ...
 
     def give(self, view: Array) -> Any:
-        """The library's array for a result: its `owner`, or an array or scalar of NumPy's."""
+        """The library's array for a result: the view's `owner`, or a NumPy array or scalar."""
         ...
 
     def stream(self, device: Device) -> int:
@@ -74,18 +74,18 @@ class Library(Protocol):
         ...
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
-        """Order the work on a stream after what makes an array, without waiting for either."""
+        """Make a stream wait for the work that produces an array, without blocking the host."""
         ...
 
 
 class View(np.ndarray[Any, np.dtype[Any]]):
-    """An array that knows the library's own object for the same memory."""
+    """An array that refers to the library's own object for the same memory."""
 
     owner: Any = None
 
 
 class DeviceView(View):
-    """The geometry of an array on a device: views can be made, and nothing else."""
+    """The geometry of an array on a device. It supports views and nothing else."""
 
     __array_ufunc__ = None  # type: ignore[assignment]
 
@@ -118,7 +118,7 @@ _GEOMETRY = {np.broadcast_to, np.may_share_memory, np.shares_memory, np.shape, n
 
 
 def _refuse(self: DeviceView, *args: Any, **options: Any) -> NoReturn:
-    raise TypeError("an array on a device is geometry only: NumPy cannot touch its memory")
+    raise TypeError("this array is on a device: NumPy cannot access its memory")
 
 
 _TOUCHING = """
@@ -133,7 +133,7 @@ for _name in _TOUCHING.split():
 
 
 class _Memory:
-    """Memory by its address, kept alive by what owns it."""
+    """Memory at an address, kept alive by its owner."""
 
     def __init__(self, interface: dict[str, Any], owner: Any) -> None:
         self.__array_interface__ = interface
@@ -143,12 +143,12 @@ class _Memory:
 def device_view(
     address: int,
     shape: tuple[int, ...],
-    strides: tuple[int, ...] | None,  # in bytes; None: C order
+    strides: tuple[int, ...] | None,  # in bytes; None means C order
     dtype: np.dtype[Any],
     owner: Any,
     writeable: bool = True,
 ) -> DeviceView:
-    """The view of memory on a device; nothing is read."""
+    """View of memory on a device; nothing is read."""
     interface = {
         "data": (address, not writeable),
         "shape": tuple(shape),
@@ -161,20 +161,20 @@ def device_view(
     return view
 
 
-#: Library of each type of array that has been met; None: NumPy's, or for np.asarray.
+#: Library of each type of array met so far; None for NumPy's, or if np.asarray converts it.
 _known: dict[type, Library | None] = dict.fromkeys((np.ndarray, list, tuple, int, float, bool))
 
-#: Modules of this package, by package and name of a library's class of arrays.
+#: Modules of this package, by the package and class name of a library's arrays.
 _MODULES = {
     ("torch", "Tensor"): "torch",
     ("cupy", "ndarray"): "cupy",
     ("numba", "DeviceNDArrayBase"): "numba",
-    ("numba", "FakeCUDAArray"): "numba",  # of its simulator
+    ("numba", "FakeCUDAArray"): "numba",  # in its simulator
 }
 
 
 def library_of(x: Any) -> Library | None:
-    """The library of an array; None for NumPy's own and for whatever np.asarray takes."""
+    """Library of an array; None for NumPy arrays and for whatever np.asarray accepts."""
     try:
         return _known[type(x)]
     except KeyError:
@@ -197,12 +197,12 @@ def _find(x: Any) -> Library | None:
 
 
 def load(module: str) -> Library:
-    """A library by its module in this package."""
+    """Load a library by the name of its module in this package."""
     return cast(Library, import_module(f"fastll.array_libraries.{module}"))
 
 
 def order_streams(device: Device, after: int, stream: int) -> None:
-    """Order the work on a stream of a device after what another stream has been given."""
+    """Make `stream` wait for the work submitted to another stream, `after`, of the same device."""
     if after == stream:
         return
     from numba import cuda
@@ -214,6 +214,6 @@ def order_streams(device: Device, after: int, stream: int) -> None:
 
 
 def permuted(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape to allocate for axes in an order in memory, and how to transpose what was allocated."""
+    """Shape to allocate for an order of the axes in memory, and the transposition back."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return tuple([shape[axis] for axis in order]), tuple(inverse)

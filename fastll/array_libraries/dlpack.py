@@ -1,7 +1,7 @@
-"""Any other array that speaks a protocol: JAX's, and whatever has DLPack or `__cuda_array_interface__`.
+"""All other arrays with DLPack or `__cuda_array_interface__`, such as JAX's.
 
-A result is handed to the library of the array by its `from_dlpack`, which the array API standard asks
-for. Where there is no such namespace it is a NumPy array, or on a GPU a Numba device array.
+A result is given to the library of the array by `from_dlpack` of its array API namespace. Without such
+a namespace it is a NumPy array, or on a GPU a Numba device array.
 """
 
 from __future__ import annotations
@@ -22,24 +22,23 @@ from fastll.array_libraries import (
     order_streams,
 )
 
-#: Devices by their code in DLPack: memory of the host that a GPU can read is the host's, memory that
-#: both share the GPU's.
+#: Devices by their DLPack code. Pinned host memory belongs to the host, managed memory to the GPU.
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 13: "cuda"}
 _DEVICES |= {14: "oneapi", 15: "webgpu", 16: "hexagon"}
 
-_DEFAULT_STREAM = 1  # as DLPack has it
+_DEFAULT_STREAM = 1  # in DLPack's numbering
 
-_LINE = 64  # bytes: JAX takes over memory that begins on a line of the cache, and copies other
+_LINE = 64  # bytes in a cache line: JAX takes over memory aligned to it, and copies other memory
 
 
 class Exchanged:
-    """The library of one array, as far as its protocols tell."""
+    """The library of one array, as far as its protocols describe it."""
 
     def __init__(self, x: Any) -> None:
         self.name = type(x).__module__.partition(".")[0].replace("jaxlib", "jax")
         self.mutable = self.name != "jax"
         self.namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
-        # of the two protocols DLPack is the one that orders streams
+        # DLPack is preferred, as it orders streams
         self.interface = None
         if not hasattr(self.namespace, "from_dlpack"):
             self.namespace, self.interface = None, getattr(x, "__cuda_array_interface__", None)
@@ -49,26 +48,24 @@ class Exchanged:
             return Device("cuda", _strided_memory(x, -1).device_id)
         try:
             code, index = x.__dlpack_device__()
-        except BufferError as error:  # on several devices, or one that DLPack does not know
-            raise NotImplementedError(f"an array of {self.name} has no backend: {error}") from None
+        except BufferError as error:  # on several devices, or on one that DLPack does not know
+            raise NotImplementedError(f"no backend for this {self.name} array: {error}") from None
         kind = _DEVICES.get(int(code), f"DLPack device {int(code)}")
         return CPU if kind == "cpu" else Device(kind, index)
 
     def view(self, x: Any, name: str) -> Array:
         if self.device(x) == CPU:
-            # JAX has a NumPy view of bfloat16 too, which NumPy does not take by DLPack
+            # np.from_dlpack does not accept bfloat16, but JAX gives NumPy a view of it
             return np.from_dlpack(x) if self.mutable else np.asarray(x)
         if self.interface is None:
-            memory = _strided_memory(
-                x, _DEFAULT_STREAM
-            )  # a stream must be named, and this does no harm
+            memory = _strided_memory(x, _DEFAULT_STREAM)  # some stream is required
             strides = memory.strides and tuple([s * memory.dtype.itemsize for s in memory.strides])
-            # the view of the memory keeps it alive
+            # `memory` keeps the array alive
             return device_view(
                 memory.ptr, memory.shape, strides, memory.dtype, memory, not memory.readonly
             )
         if self.interface.get("mask") is not None:
-            raise TypeError(f"{name} has a mask; expected an array without")
+            raise TypeError(f"{name} has a mask; expected an array without a mask")
         address, read_only = self.interface["data"]
         shape, dtype = self.interface["shape"], np.dtype(self.interface["typestr"])
         return device_view(address, shape, self.interface.get("strides"), dtype, x, not read_only)
@@ -107,14 +104,14 @@ class Exchanged:
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
         if self.interface is None:
-            if consumer:  # the default stream has been ordered by the view
+            if consumer:  # the view has already ordered the default stream
                 x.__dlpack__(stream=consumer)
         elif self.interface.get("stream") is not None:
             order_streams(device, self.stream(device), consumer)
 
 
 class _Buffer:
-    """Memory of a GPU that another library takes over by DLPack, ordered after what wrote it."""
+    """GPU memory for another library to take over by DLPack, ordered after the work that writes it."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int
@@ -124,7 +121,7 @@ class _Buffer:
 
         self.device, self.stream = device, stream
         producer = core.Stream.from_handle(stream) if stream else core.LEGACY_DEFAULT_STREAM
-        with cuda.gpus[device.index]:  # the device that is current stays so
+        with cuda.gpus[device.index]:  # restores the current device
             gpu = core.Device(device.index)
             gpu.set_current()
             memory = gpu.allocate(max(1, prod(shape) * dtype.itemsize), stream=producer)
@@ -141,14 +138,14 @@ class _Buffer:
 
 
 def _strided_memory(x: Any, stream: int) -> Any:
-    """A view of an array on a GPU by either protocol, for work on a stream; -1: for none."""
+    """View of an array on a GPU by either protocol, ordered for a stream (-1: not ordered)."""
     kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
     try:
         from cuda.core.utils import StridedMemoryView
     except ImportError as error:
         raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
-    view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # of older versions
+    view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # in older versions
     try:
         return view(x, stream)
     except RuntimeError as error:  # no driver
-        raise RuntimeError(f"a {kind} says that it is on a GPU, but there is none: {error}") from error
+        raise RuntimeError(f"a {kind} claims to be on a GPU, but there is none: {error}") from error

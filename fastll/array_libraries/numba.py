@@ -1,4 +1,4 @@
-"""Numba's device arrays, also those of its simulator. Its current stream is the default one."""
+"""Numba's device arrays, and those of its simulator. Its current stream is the default stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def device(x: Any) -> Device:
 
 
 def view(x: Any, name: str) -> Array:
-    on_gpu = hasattr(x, "gpu_data")  # and not the simulator's, whose device is the host
+    on_gpu = hasattr(x, "gpu_data")  # false in the simulator, whose arrays are on the host
     address = x.device_ctypes_pointer.value or 0 if on_gpu else x.ctypes.data
     return device_view(address, tuple(x.shape), x.strides, x.dtype, x)
 

@@ -1,4 +1,4 @@
-"""torch tensors, on the CPU and on CUDA devices. One that requires a gradient is taken as its data."""
+"""torch tensors, on the CPU and on CUDA devices. Those that require a gradient are detached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastll.dtypes import ACCEPTED, BFLOAT16
 name = "torch"
 mutable = True
 
-_INT = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"  # before torch 2.3 without the last three
+_INT = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"  # torch before 2.3 lacks the last three
 _DTYPES: dict[Any, np.dtype[Any]] = {
     getattr(torch, dtype): np.dtype(dtype)
     for dtype in f"bool float16 float32 float64 {_INT}".split()
@@ -40,7 +40,7 @@ def device(x: Any) -> Device:
     except KeyError:
         kind, index = x.device.type, x.device.index
     if kind == "meta":
-        raise TypeError("a torch tensor on the device meta has no elements to compute with")
+        raise TypeError("a torch tensor on the meta device has no elements to compute with")
     kind = "rocm" if kind == "cuda" and torch.version.hip else kind
     return _devices.setdefault(x.device, Device(kind, index or 0))
 
@@ -51,7 +51,7 @@ def view(x: Any, name: str) -> Array:
         raise TypeError(f"{name} has dtype {x.dtype}; fastll takes {ACCEPTED}")
     if x.layout is not torch.strided:
         raise TypeError(
-            f"{name} has layout {x.layout}; expected a dense tensor, as of {name}.to_dense()"
+            f"{name} has layout {x.layout}; expected a dense tensor such as {name}.to_dense()"
         )
     if x.is_neg():
         raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
@@ -64,7 +64,7 @@ def view(x: Any, name: str) -> Array:
 
 
 def writes(x: Any) -> None:
-    torch.autograd.graph.increment_version(x)  # a backward pass that needs the old values then says so
+    torch.autograd.graph.increment_version(x)  # a backward pass that needs the old values then raises
 
 
 def empty(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastll import threads
 from fastll.contract import CHUNK, Array, Floats, bad_label
 
+_INT64 = np.dtype(np.int64)
 _INT64_MAX = (1 << 63) - 1
 
 
@@ -28,10 +29,13 @@ class Host:
         """As contiguous int64; always checked."""
         y = labels
         if y.dtype.kind == "u":
-            # beyond int64 a label is out of range for certain, and stays so at its limit
-            y = np.minimum(y, np.uint64(_INT64_MAX))
-        y = np.asarray(y, dtype=np.int64, order="C")
-        bad, kept = self.scan_labels(y.reshape(-1), classes, ignore_index, weight)
+            # beyond int64 a label is out of range for certain, as is a negative one
+            y = np.where(
+                y > np.uint64(_INT64_MAX), -1 if ignore_index != -1 else -2, y.astype(np.int64)
+            )
+        if y.dtype != _INT64 or not y.flags.c_contiguous:
+            y = np.ascontiguousarray(y, dtype=_INT64)
+        bad, kept = self.scan_labels(y, classes, ignore_index, weight)
         if bad >= 0:
             at = tuple(int(i) for i in np.unravel_index(bad, y.shape))
             raise bad_label(labels[at], at, classes, ignore_index)
@@ -40,7 +44,10 @@ class Host:
     def scan_labels(
         self, labels: NDArray[Any], classes: int, ignore_index: int, weight: Any
     ) -> tuple[int, float]:
-        """Position of the first int64 label that is out of range, or -1; weight of the kept ones."""
+        """Flat position of the first label out of range, or -1; weight of the kept ones.
+
+        `labels` is contiguous, of native int64.
+        """
         raise NotImplementedError
 
     def factor(self, kept: float) -> float:

@@ -220,7 +220,7 @@ class Backend(Old):
 
     def _weigh(self, labels, classes, ignore_index, weight, debugging=False):
         """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
-        pieces = list(layout.elementwise((labels,)))  # one, as a rule
+        pieces = [inputs for inputs, *_ in layout.elements((labels,), None, None, None)]
         blocks = [-(-piece.size // totals.UNIT) for (piece,) in pieces]
         alone = len(blocks) == 1 and blocks[0] == 1
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)

@@ -1,28 +1,37 @@
-"""Cython kernels, compiled ahead of time for several instruction sets: the best one serves."""
+"""Cython kernels, compiled ahead of time for several instruction sets, of which the best is used."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from fastll.contract import Backend
 
 
 def _best() -> ModuleType:
-    """The module of the highest level that was built and that the CPU supports."""
+    """The module for the highest instruction set that was compiled and that the CPU supports."""
     try:
-        baseline = import_module("fastll.backend.cython._v1")
+        baseline = import_module(f"{__name__}._v1")
     except ImportError as error:
-        raise ImportError(
-            "fastll was installed without its cython backend, which needs a C++ compiler at install "
-            "time; reinstall it with FASTLL_REQUIRE_EXT=1 in the environment to see what fails"
-        ) from error
+        raise ImportError(_remedy(error)) from error
     for level in (4, 3):
         if baseline.level >= level:
-            with suppress(ImportError):  # not built
-                return import_module(f"fastll.backend.cython._v{level}")
+            with suppress(ImportError):  # not compiled
+                return import_module(f"{__name__}._v{level}")
     return baseline
+
+
+def _remedy(error: ImportError) -> str:
+    """Why the extension is missing and what to do, in one line."""
+    where, command = "fastll is installed", "reinstall it"
+    if Path(__file__).parents[3].joinpath("setup.py").exists():
+        where, command = "this is a source tree", "run python -m pip install -e ."
+    what = "without its compiled extension"
+    if error.name != f"{__name__}._v1":
+        what = f"with a compiled extension that does not load ({error})"
+    return f"{where} {what}; {command} (needs a C++ compiler; FASTLL_REQUIRE_EXT=1 shows its errors)"
 
 
 backend: Backend = _best().backend

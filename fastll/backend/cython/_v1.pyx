@@ -1,2 +1,2 @@
-include "kernels.pxi"
+include "module.pxi"
 include "cpu.pxi"

@@ -1,1 +1,1 @@
-include "kernels.pxi"
+include "module.pxi"

@@ -1,18 +1,16 @@
-# The Python side: a `Backend` that binds arrays to kernels, as `fastll.contract` has it.
+# The Python side: a `Backend` that binds arrays to the kernels of the headers, as `fastll.contract` has
+# it. It is compiled once for each instruction set, as _v1, _v3 and _v4.
+
+from libc.stdint cimport int64_t
 
 cimport numpy as cnp
 
 from fastll.backend.host import Host as _Host
-from fastll.backend.shim import Old as _Old
-from fastll.contract import SHORT as _SHORT, STREAM_CLASSES as _STREAM_CLASSES
-from fastll.contract import STREAM_FROM as _STREAM_FROM
 from fastll.dtypes import kind_of
 
 cnp.import_array()
 
-cdef Py_ssize_t SHORT = _SHORT, STREAM_FROM = _STREAM_FROM, STREAM_CLASSES = _STREAM_CLASSES
-
-cdef extern from *:
+cdef extern from "fold.hpp" nogil:
     """
     #if defined(__AVX512F__)
       #define INSTRUCTION_SET "x86-64-v4"
@@ -23,17 +21,92 @@ cdef extern from *:
     #endif
     """
     const char* INSTRUCTION_SET
+    const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
+
+    enum Format:
+        IN_PLACE
+        FLOAT32
+        FLOAT64
+        FLOAT16
+        BFLOAT16
+
+    enum Operation:
+        LOGSUMEXP
+        SOFTMAX
+        LOG_SOFTMAX
+        CROSS_ENTROPY
+        TERMS
+        ELEMENTS
+
+    cdef struct Operand:
+        char* address
+        Py_ssize_t outer
+        Py_ssize_t classes
+        Py_ssize_t inner
+        Format format
+        bint swapped
+        bint native
+        bint streamed
+
+    cdef struct Options:
+        int64_t ignore_index
+        double label_smoothing
+        double z_loss
+        double softcap
+        double scale
+
+    cdef cppclass Call:
+        int operation
+        bint single
+        bint across
+        Options options
+        double[4] parameters
+        Py_ssize_t classes
+        Py_ssize_t inner
+        Operand[4] inputs
+        Operand labels
+        Operand weight
+        Operand state
+        Operand value
+        Operand partial
+        Operand lse
+        Operand sign
+        Operand out
+        bint capped()
+        bint spread()
+
+    const char** element_names
+    const char** term_names
+    int run(const Call&, Py_ssize_t, Py_ssize_t)
+    Py_ssize_t scan_labels(
+        const char*, Py_ssize_t, Py_ssize_t, int64_t, const char*, bint, double*
+    )
 
 
-cdef int run(const Call* call, Py_ssize_t start, Py_ssize_t stop, real like) noexcept nogil:
-    if call.operation == SIGMOID:
-        return sigmoid_units(call, start, stop, like)
-    if call.operation == BINARY_CROSS_ENTROPY:
-        return bce_units(call, start, stop, like)
-    return reduce(call, start, stop, like)
+cdef dict names(const char** table, int first):
+    cdef dict codes = {}
+    while table[len(codes)] != NULL:
+        codes[table[len(codes)].decode()] = first + <int> len(codes)
+    return codes
 
 
-cdef Format format_of(cnp.ndarray a) except? IN_PLACE:
+cdef dict MAPS = names(element_names, ELEMENTS)
+cdef dict FOLDS = names(term_names, TERMS)
+FOLDS.update(
+    logsumexp=LOGSUMEXP, softmax=SOFTMAX, log_softmax=LOG_SOFTMAX, cross_entropy=CROSS_ENTROPY
+)
+
+
+cdef int code_of(dict codes, operation) except -1:
+    code = codes.get(operation)
+    if code is None:
+        raise NotImplementedError(
+            f"the cython backend was built without {operation}; expected one of {', '.join(codes)}"
+        )
+    return code
+
+
+cdef int format_of(cnp.ndarray a) except -2:
     cdef int number = cnp.PyArray_TYPE(a)
     if number == cnp.NPY_FLOAT:
         return FLOAT32
@@ -42,7 +115,7 @@ cdef Format format_of(cnp.ndarray a) except? IN_PLACE:
     return kind_of(a.dtype).code
 
 
-cdef bint is_single(cnp.ndarray x) except -1:
+cdef int is_single(cnp.ndarray x) except -1:
     """Whether an array is computed with in float32."""
     return format_of(x) in (FLOAT32, FLOAT16, BFLOAT16)
 
@@ -51,16 +124,13 @@ cdef class Kernel:
     """An operation bound to its arrays: see `fastll.contract.Kernel`."""
 
     cdef Call call
-    cdef tuple arrays  # kept alive
+    cdef object arrays  # kept alive
     cdef bint swap  # the outer axis is the faster one of the two row axes: they change places
 
     def __call__(self, Py_ssize_t start, Py_ssize_t stop):
         cdef int status
         with nogil:
-            if self.call.single:
-                status = run(&self.call, start, stop, <float> 0)
-            else:
-                status = run(&self.call, start, stop, <double> 0)
+            status = run(self.call, start, stop)
         if status < 0:
             raise MemoryError("fastll: no memory for the buffers of a kernel")
 
@@ -86,25 +156,20 @@ cdef class Kernel:
         return 0
 
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
+        """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
+        cdef cnp.npy_intp* strides
         if a is None:
             return 0
+        strides = cnp.PyArray_STRIDES(a)
         operand.address = cnp.PyArray_BYTES(a)
-        operand.outer = cnp.PyArray_STRIDE(a, 2 if self.swap else 0)
-        operand.classes = cnp.PyArray_STRIDE(a, 1)
-        operand.inner = cnp.PyArray_STRIDE(a, 0 if self.swap else 2)
+        operand.outer, operand.classes = strides[0], strides[1]
+        if cnp.PyArray_NDIM(a) == 3:
+            operand.outer, operand.inner = strides[2 * self.swap], strides[2 - 2 * self.swap]
         return self.bind_format(operand, a, operand.inner if self.call.across else operand.classes)
-
-    cdef int bind_elements(self, Operand* operand, cnp.ndarray a) except -1:
-        if a is None:
-            return 0
-        operand.address = cnp.PyArray_BYTES(a)
-        operand.outer = cnp.PyArray_STRIDE(a, 0)
-        operand.classes = cnp.PyArray_STRIDE(a, 1)
-        return self.bind_format(operand, a, operand.classes)
 
     cdef int bind_format(self, Operand* operand, cnp.ndarray a, Py_ssize_t step) except -1:
         """`step` is the stride of the axis that must be contiguous to be read in place."""
-        operand.format = format_of(a)
+        operand.format = <Format> format_of(a)
         operand.swapped = cnp.PyArray_ISBYTESWAPPED(a)
         operand.native = (
             operand.format == (FLOAT32 if self.call.single else FLOAT64)
@@ -116,148 +181,106 @@ cdef class Kernel:
             operand.format = IN_PLACE
         return 0
 
-    cdef int bind_output(self, cnp.ndarray a) except -1:
-        """Write what is larger than the caches past them."""
-        cdef Operand* out = &self.call.out
-        cdef bint pays
+    cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
+        """An array with one entry, or one state, per row."""
+        cdef cnp.npy_intp* strides
         if a is None:
+            return 0
+        strides = cnp.PyArray_STRIDES(a)
+        operand.address = cnp.PyArray_BYTES(a)
+        operand.outer, operand.inner = strides[self.swap], strides[1 - self.swap]
+        if cnp.PyArray_NDIM(a) == 3:
+            operand.classes = strides[2]
+        return 0
+
+    cdef int stream(self, Operand* operand, cnp.ndarray a) except -1:
+        """Use non-temporal stores for an output that is larger than the caches."""
+        cdef bint pays
+        if a is None or operand.format != IN_PLACE or cnp.PyArray_NBYTES(a) < STREAM_FROM:
             return 0
         if self.call.across:  # pieces of lines do not pay
-            pays = (out.outer | out.classes) % 64 == 0
+            pays = (operand.outer | operand.classes) % 64 == 0
         else:  # nor what is in the cache: as the input, or because it is needed once more
-            pays = out.address != self.call.x.address and self.call.classes >= STREAM_CLASSES
-            pays = pays and not (self.call.spread or self.call.capped)
-        out.streamed = pays and out.format == IN_PLACE and cnp.PyArray_NBYTES(a) >= STREAM_FROM
-        return 0
-
-    cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
-        """An array with one entry, or one state, a row."""
-        if a is None:
-            return 0
-        operand.address = cnp.PyArray_BYTES(a)
-        operand.outer = cnp.PyArray_STRIDE(a, 1 if self.swap else 0)
-        operand.inner = cnp.PyArray_STRIDE(a, 0 if self.swap else 1)
-        if cnp.PyArray_NDIM(a) == 3:
-            operand.classes = cnp.PyArray_STRIDE(a, 2)
+            pays = (
+                operand.address != self.call.inputs[0].address
+                and self.call.classes >= STREAM_CLASSES
+                and not self.call.spread()
+                and not self.call.capped()
+            )
+        operand.streamed = pays
         return 0
 
 
-cdef Kernel kernel_of(Operation operation, tuple arrays):
-    cdef Kernel kernel = Kernel.__new__(Kernel)
-    kernel.call.operation = operation
-    kernel.arrays = arrays
-    return kernel
-
-
-class Backend(_Old, _Host):
+class Backend(_Host):
     """See `fastll.contract.Backend`."""
 
     name = "cython"
     instruction_set = INSTRUCTION_SET.decode()
 
-    def _logsumexp(
-        self, cnp.ndarray x, cnp.ndarray b, cnp.ndarray state, cnp.ndarray out, cnp.ndarray sign
-    ):
-        cdef Kernel kernel = kernel_of(LOGSUMEXP, (x, b, state, out, sign))
-        kernel.walk_rows(x)
-        kernel.bind_full(&kernel.call.x, x)
-        kernel.bind_full(&kernel.call.b, b)
-        kernel.bind_row(&kernel.call.state, state)
-        kernel.bind_row(&kernel.call.lse, out)
-        kernel.bind_row(&kernel.call.sign, sign)
+    def map(self, call):
+        cdef Kernel kernel = Kernel.__new__(Kernel)
+        cdef Call* to = &kernel.call
+        cdef int i
+        kernel.arrays = call
+        operation, inputs, value, partial, slope, weight, parameters, scale = <tuple> call
+        to.operation = code_of(MAPS, operation)
+        to.options.scale = scale
+        kernel.walk_units(inputs[0])
+        for i, a in enumerate(inputs):
+            kernel.bind_full(&to.inputs[i], a)
+        for i, parameter in enumerate(parameters):
+            to.parameters[i] = parameter
+        kernel.bind_full(&to.weight, weight)
+        kernel.bind_full(&to.value, value)
+        kernel.bind_full(&to.partial, partial)
+        kernel.bind_full(&to.out, slope)
+        if partial is None:  # whose sums begin where units do, not where lines do
+            kernel.stream(&to.value, value)
         return kernel
 
-    def _softmax(self, cnp.ndarray x, cnp.ndarray state, cnp.ndarray out, bint log):
-        cdef Kernel kernel = kernel_of(SOFTMAX, (x, state, out))
+    def fold(self, call):
+        cdef Kernel kernel = Kernel.__new__(Kernel)
+        cdef Call* to = &kernel.call
+        cdef cnp.ndarray weights = None
+        operation, x, second, labels, weight, options, state, value, lse, sign, out = <tuple> call
+        to.operation = code_of(FOLDS, operation)
+        (
+            to.options.ignore_index,
+            to.options.label_smoothing,
+            to.options.z_loss,
+            to.options.softcap,
+            to.options.scale,
+        ) = <tuple> options
         kernel.walk_rows(x)
-        kernel.call.log = log
-        kernel.bind_full(&kernel.call.x, x)
-        kernel.bind_row(&kernel.call.state, state)
-        kernel.bind_full(&kernel.call.out, out)
-        kernel.bind_output(out)
-        return kernel
-
-    def _cross_entropy(
-        self,
-        cnp.ndarray x,
-        cnp.ndarray target,
-        cnp.ndarray labels,
-        cnp.ndarray weight,
-        options,
-        cnp.ndarray loss,
-        cnp.ndarray lse,
-        cnp.ndarray grad,
-    ):
-        if weight is not None and not cnp.PyArray_ISALIGNED(weight):
-            weight = weight.copy()
-        cdef Kernel kernel = kernel_of(CROSS_ENTROPY, (x, target, labels, weight, loss, lse, grad))
-        cdef Options* to = &kernel.call.options
-        to.ignore_index, to.label_smoothing, to.z_loss, to.softcap, to.scale = options
-        kernel.call.sparse = labels is not None
-        kernel.call.spread = target is not None or to.label_smoothing != 0.0
-        kernel.call.capped = to.softcap != 0.0
-        kernel.walk_rows(x)
-        kernel.bind_full(&kernel.call.x, x)
-        kernel.bind_full(&kernel.call.target, target)
-        kernel.bind_row(&kernel.call.labels, labels)
+        kernel.bind_full(&to.inputs[0], x)
+        kernel.bind_full(&to.inputs[1], second)
+        kernel.bind_row(&to.labels, labels)
         if weight is not None:
-            kernel.call.weight.address = cnp.PyArray_BYTES(weight)
-        kernel.bind_row(&kernel.call.loss, loss)
-        kernel.bind_row(&kernel.call.lse, lse)
-        kernel.bind_full(&kernel.call.out, grad)
-        kernel.bind_output(grad)
+            weights = weight if weight.flags.aligned else weight.copy()
+            to.weight.address = cnp.PyArray_BYTES(weights)
+        kernel.bind_row(&to.state, state)
+        kernel.bind_row(&to.value, value)
+        kernel.bind_row(&to.lse, lse)
+        kernel.bind_row(&to.sign, sign)
+        kernel.bind_full(&to.out, out)
+        kernel.stream(&to.out, out)
+        kernel.arrays = call, weights
         return kernel
 
     def scan_labels(
-        self, cnp.ndarray labels, Py_ssize_t classes, long long ignore_index, cnp.ndarray weight
+        self, cnp.ndarray labels, Py_ssize_t classes, int64_t ignore_index, cnp.ndarray weight
     ):
         cdef const char* first = cnp.PyArray_BYTES(labels)
         cdef const char* weights = NULL
         cdef Py_ssize_t count = cnp.PyArray_SIZE(labels), position
         cdef bint single = True
-        cdef double total_weight
+        cdef double total
         if weight is not None:
             weights = cnp.PyArray_BYTES(weight)
             single = is_single(weight)
         with nogil:
-            position = check_labels(
-                first, count, classes, ignore_index, weights, single, &total_weight
-            )
-        return position, total_weight
-
-    def _sigmoid(self, cnp.ndarray x, cnp.ndarray out, bint log):
-        cdef Kernel kernel = kernel_of(SIGMOID, (x, out))
-        kernel.walk_units(x)
-        kernel.call.log = log
-        kernel.bind_elements(&kernel.call.x, x)
-        kernel.bind_elements(&kernel.call.out, out)
-        kernel.bind_output(out)
-        return kernel
-
-    def _binary_cross_entropy(
-        self,
-        cnp.ndarray x,
-        cnp.ndarray target,
-        cnp.ndarray weight,
-        cnp.ndarray pos_weight,
-        double scale,
-        cnp.ndarray loss,
-        cnp.ndarray partial,
-        cnp.ndarray grad,
-    ):
-        cdef Kernel kernel = kernel_of(
-            BINARY_CROSS_ENTROPY, (x, target, weight, pos_weight, loss, partial, grad)
-        )
-        kernel.walk_units(x)
-        kernel.call.options.scale = scale
-        kernel.bind_elements(&kernel.call.x, x)
-        kernel.bind_elements(&kernel.call.target, target)
-        kernel.bind_elements(&kernel.call.weight, weight)
-        kernel.bind_elements(&kernel.call.pos_weight, pos_weight)
-        kernel.bind_elements(&kernel.call.loss, loss)
-        kernel.bind_elements(&kernel.call.partial, partial)
-        kernel.bind_elements(&kernel.call.out, grad)
-        return kernel
+            position = scan_labels(first, count, classes, ignore_index, weights, single, &total)
+        return position, total
 
 
 backend = Backend()

@@ -1,13 +1,20 @@
-// Vectors of a fixed number of lanes: 128 bytes, i.e. 32 float32 or 16 float64, whatever the CPU has. So
-// the order of every sum is the same on every machine. A vector is a pair of halves, down to what one
-// register holds, and all of it stays in registers. All arithmetic is IEEE: the flags in setup.py let
-// the compiler neither reorder nor contract it.
+// Vectors of a fixed number of lanes: VECTOR_BYTES, i.e. 32 float32 or 16 float64, whatever the CPU has.
+// So the order of every sum is the same on every machine. A vector is a pair of halves, down to what one
+// register holds, and all of it stays in registers. All arithmetic is IEEE: the flags in setup.py let the
+// compiler neither reorder nor contract it.
+//
+// This is the vocabulary that `fastll.formulas` is written in, and what walks through memory by vectors.
+// Everything has internal linkage, so that the builds for several instruction sets share nothing.
 
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__SSE2__)
   #include <immintrin.h>
@@ -20,7 +27,7 @@
 #endif
 
 #if defined(__GNUC__)
-  #define INLINE static inline __attribute__((always_inline))
+  #define FORCED __attribute__((always_inline))
   #define REGISTER_TYPE(T, bytes) T __attribute__((vector_size(bytes)))
   #define prefetch(address) __builtin_prefetch(address)
   #if defined(__AVX512F__)
@@ -31,27 +38,68 @@
     #define REGISTER(T) 16
   #endif
 #else  // registers of one lane
-  #define INLINE static inline
+  #define FORCED
   #define REGISTER_TYPE(T, bytes) T
   #define prefetch(address) ((void) (address))
   #define REGISTER(T) ((int) sizeof(T))
 #endif
 
+// What takes or returns vectors is inline, also members and lambdas (FORCED), as they must stay in registers.
+#define INLINE static inline FORCED
+
+namespace {
+
+typedef std::ptrdiff_t Index;
+
 template <class T, int BYTES, bool FITS = (BYTES <= REGISTER(T))>
 struct Lanes {
     static constexpr bool fits = false;
-    Lanes<T, BYTES / 2> lo, hi;
+    static constexpr int count = BYTES / (int) sizeof(T);
+    typedef Lanes<T, BYTES / 2> Half;
+    Half lo, hi;
 };
 
 template <class T, int BYTES>
 struct Lanes<T, BYTES, true> {
     static constexpr bool fits = true;
+    static constexpr int count = BYTES / (int) sizeof(T);
     typedef REGISTER_TYPE(T, BYTES) type;
     type v;
 };
 
 template <class T>
 using Vec = Lanes<T, 128>;
+
+template <class T>
+constexpr int lanes = Vec<T>::count;
+
+#define LANES_OF_VECTOR template <class T, int B> INLINE Lanes<T, B>
+
+// Numbers and vectors mix: a number stands for a vector of it.
+
+template <class... A> struct Joined_;
+template <class T, int B, class... A> struct Joined_<Lanes<T, B>, A...> { typedef Lanes<T, B> type; };
+template <class T, class... A> struct Joined_<T, A...> { typedef typename Joined_<A...>::type type; };
+
+template <class... A>
+using Joined = typename Joined_<A...>::type;  // the vector among the types
+
+template <class V, class X>
+INLINE V spread(X x) {
+    if constexpr (std::is_same_v<V, X>)
+        return x;
+    else if constexpr (V::fits) {
+        V r = {};
+        r.v = x - r.v;
+        return r;
+    } else
+        return {spread<typename V::Half>(x), spread<typename V::Half>(x)};
+}
+
+template <class T>
+INLINE Vec<T> splat(T x) {
+    return spread<Vec<T>>(x);
+}
 
 namespace on_register {
 
@@ -105,8 +153,6 @@ MAXIMUM(double, 16, _mm_max_pd)
 
 }  // namespace on_register
 
-#define LANES_OF_VECTOR template <class T, int B> INLINE Lanes<T, B>
-
 // What is done to a vector is done to its halves, and in the end to registers.
 #define BINARY(name, on_register)                                                                   \
     LANES_OF_VECTOR name(Lanes<T, B> a, Lanes<T, B> b) {                                            \
@@ -114,7 +160,9 @@ MAXIMUM(double, 16, _mm_max_pd)
             return {on_register};                                                                   \
         else                                                                                        \
             return {name(a.lo, b.lo), name(a.hi, b.hi)};                                            \
-    }
+    }                                                                                               \
+    LANES_OF_VECTOR name(Lanes<T, B> a, T b) { return name(a, spread<Lanes<T, B>>(b)); }            \
+    LANES_OF_VECTOR name(T a, Lanes<T, B> b) { return name(spread<Lanes<T, B>>(a), b); }
 
 BINARY(operator+, a.v + b.v)
 BINARY(operator-, a.v - b.v)
@@ -129,6 +177,12 @@ LANES_OF_VECTOR fma(Lanes<T, B> a, Lanes<T, B> b, Lanes<T, B> c) {
         return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
 }
 
+template <class A, class B, class C>
+INLINE auto fma(A a, B b, C c) {
+    typedef Joined<A, B, C> V;
+    return fma(spread<V>(a), spread<V>(b), spread<V>(c));
+}
+
 // x where the comparison holds, else y; false for NaN.
 #define WHERE(name, comparison)                                                                     \
     LANES_OF_VECTOR name(Lanes<T, B> a, Lanes<T, B> b, Lanes<T, B> x, Lanes<T, B> y) {              \
@@ -136,92 +190,148 @@ LANES_OF_VECTOR fma(Lanes<T, B> a, Lanes<T, B> b, Lanes<T, B> c) {
             return {a.v comparison b.v ? x.v : y.v};                                                \
         else                                                                                        \
             return {name(a.lo, b.lo, x.lo, y.lo), name(a.hi, b.hi, x.hi, y.hi)};                    \
+    }                                                                                               \
+    template <class A, class B, class X, class Y>                                                   \
+    INLINE auto name(A a, B b, X x, Y y) {                                                          \
+        typedef Joined<A, B, X, Y> V;                                                               \
+        return name(spread<V>(a), spread<V>(b), spread<V>(x), spread<V>(y));                        \
     }
 
 WHERE(where_eq, ==)
 WHERE(where_gt, >)
 WHERE(where_ge, >=)
 
-template <class V, class T>
-INLINE V splat_(T x) {
-    if constexpr (V::fits) {
-        V r = {};
-        r.v = x - r.v;
-        return r;
-    } else
-        return {splat_<decltype(V::lo)>(x), splat_<decltype(V::hi)>(x)};
-}
+// The representation as integers. SPLIT is that of sqrt(1/2), rounded up.
+template <class T> struct Bits;
 
-template <class T>
-INLINE Vec<T> splat(T x) {
-    return splat_<Vec<T>>(x);
-}
+template <> struct Bits<float> {
+    typedef uint32_t type;
+    typedef int32_t signed_type;
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr int32_t SPLIT = 0x3f3504f4, WHOLE = 0x4b400000;
+};
+
+template <> struct Bits<double> {
+    typedef uint64_t type;
+    typedef int64_t signed_type;
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr int64_t SPLIT = 0x3fe6a09e667f3bcd, WHOLE = 0x4338000000000000;
+};
+
+#define BITWISE(name, bits_type, change)                                                            \
+    LANES_OF_VECTOR name(Lanes<T, B> x) {                                                           \
+        if constexpr (Lanes<T, B>::fits) {                                                          \
+            REGISTER_TYPE(typename Bits<T>::bits_type, B) bits;                                     \
+            memcpy(&bits, &x.v, B);                                                                 \
+            change;                                                                                 \
+            memcpy(&x.v, &bits, B);                                                                 \
+            return x;                                                                               \
+        } else                                                                                      \
+            return {name(x.lo), name(x.hi)};                                                        \
+    }
 
 // The low bits of a number's representation as its sign and exponent, the rest zero.
-template <class T> struct Bits;
-template <> struct Bits<float> { typedef uint32_t type; static constexpr int mantissa = 23; };
-template <> struct Bits<double> { typedef uint64_t type; static constexpr int mantissa = 52; };
+BITWISE(exponent_bits, type, bits <<= Bits<T>::mantissa)
+BITWISE(absolute, type, bits &= ~(typename Bits<T>::type) 0 >> 1)
+// With x = 2**n f, sqrt(1/2) <= f < sqrt(2): 1.5 * 2**mantissa + n, and 2**-n.
+BITWISE(whole, signed_type, bits = ((bits - Bits<T>::SPLIT) >> Bits<T>::mantissa) + Bits<T>::WHOLE)
+BITWISE(
+    downscale,
+    signed_type,
+    bits = (Bits<T>::bias - ((bits - Bits<T>::SPLIT) >> Bits<T>::mantissa)) << Bits<T>::mantissa
+)
 
-LANES_OF_VECTOR exponent_bits(Lanes<T, B> z) {
-    if constexpr (Lanes<T, B>::fits) {
-        REGISTER_TYPE(typename Bits<T>::type, B) bits;
-        memcpy(&bits, &z.v, B);
-        bits <<= Bits<T>::mantissa;
-        memcpy(&z.v, &bits, B);
-        return z;
-    } else
-        return {exponent_bits(z.lo), exponent_bits(z.hi)};
+LANES_OF_VECTOR exponent(Lanes<T, B> x) {
+    return whole(x) - (T) (1.5 * ((int64_t) 1 << Bits<T>::mantissa));
 }
 
-LANES_OF_VECTOR absolute(Lanes<T, B> x) {
-    if constexpr (Lanes<T, B>::fits) {
-        REGISTER_TYPE(typename Bits<T>::type, B) bits;
-        memcpy(&bits, &x.v, B);
-        bits &= ~(typename Bits<T>::type) 0 >> 1;
-        memcpy(&x.v, &bits, B);
-        return x;
-    } else
-        return {absolute(x.lo), absolute(x.hi)};
-}
+template <class T> struct Constants;  // see formulas.hpp
 
 template <class T, int B>
-INLINE void load_(const char *v, Lanes<T, B> *to) {
-    if constexpr (Lanes<T, B>::fits)
-        memcpy(&to->v, v, B);
-    else {
-        load_(v, &to->lo);
-        load_(v + B / 2, &to->hi);
-    }
+INLINE Constants<T> constants(Lanes<T, B>) {
+    return {};
 }
 
-template <class T>
-INLINE Vec<T> load_all(const T *v) {
-    Vec<T> x;
-    load_((const char *) v, &x);
+template <class T, size_t N, class V>
+INLINE V horner(const T (&coefficients)[N], V x) {
+    V p = spread<V>(coefficients[0]);
+    for (size_t i = 1; i < N; i++)
+        p = fma(p, x, coefficients[i]);
+    return p;
+}
+
+#if !FUSED
+  // x - n ln 2 with ln 2 as a sum whose parts times n, up to 15 bits, are exact but for the last one's.
+  #define OWN_reduced
+LANES_OF_VECTOR reduced(Lanes<T, B> x, Lanes<T, B> n) {
+    if constexpr (sizeof(T) == 4)
+        for (float part : {0x1.63p-1f, -0x1.bdp-13f, -0x1.05c610ca86c39p-29f})
+            x = x - n * (T) part;
+    else
+        for (double part : {0x1.62e42feep-1, 0x1.a39ef35793c76p-33})
+            x = x - n * (T) part;
     return x;
 }
+#endif
+
+// What a formula returns: several values.
+template <class A, class B> struct Two { A a; B b; };
+template <class A, class B, class C> struct Three { A a; B b; C c; };
+
+template <class V> struct Number_;
+template <class T, int B> struct Number_<Lanes<T, B>> { typedef T type; };
+template <class A, class B> struct Number_<Two<A, B>> : Number_<A> {};
+
+template <class V>
+using NumberOf = typename Number_<V>::type;  // what vectors are made of
+
+template <class A, class B>
+INLINE Two<A, B> pack(A a, B b) {
+    return {a, b};
+}
+
+template <class A, class B, class C>
+INLINE Three<A, B, C> pack(A a, B b, C c) {
+    return {a, b, c};
+}
+
+}  // namespace
+
+#include "formulas.hpp"
+
+namespace {
+
+// Memory. Addresses need not be aligned.
+
+template <class T, class V = Vec<T>>
+INLINE V load_all(const T *v) {
+    if constexpr (V::fits) {
+        V x;
+        memcpy(&x.v, v, sizeof x.v);
+        return x;
+    } else
+        return {
+            load_all<T, typename V::Half>(v),
+            load_all<T, typename V::Half>(v + V::count / 2),
+        };
+}
 
 template <class T, int B>
-INLINE void store_(char *v, const Lanes<T, B> &x) {
+INLINE void store_all(T *v, const Lanes<T, B> &x) {
     if constexpr (Lanes<T, B>::fits)
         memcpy(v, &x.v, B);
     else {
-        store_(v, x.lo);
-        store_(v + B / 2, x.hi);
+        store_all(v, x.lo);
+        store_all(v + Lanes<T, B>::count / 2, x.hi);
     }
 }
 
-template <class T>
-INLINE void store_all(T *v, Vec<T> x) {
-    store_((char *) v, x);
-}
-
-// Past the caches: that reads nothing, where a plain store reads the line first. v is aligned to a line.
+// Non-temporal: that reads nothing, where a plain store reads the line first. v is aligned to a line.
 template <class T, int B>
-INLINE void stream_(char *v, const Lanes<T, B> &x) {
+INLINE void stream_all(T *v, const Lanes<T, B> &x) {
     if constexpr (!Lanes<T, B>::fits) {
-        stream_(v, x.lo);
-        stream_(v + B / 2, x.hi);
+        stream_all(v, x.lo);
+        stream_all(v + Lanes<T, B>::count / 2, x.hi);
     } else {
 #if defined(__AVX512F__)
         _mm512_stream_si512((__m512i *) v, (__m512i) x.v);
@@ -235,11 +345,6 @@ INLINE void stream_(char *v, const Lanes<T, B> &x) {
     }
 }
 
-template <class T>
-INLINE void stream_all(T *v, Vec<T> x) {
-    stream_((char *) v, x);
-}
-
 // What was streamed is in memory before whatever is written next.
 INLINE void stream_fence() {
 #if defined(__SSE2__)
@@ -247,27 +352,33 @@ INLINE void stream_fence() {
 #endif
 }
 
+#if defined(__AVX512F__)
+  #define STEPS_OF(T, step)                                                                         \
+      sizeof(T) == 4                                                                                \
+          ? _mm512_mullo_epi32(                                                                     \
+                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),            \
+                _mm512_set1_epi32((int) step)                                                       \
+            )                                                                                       \
+          : _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step))
+#endif
+
 // Numbers `step` bytes apart.
-template <class T, int B>
-INLINE Lanes<T, B> load_strided_(const char *v, int64_t step, Lanes<T, B>) {
-    constexpr int lanes = B / (int) sizeof(T);
-    if constexpr (!Lanes<T, B>::fits)
+template <class T, class V = Vec<T>>
+INLINE V load_strided(const char *v, int64_t step) {
+    if constexpr (!V::fits)
         return {
-            load_strided_(v, step, Lanes<T, B / 2>()),
-            load_strided_(v + lanes / 2 * step, step, Lanes<T, B / 2>()),
+            load_strided<T, typename V::Half>(v, step),
+            load_strided<T, typename V::Half>(v + V::count / 2 * step, step),
         };
 #if defined(__AVX512F__)
-    else if constexpr (sizeof(T) == 4) {
-        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return {_mm512_i32gather_ps(_mm512_mullo_epi32(at, _mm512_set1_epi32((int) step)), v, 1)};
-    } else {
-        __m512i at = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-        return {_mm512_i64gather_pd(_mm512_mullo_epi64(at, _mm512_set1_epi64(step)), v, 1)};
-    }
+    else if constexpr (sizeof(T) == 4)
+        return {_mm512_i32gather_ps(STEPS_OF(T, step), v, 1)};
+    else
+        return {_mm512_i64gather_pd(STEPS_OF(T, step), v, 1)};
 #else
     else {
-        Lanes<T, B> x;
-        for (int l = 0; l < lanes; l++) {
+        V x;
+        for (int l = 0; l < V::count; l++) {
             T lane;
             memcpy(&lane, v + l * step, sizeof lane);
             x.v[l] = lane;
@@ -277,46 +388,32 @@ INLINE Lanes<T, B> load_strided_(const char *v, int64_t step, Lanes<T, B>) {
 #endif
 }
 
-template <class T>
-INLINE Vec<T> load_strided(const T *v, int64_t step) {
-    return load_strided_((const char *) v, step, Vec<T>());
-}
-
 template <class T, int B>
-INLINE void store_strided_(char *v, int64_t step, Lanes<T, B> x) {
-    constexpr int lanes = B / (int) sizeof(T);
+INLINE void store_strided(char *v, int64_t step, Lanes<T, B> x) {
     if constexpr (!Lanes<T, B>::fits) {
-        store_strided_(v, step, x.lo);
-        store_strided_(v + lanes / 2 * step, step, x.hi);
+        store_strided(v, step, x.lo);
+        store_strided(v + Lanes<T, B>::count / 2 * step, step, x.hi);
     }
 #if defined(__AVX512F__)
-    else if constexpr (sizeof(T) == 4) {
-        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        _mm512_i32scatter_ps(v, _mm512_mullo_epi32(at, _mm512_set1_epi32((int) step)), x.v, 1);
-    } else {
-        __m512i at = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-        _mm512_i64scatter_pd(v, _mm512_mullo_epi64(at, _mm512_set1_epi64(step)), x.v, 1);
-    }
+    else if constexpr (sizeof(T) == 4)
+        _mm512_i32scatter_ps(v, STEPS_OF(T, step), x.v, 1);
+    else
+        _mm512_i64scatter_pd(v, STEPS_OF(T, step), x.v, 1);
 #else
     else
-        for (int l = 0; l < lanes; l++) {
+        for (int l = 0; l < Lanes<T, B>::count; l++) {
             T lane = x.v[l];
             memcpy(v + l * step, &lane, sizeof lane);
         }
 #endif
 }
 
-template <class T>
-INLINE void store_strided(T *v, int64_t step, Vec<T> x) {
-    store_strided_((char *) v, step, x);
-}
-
 // The first `count` numbers of v, then those of `pad`.
 template <class T, int B>
-INLINE Lanes<T, B> load_some_(const T *v, int64_t count, Lanes<T, B> pad) {
-    constexpr int lanes = B / (int) sizeof(T);
+INLINE Lanes<T, B> load_some(const T *v, Index count, Lanes<T, B> pad) {
+    constexpr int lanes = Lanes<T, B>::count;
     if constexpr (!Lanes<T, B>::fits)
-        return {load_some_(v, count, pad.lo), load_some_(v + lanes / 2, count - lanes / 2, pad.hi)};
+        return {load_some(v, count, pad.lo), load_some(v + lanes / 2, count - lanes / 2, pad.hi)};
     else {
         int few = count < 0 ? 0 : count > lanes ? lanes : (int) count;
 #if defined(__AVX512F__)
@@ -332,17 +429,12 @@ INLINE Lanes<T, B> load_some_(const T *v, int64_t count, Lanes<T, B> pad) {
     }
 }
 
-template <class T>
-INLINE Vec<T> load_some(const T *v, int64_t count, Vec<T> pad) {
-    return load_some_(v, count, pad);
-}
-
 template <class T, int B>
-INLINE void store_some_(T *v, int64_t count, Lanes<T, B> x) {
-    constexpr int lanes = B / (int) sizeof(T);
+INLINE void store_some(T *v, Index count, Lanes<T, B> x) {
+    constexpr int lanes = Lanes<T, B>::count;
     if constexpr (!Lanes<T, B>::fits) {
-        store_some_(v, count, x.lo);
-        store_some_(v + lanes / 2, count - lanes / 2, x.hi);
+        store_some(v, count, x.lo);
+        store_some(v + lanes / 2, count - lanes / 2, x.hi);
     } else {
         int few = count < 0 ? 0 : count > lanes ? lanes : (int) count;
 #if defined(__AVX512F__)
@@ -357,9 +449,51 @@ INLINE void store_some_(T *v, int64_t count, Lanes<T, B> x) {
     }
 }
 
+// The first `count` numbers of v, then `pad`.
 template <class T>
-INLINE void store_some(T *v, int64_t count, Vec<T> x) {
-    store_some_(v, count, x);
+INLINE Vec<T> load(const T *v, Index count, T pad) {
+    return count >= lanes<T> ? load_all(v) : load_some(v, count, splat(pad));
+}
+
+// Bytes from what is read or written to what is prefetched. The CPU's own prefetcher is late for us.
+constexpr int AHEAD = 2048;
+
+// Fetch two lines of the cache, which need not exist.
+INLINE void prefetch_vector(const void *address) {
+    prefetch((const char *) address);
+    prefetch((const char *) address + 64);
+}
+
+// `load` in a walk through memory.
+template <class T>
+INLINE Vec<T> load_ahead(const T *v, Index count, T pad) {
+    prefetch_vector((const char *) v + AHEAD);
+    return load(v, count, pad);
+}
+
+// Write the first `count` lanes.
+template <class T>
+INLINE void store(T *v, Index count, Vec<T> x) {
+    if (count >= lanes<T>)
+        store_all(v, x);
+    else
+        store_some(v, count, x);
+}
+
+// The first `count` lanes of x, then 0.
+template <class T>
+INLINE Vec<T> first_lanes(Vec<T> x, Index count) {
+    if (count >= lanes<T>)
+        return x;
+    T memory[lanes<T>];
+    store_all(memory, x);
+    return load_some(memory, count, Vec<T>());
+}
+
+// Elements before the first line of the cache.
+template <class T>
+INLINE Index until_line(const T *v) {
+    return (-(Index) v & 63) / (Index) sizeof(T);
 }
 
 // The lower or the upper half of the lanes. A copy through memory would keep all of a loop's vectors there.
@@ -400,9 +534,9 @@ INLINE Lanes<T, B / 2> half(Lanes<T, B> x) {
 }
 
 template <class T, int B>
-INLINE T first_(Lanes<T, B> x) {
+INLINE T first(Lanes<T, B> x) {
     if constexpr (B > sizeof(T))
-        return first_(half<0>(x));
+        return first(half<0>(x));
     else {
         T y;
         memcpy(&y, &x.v, B);
@@ -410,18 +544,13 @@ INLINE T first_(Lanes<T, B> x) {
     }
 }
 
-template <class T>
-INLINE T first(Vec<T> x) {
-    return first_(x);
-}
-
 // The same lanes in float64.
 template <class T, int B>
-INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen_(Lanes<T, B> x) {
+INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen(Lanes<T, B> x) {
     if constexpr (sizeof(T) == 8)
         return x;
     else if constexpr (!Lanes<T, B>::fits)
-        return {widen_(x.lo), widen_(x.hi)};
+        return {widen(x.lo), widen(x.hi)};
 #if defined(__AVX__)
     else
         return {{wide(lower(x.v))}, {wide(upper(x.v))}};
@@ -439,78 +568,24 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen_(Lanes<T, B> x) {
 #endif
 }
 
-// The lower half of the lanes, and the upper one, or zeros where all lanes fit into the lower one.
-template <class T>
-INLINE Vec<double> widen_lower(Vec<T> x) {
-    if constexpr (sizeof(T) == 8)
-        return x;
-    else
-        return widen_(x).lo;
-}
-
-template <class T>
-INLINE Vec<double> widen_upper(Vec<T> x) {
-    if constexpr (sizeof(T) == 8)
-        return splat(0.0);
-    else
-        return widen_(x).hi;
-}
-
 // The sum of the lanes, in float64, by halves.
-template <int B>
-INLINE double total_(Lanes<double, B> x) {
-    if constexpr (B > 8)
-        return total_(half<0>(x) + half<1>(x));
+template <class T, int B>
+INLINE double total(Lanes<T, B> x) {
+    if constexpr (sizeof(T) < 8)
+        return total(widen(x));
+    else if constexpr (B > 8)
+        return total(half<0>(x) + half<1>(x));
     else
-        return first_(x);
-}
-
-template <class T>
-INLINE double total(Vec<T> x) {
-    return total_(widen_(x));
+        return first(x);
 }
 
 // The largest of the lanes, none of which is NaN.
 template <class T, int B>
-INLINE T largest_(Lanes<T, B> x) {
+INLINE T largest(Lanes<T, B> x) {
     if constexpr (B > sizeof(T))
-        return largest_(maximum(half<0>(x), half<1>(x)));
+        return largest(maximum(half<0>(x), half<1>(x)));
     else
-        return first_(x);
-}
-
-template <class T>
-INLINE double largest(Vec<T> x) {
-    return largest_(x);
-}
-
-INLINE double double_of(int64_t bits) {
-    double x;
-    memcpy(&x, &bits, 8);
-    return x;
-}
-
-// n, in float64, and 2**-n where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
-template <int B>
-INLINE void exponents_(Lanes<double, B> x, Lanes<double, B> *n, Lanes<double, B> *down) {
-    if constexpr (Lanes<double, B>::fits) {
-        REGISTER_TYPE(int64_t, B) bits, e;
-        memcpy(&bits, &x.v, B);
-        e = (bits - 0x3fe6a09e667f3bcd) >> 52;
-        bits = (1023 - e) << 52;
-        memcpy(&down->v, &bits, B);
-        // 1.5 * 2**52 and a whole number leave that number in the low bits
-        bits = e + 0x4338000000000000;
-        memcpy(&n->v, &bits, B);
-        n->v = n->v - 0x1.8p52;
-    } else {
-        exponents_(x.lo, &n->lo, &down->lo);
-        exponents_(x.hi, &n->hi, &down->hi);
-    }
-}
-
-INLINE void exponents(Vec<double> x, Vec<double> *n, Vec<double> *down) {
-    exponents_(x, n, down);
+        return first(x);
 }
 
 LANES_OF_VECTOR round_down(Lanes<T, B> x) {
@@ -533,27 +608,32 @@ LANES_OF_VECTOR round_down(Lanes<T, B> x) {
     }
 }
 
-// float16 and float32, by the CPU where it can. Returns how many numbers it did.
-INLINE int64_t from_halves(const void *source, float *to, int64_t n) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((__m256i *) source + i / 16)));
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((__m128i *) source + i / 8)));
-#endif
-    return i;
+// Sums over a block in the order of the contract: element j goes to lane j modulo their number. A term is
+// a vector of `terms(j, n - j)`, or several.
+
+template <class A, class B>
+INLINE Two<A, B> operator+(Two<A, B> x, Two<A, B> y) {
+    return {x.a + y.a, x.b + y.b};
 }
 
-INLINE int64_t to_halves(const float *source, void *to, int64_t n) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256((__m256i *) to + i / 16, _mm512_cvtps_ph(_mm512_loadu_ps(source + i), 0));
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((__m128i *) to + i / 8, _mm256_cvtps_ph(_mm256_loadu_ps(source + i), 0));
-#endif
-    return i;
+template <class T, class F>
+INLINE auto sum_block(Index n, F terms) {
+    decltype(terms(n, n)) sums = {};
+    for (Index j = 0; j < n; j += lanes<T>)
+        sums = sums + terms(j, n - j);
+    return sums;
 }
+
+// log(1 + r) in float64, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
+template <int B>
+INLINE Lanes<double, B> log1p_sum(Lanes<double, B> r) {
+    Lanes<double, B> s = r + 1.0, back = s - 1.0;
+    Lanes<double, B> error = (r - back) + (1.0 - (s - back));  // Knuth's two-sum
+    Lanes<double, B> n = exponent(s), down = downscale(s);
+    Lanes<double, B> log = series(fma(s, down, -1.0) + error * down);
+    log = fma(n, LN2_HIGH, fma(n, LN2_LOW, log));
+    log = where_gt(s, 0.0, log, -(double) INFINITY);
+    return where_gt((double) INFINITY, s, log, s);  // a NaN stays
+}
+
+}  // namespace

@@ -1,172 +1,144 @@
 """Numba kernels, compiled when first used, run over rows on the package's threads."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 import fastll.backend.numba.cache  # noqa: F401  before the kernels: see its end
 from fastll.backend.host import Host
-from fastll.backend.numba import columns, elementwise, rows
-from fastll.backend.numba.blocks import NOTHING, Operand
+from fastll.backend.numba import columns, fold, map, rows
 from fastll.backend.numba.convert import reader, writer
-from fastll.backend.shim import Old
-from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Options, units_of
+from fastll.backend.numba.memory import NO_ROWS, NOTHING, Operand, RowOperand
+from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
 
-_NO_OPTIONS = Options()
 
-
-class Backend(Old, Host):
+class Backend(Host):
     """See `fastll.contract.Backend`."""
 
     name = "numba"
 
-    def _logsumexp(self, x, b, state, out, sign):
-        view = _Rows(x)
-        return partial(
-            view.kernels.logsumexp,
-            view.full(x),
-            view.full(b),
-            view.row(state),
-            view.row(out),
-            view.row(sign),
-            *view.shape,
-        )
-
-    def _softmax(self, x, state, out, log):
-        view = _Rows(x)
-        return partial(
-            view.kernels.reduce,
-            view.full(x),
-            NOTHING,
-            NOTHING,
-            0,
-            view.row(state),
-            _NO_OPTIONS,
-            NOTHING,
-            NOTHING,
-            view.output(out, x),
-            log,
-            *view.shape,
-        )
-
-    def _cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
-        view = _Rows(x)
-        # whether a gradient is what comes out of a probability by one factor
-        simple = target is None and options.label_smoothing == options.softcap == 0.0
-        return partial(
-            view.kernels.reduce,
-            view.full(x),
-            view.full(target),
-            view.row(labels),
-            0 if weight is None else weight.ctypes.data,
-            NOTHING,
-            options,
-            view.row(loss),
-            view.row(lse),
-            view.output(grad, x, simple),
-            False,
-            *view.shape,
-        )
-
-    def scan_labels(self, labels, classes, ignore_index, weight):
-        ones = np.empty(0) if weight is None else weight
-        return rows.check_labels(labels, classes, ignore_index, ones)
-
-    def _sigmoid(self, x, out, log):
+    def map(self, call: Map) -> Kernel:
+        x = call.inputs[0]
         like = _like(x)
-        result = _operand(out, like, 1)
-        pays = out.ctypes.data != x.ctypes.data and out.nbytes >= STREAM_FROM
-        return partial(
-            elementwise.sigmoid,
-            _operand(x, like, 1),
-            result._replace(streamed=pays and result.write == 0),
-            log,
-            *_units(x),
+        value = _operand(call.value, like, 1)
+        if call.value is not None and call.partial is None and call.slope is None:
+            value = _streamed(value, call.value.ctypes.data != x.ctypes.data, call.value)
+        mapped = map.Call(
+            tuple(_operand(a, like, 1) for a in call.inputs),
+            tuple(type(like)(p) for p in call.parameters),
+            _operand(call.weight, like, 1),
+            value,
+            _operand(call.partial, None, 1),
+            _operand(call.slope, like, 1),
+            float(call.scale),
+            x.shape[1],
+            units_of(x.shape[1]),
             like,
         )
+        return partial(map.kernel(call.operation), mapped)
 
-    def _binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial_sums, grad):
-        like = _like(x)
-        inputs = (_operand(a, like, 1) for a in (x, target, weight, pos_weight))
-        outputs = (_operand(loss, like, 1), _operand(partial_sums, None, 1), _operand(grad, like, 1))
-        return partial(
-            elementwise.binary_cross_entropy, *inputs, float(scale), *outputs, *_units(x), like
+    def fold(self, call: Fold) -> Kernel:
+        layout = _Layout(call.x)
+        options = call.options
+        simple = call.second is None and options.label_smoothing == options.softcap == 0.0
+        folded = fold.Call(
+            layout.full(call.x),
+            layout.full(call.second),
+            layout.row(call.labels),
+            0 if call.weight is None else call.weight.ctypes.data,
+            options,
+            layout.row(call.state),
+            layout.row(call.value),
+            layout.row(call.lse),
+            layout.row(call.sign),
+            layout.output(call.out, call.x, simple),
+            layout.classes,
+            layout.inner,
+            layout.like,
         )
+        return partial(layout.kernel(call.operation), folded)
+
+    def scan_labels(
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None
+    ) -> tuple[int, float]:
+        ones = np.empty(0) if weight is None else weight
+        found: tuple[int, float] = fold.check_labels(labels, classes, ignore_index, ones)
+        return found
 
 
-class _Rows:
-    """The kernels that suit an array's strides, and the operands in the order they take them."""
+class _Layout:
+    """The family of kernels that suits an array's strides, and operands as it takes them."""
 
-    def __init__(self, x):
-        outer, classes, inner = x.shape
+    kernel: Callable[[str], Kernel]
+
+    def __init__(self, x: Array) -> None:
+        outer, self.classes, self.inner = x.shape
         steps = [abs(s) for s in x.strides]
         self.like = _like(x)
-        self.swap = inner == 1 or (outer > 1 and steps[0] < steps[2])
+        self.swap = self.inner == 1 or (outer > 1 and steps[0] < steps[2])
         if self.swap:
-            outer, inner = inner, outer
+            outer, self.inner = self.inner, outer
             steps.reverse()
-        across = steps[1] > steps[2] or classes < SHORT
-        self.kernels = columns if across and inner > 1 else rows
-        self.axis = 2 if self.kernels is columns else 1
-        self.shape = (classes, inner, self.like)
+        self.across = (steps[1] > steps[2] or self.classes < SHORT) and self.inner > 1
+        self.kernel = columns.kernel if self.across else rows.kernel
 
-    def full(self, a):
+    def full(self, a: Array | None) -> Operand:
         if a is None:
             return NOTHING
-        return _operand(a.transpose(2, 1, 0) if self.swap else a, self.like, self.axis)
+        a = a.transpose(2, 1, 0) if self.swap else a
+        return _operand(a, self.like, 2 if self.across else 1)
 
-    def output(self, a, x, simple=True):
-        """An operand that is written in the shape of x, and streamed where that pays."""
+    def output(self, a: Array | None, x: Array, simple: bool) -> Operand:
+        """An operand that is written in the shape of x, by non-temporal stores where that pays.
+
+        It is `simple` where it is made of exponentials by one factor.
+        """
+        out = self.full(a)
         if a is None:
-            return NOTHING
-        if self.swap:
-            a = a.transpose(2, 1, 0)
-        out = _operand(a, self.like, self.axis)
-        if self.kernels is columns:  # pieces of lines do not pay
+            return out
+        if self.across:  # parts of cache lines do not pay
             pays = (out.outer | out.classes) % 64 == 0
         else:  # nor what is in the cache: as the input, or because it is needed once more
             pays = simple and a.ctypes.data != x.ctypes.data and a.shape[1] >= STREAM_CLASSES
-        return out._replace(streamed=pays and out.write == 0 and a.nbytes >= STREAM_FROM)
+        return _streamed(out, pays, a)
 
-    def row(self, a):
+    def row(self, a: Array | None) -> RowOperand:
         if a is None:
-            return NOTHING
+            return NO_ROWS
         outer, inner = a.strides[:2]
         if self.swap:
             outer, inner = inner, outer
-        step = a.strides[2] if a.ndim == 3 else 0
-        return Operand(a.ctypes.data, outer, step, inner, 0, 0, False)
+        return RowOperand(a.ctypes.data, outer, inner, a.strides[2] if a.ndim == 3 else 0)
 
 
-def _like(x):
+def _like(x: Array) -> Any:
     """A scalar of the dtype to compute in: kernels are compiled for its type."""
     return kind_of(x.dtype).compute.type(0)
 
 
-def _operand(a, like, axis):
+def _operand(a: Array | None, like: Any, axis: int) -> Operand:
     """An array as an `Operand`; `axis` is the one that is contiguous where no conversion is needed."""
     if a is None:
         return NOTHING
     outer, step, *inner = a.strides
-    strides = (outer, step, *(inner or (0,)))
+    strides = (outer, step, *inner) if inner else (outer, step, 0)
     if like is None or (a.dtype == like.dtype and strides[axis] == a.itemsize and a.flags.aligned):
         return Operand(a.ctypes.data, *strides, 0, 0, False)
     kind = kind_of(a.dtype)
-    read = reader(kind.code, kind.swapped, like.dtype.name).address
-    write = 0
+    read, write = reader(kind.code, kind.swapped, like.dtype.name).address, 0
     if a.flags.writeable and kind.element == a.dtype:
         write = writer(kind.code).address
     return Operand(a.ctypes.data, *strides, read, write, False)
 
 
-def _units(x):
-    """(length of an outer row, number of units in it)."""
-    return x.shape[1], units_of(x.shape[1])
+def _streamed(out: Operand, pays: bool, a: Array) -> Operand:
+    """The operand for non-temporal stores, where they pay."""
+    return out._replace(streamed=pays and out.write == 0 and a.nbytes >= STREAM_FROM)
 
 
 backend = Backend()

@@ -1,73 +1,64 @@
-"""Kernels over rows whose class axis is the slower one in memory: class by class, many rows at a time.
+"""Folds whose class axis is the slower one in memory: class by class, many rows at a time.
 
-`WIDTH` neighbouring rows make a tile: a block of `BLOCK` classes of each, gathered so that the rows are
-contiguous, and handled with one row to a lane. Each row's sum keeps the order that `blocks` lays down
-(element j of a block in accumulator j modulo the number of lanes), so that a row has the same result,
-to the bit, in either layout.
+`GROUP` neighbouring rows make a tile: a block of `BLOCK` classes of each, gathered so that the rows are
+contiguous, and handled with one row per lane. Each row's sum keeps the order of the contract (element j
+of a block in accumulator j modulo the number of lanes), so that a row has the same result, to the bit,
+in either layout.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
+from fastll.backend.numba import fold
 from fastll.backend.numba.blocks import (
-    BLOCK,
-    address_of,
     cap_block,
-    distances,
+    distance_terms,
     exp_exact,
+    lowest,
     mask_block,
     multiply_block,
-    release,
-    size_of,
-    start_of,
     subtract_block,
     sum_exact,
     target_block,
-    until_line,
     weighted_sum_exact,
     weighted_terms,
+    zeros,
 )
-from fastll.backend.numba.cache import cached
-from fastll.backend.numba.maths import OUT_SHIFT, SUM_SHIFT, cast, constants, exponential, window
-from fastll.backend.numba.rows import (
-    KERNEL,
-    conclude,
-    conclude_logsumexp,
-    load_states,
-    next_group,
-    read_labels,
-)
+from fastll.backend.numba.fold import has_targets
+from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
+from fastll.backend.numba.memory import address_of, size_of, start_of, until_line
 from fastll.backend.numba.state import (
     ADDED,
+    AT_MAXIMUM,
+    BELOW,
     DISTANCE,
     END,
     FACTOR,
-    G_Y,
     KEPT,
+    LABEL,
+    LABEL_GRADIENT,
+    LABEL_LOGIT,
+    LABEL_SLOPE,
     LOG_S,
     MASS,
+    MAXIMUM,
+    REFERENCE,
     SCALE,
-    SLOPE_Y,
-    WIDTH,
-    X_Y,
-    E,
-    K,
-    M,
-    N,
-    Y,
-    begin,
-    exponent_of,
+    UNSHIFT,
+    VALUE,
     get,
     lanes,
     put,
     put_lanes,
     raise_maximum,
+    reference_of,
     set_state,
     state_of,
     times,
@@ -76,7 +67,9 @@ from fastll.backend.numba.state import (
 from fastll.backend.numba.vector import (
     INLINE,
     bytes_of,
-    call,
+    call as call_address,
+    for_each,
+    inlined,
     lanes_of,
     load,
     maximum,
@@ -85,11 +78,13 @@ from fastll.backend.numba.vector import (
     splat,
     store,
     stream,
-    stream_fence,
     where_eq,
     widen,
     write,
 )
+from fastll.contract import BLOCK, GROUP
+from fastll.formulas import TERMS
+from fastll.formulas.constants import SHIFT
 
 FEW = 32  # classes that are written at a time
 LINES_AHEAD = 8  # classes from the one that is read or written to the one that is prefetched
@@ -98,90 +93,108 @@ LINES_AHEAD = 8  # classes from the one that is read or written to the one that 
 class Tile(NamedTuple):
     """Addresses of memory for one call; vectors are of the compute dtype unless said otherwise."""
 
-    table: int  # of `state`
-    v: int  # logits, capped
-    u: int  # weights or targets
+    tables: int  # of two groups
+    x: int  # logits, capped
+    second: int  # weights or targets
     slope: int  # of FEW classes: derivatives of the soft cap
     out: int  # of FEW classes
-    tops: int  # one number a row: m
-    floors: int  # of `maths.window`
+    maxima: int  # one number per row; so down to `log_s`
+    floors: int  # of `window`
     magics: int
     factors: int
     scales: int
-    sums: int  # an accumulator, of one number a row, for each lane
+    unshifts: int
+    log_s: int
+    sums: int  # an accumulator, of one number per row, for each lane; twice
     more_sums: int
     wide: int  # the sums on their way to one, in float64
-    before: int  # the maxima of before, in float64
+    totals: int  # float64, one number per row, twice
+    before: int  # float64: the maxima of before
 
 
 @njit(**INLINE)
-def allocate_tile(classes, both, like):
-    """An uninitialised `Tile`, with or without `u`, and the array that holds it."""
-    line = WIDTH * size_of(like)
+def allocate_tile(call, both):
+    """An uninitialised `Tile`, with or without `second`, and the array that holds it."""
+    like, line = call.like, GROUP * size_of(call.like)
     accumulators = lanes_of(like) * bytes_of(widen(splat(like)))
-    tile = min(BLOCK, classes) * line
-    at = END + 2 * FEW * line + 5 * line + 3 * accumulators + WIDTH * 8
-    memory = np.empty(at + (2 * tile if both else tile) + 64, np.uint8)
-    first = (address_of(memory) + 63) // 64 * 64
-    slope = first + END
-    tops = slope + 2 * FEW * line
-    sums = tops + 5 * line
-    before = sums + 3 * accumulators
-    v = before + WIDTH * 8
+    tile = min(BLOCK, call.classes) * line
+    slope = 2 * END
+    lines = slope + 2 * FEW * line
+    sums = lines + 7 * line
+    totals = sums + 3 * accumulators
+    x = totals + 3 * GROUP * 8
+    owner = np.empty(x + (2 * tile if both else tile) + 64, np.uint8)
+    at = (address_of(owner) + 63) // 64 * 64
     result = Tile(
-        first,
-        v,
-        v + tile if both else v,
-        slope,
-        slope + FEW * line,
-        tops,
-        tops + line,
-        tops + 2 * line,
-        tops + 3 * line,
-        tops + 4 * line,
-        sums,
-        sums + accumulators,
-        sums + 2 * accumulators,
-        before,
+        at,
+        at + x,
+        at + x + tile if both else at + x,
+        at + slope,
+        at + slope + FEW * line,
+        at + lines,
+        at + lines + line,
+        at + lines + 2 * line,
+        at + lines + 3 * line,
+        at + lines + 4 * line,
+        at + lines + 5 * line,
+        at + lines + 6 * line,
+        at + sums,
+        at + sums + accumulators,
+        at + sums + 2 * accumulators,
+        at + totals,
+        at + totals + 2 * GROUP * 8,
     )
-    return result, memory
+    return result, owner
+
+
+@njit(**INLINE)
+def load_line(address, w, like):
+    """The vector of rows from w on."""
+    return load(address + w * size_of(like), lanes_of(like), zeros(like))
+
+
+@njit(**INLINE)
+def at_of(tile, j, w, like):
+    """Address of class j of row w."""
+    return tile + (j * GROUP + w) * size_of(like)
 
 
 @njit(**INLINE)
 def gather(x, group, j, n, tile, like):
-    """Classes j to j + n of the rows into a tile: class by class, WIDTH rows apart."""
-    size, count = size_of(like), group.count
-    pad = splat(constants(like).zero)
+    """Classes j to j + n of the rows into a tile: class by class, GROUP rows apart."""
+    size, count, zero = size_of(like), group.count, zeros(like)
     source = start_of(x, group.outer, group.inner) + j * x.classes
     for i in range(n):
-        line = tile + i * WIDTH * size
+        line = at_of(tile, i, 0, like)
         if x.read == 0:
             for w in range(0, count, lanes_of(like)):
                 prefetch_vector(source + LINES_AHEAD * x.classes + w * size)
-                store(line + w * size, count - w, load(source + w * size, count - w, pad))
+                store(line + w * size, count - w, load(source + w * size, count - w, zero))
         else:
-            call(x.read, source, x.inner, line, size, count)
+            call_address(x.read, source, x.inner, line, size, count)
         source += x.classes
 
 
 @njit(**INLINE)
 def scatter(x, group, j, n, tile, like):
     """A tile back into classes j to j + n of the rows."""
-    size, count = size_of(like), group.count
-    pad = splat(constants(like).zero)
+    size, count, zero = size_of(like), group.count, zeros(like)
     target = start_of(x, group.outer, group.inner) + j * x.classes
     for i in range(n):
-        line = tile + i * WIDTH * size
+        line = at_of(tile, i, 0, like)
         if x.write != 0:
-            call(x.write, line, size, target, x.inner, count)
-        elif x.streamed and count == WIDTH and target % 64 == 0:
-            for w in range(0, WIDTH, lanes_of(like)):
-                stream(target + w * size, load(line + w * size, lanes_of(like), pad))
+            call_address(x.write, line, size, target, x.inner, count)
+        elif x.streamed and count == GROUP and target % 64 == 0:
+            for w in range(0, GROUP, lanes_of(like)):
+                stream(target + w * size, load(line + w * size, lanes_of(like), zero))
         else:
             for w in range(0, count, lanes_of(like)):
                 prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
-                store(target + w * size, count - w, load(line + w * size, count - w, pad))
+                store(target + w * size, count - w, load(line + w * size, count - w, zero))
         target += x.classes
+
+
+# Sums
 
 
 @njit(**INLINE)
@@ -201,8 +214,8 @@ def accumulate(accumulators, j, v):
 @njit(**INLINE)
 def fold_sums(accumulators, n, zero, wide):
     """The sums of n elements, folded by halves in float64, as the first vector at `wide`."""
-    count = lanes_of(zero)
-    size, wide_size = bytes_of(zero), bytes_of(widen(zero))
+    count, zero_wide = lanes_of(zero), widen(zero)
+    size, wide_size = bytes_of(zero), bytes_of(zero_wide)
     used = min(n, count)
     for i in range(used):
         v = widen(load(accumulators + i * size, count, zero))
@@ -211,299 +224,396 @@ def fold_sums(accumulators, n, zero, wide):
     while half > 0:
         for i in range(half, used):
             at = wide + (i - half) * wide_size
-            other = load(wide + i * wide_size, count, widen(zero))
-            store(at, count, load(at, count, widen(zero)) + other)
+            other = load(wide + i * wide_size, count, zero_wide)
+            store(at, count, load(at, count, zero_wide) + other)
         used = min(used, half)
         half //= 2
 
 
 @njit(**INLINE)
-def aim(tile, shift, like):
+def clear_sums(i, tile, zero):
+    clear(tile.sums + i * (tile.more_sums - tile.sums), zero)
+
+
+@njit(**INLINE)
+def accumulate_sums(i, tile, j, terms):
+    accumulate(tile.sums + i * (tile.more_sums - tile.sums), j, terms[i])
+
+
+@njit(**INLINE)
+def fold_totals(i, tile, n, w, zero):
+    fold_sums(tile.sums + i * (tile.more_sums - tile.sums), n, zero, tile.wide)
+    sums = load(tile.wide, lanes_of(zero), widen(zero))
+    store(tile.totals + (i * GROUP + w) * 8, lanes_of(zero), sums)
+
+
+def summed(terms, count):
+    """`rows.summed` for the rows of a tile; leaves the sums as totals."""
+    clear_all, fold_all = for_each(clear_sums, count), for_each(fold_totals, count)
+    accumulate_all = for_each(accumulate_sums, count)
+
+    def sum_tile(tile, second, n, rows, like):
+        zero = zeros(like)
+        for w in range(0, rows, lanes_of(like)):
+            maxima = load_line(tile.maxima, w, like)
+            clear_all(tile, zero)
+            for j in range(n):
+                x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
+                other = load(at_of(second, j, w, like), lanes_of(like), zero)
+                accumulate_all(tile, j, terms(x, other, maxima))
+            fold_all(tile, n, w, zero)
+
+    return inlined(sum_tile, f"{terms.__qualname__}_tile")
+
+
+# Folding a tile
+
+
+@njit(**INLINE)
+def aim(tile, table, like):
     """The references of the rows, a vector each."""
     size = size_of(like)
-    for i in range(WIDTH):
-        floor, magic = window(get(tile.table + N, i), shift, like)
-        write(tile.tops + i * size, cast(get(tile.table + M, i), like))
+    for i in range(GROUP):
+        floor, magic = window(get(table + REFERENCE, i), like)
+        write(tile.maxima + i * size, cast(get(table + MAXIMUM, i), like))
         write(tile.floors + i * size, floor)
         write(tile.magics + i * size, magic)
 
 
 @njit(**INLINE)
-def raise_maxima(tile, n, count, fresh, like):
+def raise_maxima(tile, table, n, rows, fresh, like):
     """The rows' maxima with those of a tile; `fresh` rows have none yet."""
-    size, table = size_of(like), tile.table
-    lowest = splat(-constants(like).infinity)
-    for w in range(0, WIDTH, lanes_of(like)):
-        top = lowest
+    size = size_of(like)
+    for w in range(0, GROUP, lanes_of(like)):
+        top = lowest(like)
         for j in range(n):
-            top = maximum(load(tile.v + (j * WIDTH + w) * size, lanes_of(like), lowest), top)
-        store(tile.tops + w * size, lanes_of(like), top)
+            top = maximum(load(at_of(tile.x, j, w, like), lanes_of(like), top), top)
+        store(tile.maxima + w * size, lanes_of(like), top)
     if fresh:
-        for i in range(WIDTH):
-            put(table + M, i, np.float64(read(tile.tops + i * size, like)))
-        for i in range(0, WIDTH, lanes_of(0.0)):
-            put_lanes(table + N, i, exponent_of(lanes(table + M, i)))
+        for i in range(GROUP):
+            put(table + MAXIMUM, i, np.float64(read(tile.maxima + i * size, like)))
+        for i in range(0, GROUP, lanes_of(0.0)):
+            put_lanes(table + REFERENCE, i, reference_of(lanes(table + MAXIMUM, i)))
     else:
-        for i in range(count):
-            top = np.float64(read(tile.tops + i * size, like))
-            if top > get(table + M, i):
+        for i in range(rows):
+            top = np.float64(read(tile.maxima + i * size, like))
+            if top > get(table + MAXIMUM, i):
                 set_state(table, i, raise_maximum(state_of(table, i), top))
 
 
 @njit(**INLINE)
-def fold_tile(tile, n, count, fresh, like):
-    """`blocks.fold_block` for the rows of a tile."""
-    size, table = size_of(like), tile.table
-    c = constants(like)
-    zero, one = splat(c.zero), splat(c.one)
-    raise_maxima(tile, n, count, fresh, like)
-    aim(tile, float(SUM_SHIFT), like)
-    for w in range(0, count, lanes_of(like)):
-        tops = load(tile.tops + w * size, lanes_of(like), zero)
-        floors = load(tile.floors + w * size, lanes_of(like), zero)
-        magics = load(tile.magics + w * size, lanes_of(like), zero)
+def fold_tile(tile, table, n, rows, fresh, like):
+    """`rows.fold_block` for the rows of a tile."""
+    size, zero, one = size_of(like), zeros(like), constants(like).one
+    raise_maxima(tile, table, n, rows, fresh, like)
+    aim(tile, table, like)
+    for w in range(0, rows, lanes_of(like)):
+        maxima = load_line(tile.maxima, w, like)
+        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
         clear(tile.sums, zero)
         counts = zero
         for j in range(n):
-            x = load(tile.v + (j * WIDTH + w) * size, lanes_of(like), zero)
-            accumulate(tile.sums, j, where_eq(x, tops, zero, exponential(x, floors, magics)))
-            counts = counts + where_eq(x, tops, one, zero)
+            x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
+            e = formulas.below_maximum(x, maxima, exponential(x, floors, magics))
+            accumulate(tile.sums, j, e)
+            counts = counts + formulas.at_maximum(x, maxima, one)
         fold_sums(tile.sums, n, zero, tile.wide)
         store(tile.sums, lanes_of(like), counts)
-        for i in range(w, min(count, w + lanes_of(like))):
-            m = get(table + M, i)
+        for i in range(w, min(rows, w + lanes_of(like))):
+            m = get(table + MAXIMUM, i)
             if usable(m):
-                others = read(tile.wide + (i - w) * 8, 0.0) * 2.0**-SUM_SHIFT
+                others = read(tile.wide + (i - w) * 8, 0.0) * 2.0**-SHIFT
                 put(table + ADDED, i, get(table + ADDED, i) + others)
-                equal = np.float64(read(tile.sums + (i - w) * size, like))
-                put(table + K, i, get(table + K, i) + equal)
+                k = np.float64(read(tile.sums + (i - w) * size, like))
             else:
-                e, k = sum_exact(tile.v + i * size, WIDTH * size, n, m, like)
-                put(table + E, i, get(table + E, i) + e)
-                put(table + K, i, get(table + K, i) + k)
+                e, k = sum_exact(tile.x + i * size, GROUP * size, n, m, like)
+                put(table + BELOW, i, get(table + BELOW, i) + e)
+            put(table + AT_MAXIMUM, i, get(table + AT_MAXIMUM, i) + k)
 
 
 @njit(**INLINE)
-def fold_weighted_tile(tile, n, count, like):
-    """`blocks.fold_weighted_block` for the rows of a tile."""
-    size, table = size_of(like), tile.table
-    zero = splat(constants(like).zero)
-    mask_block(tile.v, tile.u, n * WIDTH, tile.v, like)
-    raise_maxima(tile, n, count, False, like)
-    aim(tile, float(SUM_SHIFT), like)
-    for w in range(0, count, lanes_of(like)):
-        tops = load(tile.tops + w * size, lanes_of(like), zero)
-        floors = load(tile.floors + w * size, lanes_of(like), zero)
-        magics = load(tile.magics + w * size, lanes_of(like), zero)
+def fold_weighted_tile(tile, table, n, rows, like):
+    """`rows.fold_weighted_block` for the rows of a tile."""
+    size, zero = size_of(like), zeros(like)
+    mask_block(tile.x, tile.second, n * GROUP, tile.x, like)
+    raise_maxima(tile, table, n, rows, False, like)
+    aim(tile, table, like)
+    for w in range(0, rows, lanes_of(like)):
+        maxima = load_line(tile.maxima, w, like)
+        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
         clear(tile.sums, widen(zero))
         clear(tile.more_sums, widen(zero))
         for j in range(n):
-            x = load(tile.v + (j * WIDTH + w) * size, lanes_of(like), zero)
-            weight = load(tile.u + (j * WIDTH + w) * size, lanes_of(like), zero)
-            terms, at_top = weighted_terms(x, weight, tops, floors, magics)
+            x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
+            weight = load(at_of(tile.second, j, w, like), lanes_of(like), zero)
+            terms, at_top = weighted_terms(x, weight, maxima, floors, magics)
             accumulate(tile.sums, j, terms)
             accumulate(tile.more_sums, j, at_top)
         fold_sums(tile.sums, n, widen(zero), tile.wide)
         fold_sums(tile.more_sums, n, widen(zero), tile.sums)
-        for i in range(w, min(count, w + lanes_of(like))):
-            m, column = get(table + M, i), ADDED
-            e = read(tile.wide + (i - w) * 8, 0.0)
-            k = read(tile.sums + (i - w) * 8, 0.0)
+        for i in range(w, min(rows, w + lanes_of(like))):
+            m, column = get(table + MAXIMUM, i), ADDED
+            e, k = read(tile.wide + (i - w) * 8, 0.0), read(tile.sums + (i - w) * 8, 0.0)
             if not usable(m):
-                column = E
-                e, k = weighted_sum_exact(
-                    tile.v + i * size, tile.u + i * size, WIDTH * size, n, m, like
-                )
+                column = BELOW
+                v, b = tile.x + i * size, tile.second + i * size
+                e, k = weighted_sum_exact(v, b, GROUP * size, n, m, like)
             put(table + column, i, get(table + column, i) + e)
-            put(table + K, i, get(table + K, i) + k)
+            put(table + AT_MAXIMUM, i, get(table + AT_MAXIMUM, i) + k)
+
+
+# Reading and folding the rows of a group
 
 
 @njit(**INLINE)
-def linear_tile(tile, n, count, like):
-    """`blocks.linear_block` for the rows of a tile, added to distance and mass."""
-    size, table = size_of(like), tile.table
-    zero = splat(constants(like).zero)
-    for i in range(WIDTH):
-        m = get(table + M, i)
-        write(tile.tops + i * size, cast(m if m > -np.inf else 0.0, like))
-    for w in range(0, count, lanes_of(like)):
-        tops = load(tile.tops + w * size, lanes_of(like), zero)
-        clear(tile.sums, zero)
-        clear(tile.more_sums, zero)
-        for j in range(n):
-            x = load(tile.v + (j * WIDTH + w) * size, lanes_of(like), zero)
-            weight = load(tile.u + (j * WIDTH + w) * size, lanes_of(like), zero)
-            accumulate(tile.sums, j, distances(x, weight, tops))
-            accumulate(tile.more_sums, j, weight)
-        fold_sums(tile.sums, n, zero, tile.wide)
-        for i in range(w, min(count, w + lanes_of(like))):
-            lift = get(table + M, i) - get(tile.before, i)
-            added = times(get(table + MASS, i), lift) + read(tile.wide + (i - w) * 8, 0.0)
-            put(table + DISTANCE, i, get(table + DISTANCE, i) + added)
-        fold_sums(tile.more_sums, n, zero, tile.wide)
-        for i in range(w, min(count, w + lanes_of(like))):
-            put(table + MASS, i, get(table + MASS, i) + read(tile.wide + (i - w) * 8, 0.0))
+def plain(call, tile, group, j, n):
+    gather(call.x, group, j, n, tile.x, call.like)
 
 
 @njit(**INLINE)
-def fetch_target_tile(t, w, options, classes, group, j, n, u, like):
+def capped(call, tile, group, j, n):
+    """`rows.capped` for a tile, and what is at the labels."""
+    table, like, cap = group.table, call.like, call.options.softcap
+    labelled = group.count if call.labels.address != 0 else 0
+    gather(call.x, group, j, n, tile.x, like)
+    for part in range(0, n if cap != 0.0 else 0, FEW):
+        count, at = min(n - part, FEW), at_of(tile.x, part, 0, like)
+        cap_block(at, count * GROUP, cap, at, tile.slope, like)
+        for i in range(labelled):
+            y = int(get(table + LABEL, i)) - j - part
+            if 0 <= y < count:
+                put(table + LABEL_SLOPE, i, np.float64(read(at_of(tile.slope, y, i, like), like)))
+    for i in range(labelled):
+        y = int(get(table + LABEL, i)) - j
+        if 0 <= y < n:
+            put(table + LABEL_LOGIT, i, np.float64(read(at_of(tile.x, y, i, like), like)))
+
+
+@njit(**INLINE)
+def fetch_target(call, group, j, n, u):
     """`rows.fetch_target` for a tile."""
-    size = size_of(like)
-    zero = splat(constants(like).zero)
+    like, eps, zero = call.like, call.options.label_smoothing, zeros(call.like)
     source = 0
-    if t.address != 0:
-        gather(t, group, j, n, u, like)
+    if call.second.address != 0:
+        gather(call.second, group, j, n, u, like)
         source = u
-    eps = options.label_smoothing
-    target_block(source, 0, n * WIDTH, 1.0 - eps, eps / classes, u, like)
-    if w != 0:
+    target_block(source, 0, n * GROUP, 1.0 - eps, eps / call.classes, u, like)
+    if call.weight != 0:
         for i in range(n):
-            weight = splat(read(w + (j + i) * size, like))
-            for at in range(u + i * WIDTH * size, u + (i + 1) * WIDTH * size, bytes_of(zero)):
+            weight = read(call.weight + (j + i) * size_of(like), like)
+            for w in range(0, GROUP, lanes_of(like)):
+                at = at_of(u, i, w, like)
                 store(at, lanes_of(like), load(at, lanes_of(like), zero) * weight)
 
 
-@njit(**INLINE)
-def fetch_capped_tile(x, cap, sparse, tile, group, j, n, like):
-    """`rows.fetch_capped` for a tile, and what is at the labels."""
-    size, table, line = size_of(like), tile.table, WIDTH * size_of(like)
-    gather(x, group, j, n, tile.v, like)
-    if cap != 0.0:
-        for part in range(0, n, FEW):
-            count = min(n - part, FEW)
-            at = tile.v + part * line
-            cap_block(at, count * WIDTH, cap, at, tile.slope, like)
-            for i in range(group.count if sparse else 0):
-                y = int(get(table + Y, i)) - j - part
-                if 0 <= y < count:
-                    slope = read(tile.slope + y * line + i * size, like)
-                    put(table + SLOPE_Y, i, np.float64(slope))
-    for i in range(group.count if sparse else 0):
-        y = int(get(table + Y, i)) - j
-        if 0 <= y < n:
-            put(table + X_Y, i, np.float64(read(tile.v + y * line + i * size, like)))
+_sum_distances = summed(distance_terms, 2)
 
 
 @njit(**INLINE)
-def exp_tile(tile, v, n, count, like):
-    """`blocks.exp_block` for the rows of a tile."""
-    size, table = size_of(like), tile.table
-    zero = splat(constants(like).zero)
-    for w in range(0, count, lanes_of(like)):
-        floors = load(tile.floors + w * size, lanes_of(like), zero)
-        magics = load(tile.magics + w * size, lanes_of(like), zero)
-        same = exponential(load(tile.tops + w * size, lanes_of(like), zero), floors, magics)
-        factors = load(tile.factors + w * size, lanes_of(like), zero)
-        scales = load(tile.scales + w * size, lanes_of(like), zero)
+def add_targets(call, tile, group, j, n):
+    """Distances and masses of a tile, for maxima that were those of before."""
+    if has_targets(call):
+        table, like, size = group.table, call.like, size_of(call.like)
+        fetch_target(call, group, j, n, tile.second)
+        for i in range(GROUP):
+            m = get(table + MAXIMUM, i)
+            write(tile.maxima + i * size, cast(m if m > -np.inf else 0.0, like))
+        _sum_distances(tile, tile.second, n, group.count, like)
+        for i in range(group.count):
+            rise, mass = get(table + MAXIMUM, i) - get(tile.before, i), get(table + MASS, i)
+            distance = times(mass, rise) + get(tile.totals, i)
+            put(table + DISTANCE, i, get(table + DISTANCE, i) + distance)
+            put(table + MASS, i, mass + get(tile.totals + GROUP * 8, i))
+
+
+@njit(**INLINE)
+def nothing_after_block(call, tile, group, j, n):
+    pass
+
+
+def _fold_group(name, read_block, after_block):
+    """A function that folds the exponentials of a group of rows."""
+
+    def fold_group(call, tile, group):
+        table, fresh = group.table, call.state.address == 0
+        for j in range(0, call.classes, BLOCK):
+            n = min(BLOCK, call.classes - j)
+            read_block(call, tile, group, j, n)
+            for i in range(0, GROUP, lanes_of(0.0)):
+                put_lanes(tile.before, i, lanes(table + MAXIMUM, i))
+            fold_tile(tile, table, n, group.count, fresh and j == 0, call.like)
+            after_block(call, tile, group, j, n)
+
+    return inlined(fold_group, f"{name}_fold_group")
+
+
+@njit(**INLINE)
+def fold_weighted_group(call, tile, group):
+    for j in range(0, call.classes, BLOCK):
+        n = min(BLOCK, call.classes - j)
+        gather(call.x, group, j, n, tile.x, call.like)
+        gather(call.second, group, j, n, tile.second, call.like)
+        fold_weighted_tile(tile, group.table, n, group.count, call.like)
+
+
+# Writing the rows of a group
+
+
+@njit(**INLINE)
+def exp_tile(tile, table, x, n, rows, like):
+    """`rows.exp_block` for the rows of a tile."""
+    size, zero = size_of(like), zeros(like)
+    for w in range(0, rows, lanes_of(like)):
+        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
+        peaks = exponential(load_line(tile.maxima, w, like), floors, magics)
+        factors, scales = load_line(tile.factors, w, like), load_line(tile.scales, w, like)
+        unshifts = load_line(tile.unshifts, w, like)
         for j in range(n):
-            at = (j * WIDTH + w) * size
-            term = exponential(load(v + at, lanes_of(like), zero), floors, magics)
-            store(tile.out + at, lanes_of(like), where_eq(term, same, factors, term * scales))
-    for i in range(count):
-        m = get(table + M, i)
+            e = exponential(load(at_of(x, j, w, like), lanes_of(like), zero), floors, magics)
+            y = where_eq(e, peaks, factors, (e * scales) * unshifts)
+            store(at_of(tile.out, j, w, like), lanes_of(like), y)
+    for i in range(rows):
+        m = get(table + MAXIMUM, i)
         if not usable(m):
-            factor = get(table + FACTOR, i)
-            exp_exact(v + i * size, WIDTH * size, n, m, factor, tile.out + i * size, like)
+            v, out, factor = x + i * size, tile.out + i * size, get(table + FACTOR, i)
+            exp_exact(v, GROUP * size, n, m, factor, out, like)
 
 
 @njit(**INLINE)
-def log_tile(tile, v, n, count, like):
-    """(x - m) - log s for the rows of a tile; log s stands in for the scales."""
-    size = size_of(like)
-    zero = splat(constants(like).zero)
-    for w in range(0, count, lanes_of(like)):
-        tops = load(tile.tops + w * size, lanes_of(like), zero)
-        lowered = load(tile.scales + w * size, lanes_of(like), zero)
-        for j in range(n):
-            at = (j * WIDTH + w) * size
-            store(tile.out + at, lanes_of(like), (load(v + at, lanes_of(like), zero) - tops) - lowered)
+def fill_probabilities(call, tile, group, x, second, j, n):
+    exp_tile(tile, group.table, x, n, group.count, call.like)
 
 
-@cached
-@njit(**KERNEL)
-def logsumexp(x, b, state, out, sign, classes, inner_size, like, start, stop):
-    tile, memory = allocate_tile(classes, b.address != 0, like)
-    row = start
-    while row < stop:
-        group = next_group(tile.table, 0, row, stop, inner_size, WIDTH)
-        begin(group.table)
-        load_states(state, group)
-        for j in range(0, classes, BLOCK):
-            n = min(BLOCK, classes - j)
-            gather(x, group, j, n, tile.v, like)
-            if b.address == 0:
-                fold_tile(tile, n, group.count, j == 0 and state.address == 0, like)
-            else:
-                gather(b, group, j, n, tile.u, like)
-                fold_weighted_tile(tile, n, group.count, like)
-        conclude_logsumexp(state, out, sign, b.address != 0, group, like)
-        row += group.count
-    release(memory)
+@njit(**INLINE)
+def fill_logarithms(call, tile, group, x, second, j, n):
+    like = call.like
+    for w in range(0, group.count, lanes_of(like)):
+        maxima, log_s = load_line(tile.maxima, w, like), load_line(tile.log_s, w, like)
+        for i in range(n):
+            logits = load(at_of(x, i, w, like), lanes_of(like), maxima)
+            y = formulas.log_probability(logits, maxima, log_s)
+            store(at_of(tile.out, i, w, like), lanes_of(like), y)
 
 
-@cached
-@njit(**KERNEL)
-def reduce(
-    x, t, labels, w, state, options, loss, lse, out, log, classes, inner_size, like, start, stop
-):
-    """Cross-entropy, or without a `loss`, softmax."""
-    size, line, cap = size_of(like), WIDTH * size_of(like), options.softcap
-    sparse = labels.address != 0
-    spread = loss.address != 0 and (not sparse or options.label_smoothing != 0.0)
-    folded = state.address != 0
-    whole = classes <= BLOCK and cap == 0.0 and not folded  # the tiles keep what they hold
-    tile, memory = allocate_tile(classes, spread, like)
-    table = tile.table
-    row = start
-    while row < stop:
-        most = WIDTH
-        if out.streamed:  # so that the other groups begin at lines
-            most = until_line(start_of(out, row // inner_size, row % inner_size), like) or WIDTH
-        group = next_group(table, 0, row, stop, inner_size, most)
-        begin(table)
-        load_states(state, group)
-        read_labels(labels, w, options.ignore_index, group, like)
-        for j in range(0, 0 if folded else classes, BLOCK):
-            n = min(BLOCK, classes - j)
-            fetch_capped_tile(x, cap, sparse, tile, group, j, n, like)
-            for i in range(WIDTH):
-                put(tile.before, i, get(table + M, i))
-            fold_tile(tile, n, group.count, j == 0, like)
-            if spread:
-                fetch_target_tile(t, w, options, classes, group, j, n, tile.u, like)
-                linear_tile(tile, n, group.count, like)
-        conclude(loss, lse, group, classes, sparse, options, like)
-        aim(tile, float(OUT_SHIFT), like)
-        for i in range(WIDTH):
-            scale = get(table + LOG_S, i) if log else get(table + SCALE, i)
-            write(tile.scales + i * size, cast(scale, like))
+@njit(**INLINE)
+def fill_gradient(call, tile, group, x, second, j, n):
+    table, like, cap = group.table, call.like, call.options.softcap
+    exp_tile(tile, table, x, n, group.count, like)
+    if has_targets(call):
+        if cap != 0.0 or call.classes > BLOCK:  # the tile does not hold them any more
+            fetch_target(call, group, j, n, second)
+        subtract_block(tile.out, second, n * GROUP, call.options.scale, like)
+    if cap != 0.0:
+        multiply_block(tile.out, tile.slope, n * GROUP, like)
+    for i in range(group.count if call.labels.address != 0 else 0):
+        y = int(get(table + LABEL, i)) - j
+        if get(table + KEPT, i) == 0.0:
+            for c in range(n):
+                write(at_of(tile.out, c, i, like), cast(0.0, like))
+        elif 0 <= y < n:
+            write(at_of(tile.out, y, i, like), cast(get(table + LABEL_GRADIENT, i), like))
+
+
+def _write_group(name, read_block, fill):
+    """A function that writes the rows of a group, a few classes at a time."""
+
+    def write_group(call, tile, group):
+        table, like, size = group.table, call.like, size_of(call.like)
+        whole = call.classes <= BLOCK and call.state.address == 0 and call.options.softcap == 0.0
+        aim(tile, table, like)
+        for i in range(GROUP):
             write(tile.factors + i * size, cast(get(table + FACTOR, i), like))
-        for j in range(0, classes if out.address != 0 else 0, FEW):
-            n = min(FEW, classes - j)
-            v, u = tile.v, tile.u
-            if whole:
-                v, u = v + j * line, u + j * line
+            write(tile.scales + i * size, cast(get(table + SCALE, i), like))
+            write(tile.unshifts + i * size, cast(get(table + UNSHIFT, i), like))
+            write(tile.log_s + i * size, cast(get(table + LOG_S, i), like))
+        for j in range(0, call.classes, FEW):
+            n = min(FEW, call.classes - j)
+            if whole:  # the tiles keep what they hold
+                x, second = at_of(tile.x, j, 0, like), at_of(tile.second, j, 0, like)
             else:
-                fetch_capped_tile(x, cap, sparse, tile, group, j, n, like)
-            if log:
-                log_tile(tile, v, n, group.count, like)
-            else:
-                exp_tile(tile, v, n, group.count, like)
-            if spread:
-                if not whole:
-                    fetch_target_tile(t, w, options, classes, group, j, n, u, like)
-                subtract_block(tile.out, u, n * WIDTH, options.scale, like)
-            if cap != 0.0:
-                multiply_block(tile.out, tile.slope, n * WIDTH, like)
-            for i in range(group.count if sparse else 0):
-                y = int(get(table + Y, i)) - j
-                if get(table + KEPT, i) == 0.0:
-                    for c in range(n):
-                        write(tile.out + c * line + i * size, cast(0.0, like))
-                elif 0 <= y < n:
-                    write(tile.out + y * line + i * size, cast(get(table + G_Y, i), like))
-            scatter(out, group, j, n, tile.out, like)
-        row += group.count
-    if out.streamed:
-        stream_fence()
-    release(memory)
+                x, second = tile.x, tile.second
+                read_block(call, tile, group, j, n)
+            fill(call, tile, group, x, second, j, n)
+            scatter(call.out, group, j, n, tile.out, like)
+
+    return inlined(write_group, f"{name}_write_group")
+
+
+def _walk(name, read_block, after_block, fill):
+    """A function that writes the group before and folds the next one."""
+    fold_group = _fold_group(name, read_block, after_block)
+    write_group = _write_group(name, read_block, fill)
+
+    def walk(call, tile, group, before):
+        if before.count > 0:
+            write_group(call, tile, before)
+        if group.count > 0 and call.state.address == 0:
+            fold_group(call, tile, group)
+
+    return inlined(walk, f"{name}_walk")
+
+
+_fold_plain = _fold_group("plain", plain, nothing_after_block)
+
+
+@njit(**INLINE)
+def _walk_logsumexp(call, tile, group, before):
+    if call.second.address == 0:
+        _fold_plain(call, tile, group)
+    else:
+        fold_weighted_group(call, tile, group)
+
+
+def _walk_sum(operation):
+    """A function that folds the terms of an operation of `TERMS`."""
+    inputs, formula = TERMS[operation].inputs, getattr(formulas, TERMS[operation].formula.__name__)
+    of_one = inlined(lambda x, second, maximum: (formula(x),), f"{operation}_terms")
+    of_two = inlined(lambda x, second, maximum: (formula(x, second),), f"{operation}_terms")
+    sum_tile = summed(of_one if inputs == 1 else of_two, 1)
+
+    def walk(call, tile, group, before):
+        for j in range(0, call.classes, BLOCK):
+            n = min(BLOCK, call.classes - j)
+            gather(call.x, group, j, n, tile.x, call.like)
+            if inputs == 2:
+                gather(call.second, group, j, n, tile.second, call.like)
+            sum_tile(tile, tile.second, n, group.count, call.like)
+            for i in range(group.count):
+                put(group.table + VALUE, i, get(group.table + VALUE, i) + get(tile.totals, i))
+
+    return inlined(walk, f"{operation}_walk")
+
+
+@njit(**INLINE)
+def _allocate(call):
+    return allocate_tile(call, call.second.address != 0)
+
+
+@njit(**INLINE)
+def _allocate_targets(call):
+    return allocate_tile(call, has_targets(call))
+
+
+@njit(**INLINE)
+def _rows_at_once(call, tile, row):
+    """Where lines are streamed, so many that the other groups begin at lines."""
+    if call.out.streamed:
+        at = start_of(call.out, row // call.inner, row % call.inner)
+        return until_line(at, call.like) or GROUP
+    return GROUP
+
+
+_WALKS = {
+    "logsumexp": _walk_logsumexp,
+    "softmax": _walk("softmax", plain, nothing_after_block, fill_probabilities),
+    "log_softmax": _walk("log_softmax", plain, nothing_after_block, fill_logarithms),
+    "cross_entropy": _walk("cross_entropy", capped, add_targets, fill_gradient),
+}
+
+
+@cache
+def kernel(operation):
+    """The kernel of an operation."""
+    walk = _WALKS[operation] if operation in _WALKS else _walk_sum(operation)
+    allocate = _allocate_targets if operation == "cross_entropy" else _allocate
+    return fold.kernel("columns", operation, allocate, _rows_at_once, walk)

@@ -1,7 +1,7 @@
 """The scalars of rows: their running state, and what becomes of it. See `fastll.contract`.
 
 Everything here is float64. Rows and columns share it, which is why they agree to the bit. What is done
-once a row is done for a group of `WIDTH` rows: a table in memory, named by its address, with a column
+once per row is done for a group of `GROUP` rows: a table in memory, named by its address, with a column
 of float64 for each thing that is known of a row.
 """
 
@@ -15,71 +15,65 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fastll.backend.numba.maths import (
-    LN2_HIGH,
-    LN2_LOW,
-    OUT_SHIFT,
-    exp_reduced,
-    log1p_sum,
-    split,
-    window,
-)
+from fastll.backend.numba.maths import constants, formulas, log1p_sum
 from fastll.backend.numba.vector import (
     INLINE,
     absolute,
     first,
     fma,
+    lanes_of,
     load,
     read,
     round_down,
     splat,
     store,
     where_eq,
+    where_ge,
     where_gt,
     write,
 )
+from fastll.contract import GROUP
+from fastll.formulas.constants import LIMIT, LN2_HIGH, LN2_LOW, SHIFT
 
-WIDTH = 64
 LANES = 16  # of float64
 
-#: A maximum of this magnitude, or an infinite one, is no reference for `maths.exponential`.
-#: Float32 has steps of 1/16 there, so that x - m is exact wherever exp(x - m) matters.
-LIMIT = 2.0**20
-
 _LOG2E = 1 / math.log(2)
+_UNSHIFT = 2.0**-SHIFT
 
-#: Offsets of a group's columns in bytes.
+#: Offsets of a table's columns in bytes.
 (
-    M,  # these five as in `State`
-    E,
-    K,
-    N,
+    MAXIMUM,  # these five as in `State`
+    BELOW,
+    AT_MAXIMUM,
+    REFERENCE,
     ADDED,
-    LEAD,  # exp(m) / 2**n
-    LOG_S,  # log(e + k)
+    LEAD,  # exp(maximum) / 2**reference
+    LOG_S,  # log(below + at_maximum)
+    LSE,
     KEPT,  # 1, or 0 where the row is ignored
-    Y,  # the label
-    X_Y,  # logit, weight and derivative of the soft cap at the label
-    W_Y,
-    SLOPE_Y,
-    DISTANCE,  # sum_j u_j (m - x_j)
+    LABEL,  # -1 where it is no class
+    LABEL_LOGIT,  # logit, class weight and derivative of the soft cap at the label
+    LABEL_WEIGHT,
+    LABEL_SLOPE,
+    DISTANCE,  # sum_j u_j (maximum - x_j)
     MASS,  # sum_j u_j
-    LOSS,
-    FACTOR,  # of exp(x - m) in the result
-    SCALE,  # of `exponential` in the result
-    G_Y,  # the gradient at the label
+    VALUE,  # the loss, or the sum of terms
+    FACTOR,  # of exp(x - maximum) in the result
+    SCALE,  # of `exponential` in the result, together with
+    UNSHIFT,  # a second factor, so that both are normal numbers
+    LABEL_GRADIENT,
     END,
-) = (column * WIDTH * 8 for column in range(19))
+) = (column * GROUP * 8 for column in range(21))
 
 
 class State(NamedTuple):
     """A row that elements are being added to."""
 
-    m: float
-    e: float
-    k: float
-    n: float  # exponent of the reference of `exponential`
-    added: float  # to e since, but in multiples of 2**n: so no exponential is needed on the way
+    maximum: float
+    below: float
+    at_maximum: float
+    reference: float  # exponent of the reference of `exponential`
+    added: float  # to `below` since, in multiples of 2**reference: this takes no exponential
 
 
 @njit(**INLINE)
@@ -104,58 +98,61 @@ def put_lanes(column, i, values):
 
 
 @njit(**INLINE)
-def usable(m):
+def usable(maximum):
     """Whether a maximum serves as a reference."""
-    return abs(m) < LIMIT
+    return abs(maximum) < LIMIT
 
 
 @njit(**INLINE)
-def where_usable(m, x, otherwise):
-    return where_gt(splat(LIMIT), absolute(m), x, otherwise)
+def where_usable(maximum, x, otherwise):
+    return where_gt(LIMIT, absolute(maximum), x, otherwise)
 
 
 @njit(**INLINE)
-def exponent_of(m):
-    """The exponent n of the reference for a maximum m; 0 where it is not usable."""
-    return where_usable(m, round_down(m * _LOG2E + 0.5), splat(0.0))
+def reference_of(maximum):
+    """The exponent of the reference for a maximum; 0 where that is not usable."""
+    return where_usable(maximum, round_down(maximum * _LOG2E + 0.5), 0.0)
 
 
 @njit(**INLINE)
-def lead_of(m, n):
-    """exp(m) / 2**n, a number about 1; 1 where m is not usable."""
-    return where_usable(m, exp_reduced((m - n * LN2_HIGH) - n * LN2_LOW), splat(1.0))
+def lead_of(maximum, n):
+    """exp(maximum) / 2**n, a number about 1; 1 where the maximum is not usable."""
+    fraction = formulas.exp_fraction((maximum - n * LN2_HIGH) - n * LN2_LOW)
+    return where_usable(maximum, fraction, 1.0)
 
 
 @njit(**INLINE)
-def state_of(group, i):
+def state_of(table, i):
     return State(
-        get(group + M, i),
-        get(group + E, i),
-        get(group + K, i),
-        get(group + N, i),
-        get(group + ADDED, i),
+        get(table + MAXIMUM, i),
+        get(table + BELOW, i),
+        get(table + AT_MAXIMUM, i),
+        get(table + REFERENCE, i),
+        get(table + ADDED, i),
     )
 
 
 @njit(**INLINE)
-def set_state(group, i, row):
-    put(group + M, i, row.m)
-    put(group + E, i, row.e)
-    put(group + K, i, row.k)
-    put(group + N, i, row.n)
-    put(group + ADDED, i, row.added)
+def set_state(table, i, row):
+    put(table + MAXIMUM, i, row.maximum)
+    put(table + BELOW, i, row.below)
+    put(table + AT_MAXIMUM, i, row.at_maximum)
+    put(table + REFERENCE, i, row.reference)
+    put(table + ADDED, i, row.added)
 
 
 @njit
-def begin(group):
+def begin(table):
     """Every row the identity, idle ones too, so that their lanes hold harmless numbers."""
-    for column in range(group, group + END, WIDTH * 8):
+    for column in range(table, table + END, GROUP * 8):
         value = splat(0.0)
-        if column == group + M:
+        if column == table + MAXIMUM:
             value = splat(-np.inf)
-        elif column == group + KEPT or column == group + W_Y or column == group + SLOPE_Y:
+        elif (
+            column == table + KEPT or column == table + LABEL_WEIGHT or column == table + LABEL_SLOPE
+        ):
             value = splat(1.0)
-        for i in range(0, WIDTH, LANES):
+        for i in range(0, GROUP, LANES):
             put_lanes(column, i, value)
 
 
@@ -163,34 +160,37 @@ def begin(group):
 def raise_maximum(row, top):
     """The state relative to a larger maximum `top`.
 
-    The rounding error of m - top, found as in Knuth's two-sum, corrects the exponential: otherwise a
-    difference of d would cost d roundoffs.
+    The rounding error of maximum - top, found as in Knuth's two-sum, corrects the exponential:
+    otherwise a difference of d would cost d roundoffs.
     """
-    n = first(exponent_of(splat(top)))
-    if row.m == -np.inf:
-        return State(top, (row.e + row.added) * 0.0, 0.0, n, 0.0)
-    d = row.m - top
-    rounded = d - row.m
-    error = (row.m - (d - rounded)) - (top + rounded) if d > -np.inf else 0.0
-    e = row.e + row.added / first(lead_of(splat(row.m), splat(row.n)))
-    return State(top, (e + row.k) * (math.exp(d) * (1.0 + error)), 0.0, n, 0.0)
+    n = first(reference_of(splat(top)))
+    if row.maximum == -np.inf:
+        return State(top, (row.below + row.added) * 0.0, 0.0, n, 0.0)
+    d = row.maximum - top
+    rounded = d - row.maximum
+    error = (row.maximum - (d - rounded)) - (top + rounded) if d > -np.inf else 0.0
+    e = row.below + row.added / first(lead_of(splat(row.maximum), splat(row.reference)))
+    return State(top, (e + row.at_maximum) * (math.exp(d) * (1.0 + error)), 0.0, n, 0.0)
 
 
 @njit
-def settle(group, count):
-    """Nothing more is added. A row without an element above -inf is the identity; a NaN stays."""
-    zero, none = splat(0.0), splat(-np.inf)
+def settle(table, count):
+    """Finalise states after the last element.
+
+    A row without an element above -inf is the identity; a NaN stays.
+    """
     for i in range(0, count, LANES):
-        m = lanes(group + M, i)
-        lead = lead_of(m, lanes(group + N, i))
-        e = lanes(group + E, i) + lanes(group + ADDED, i) / lead
-        e = where_eq(m, none, e * zero, e)
-        k = where_eq(m, none, zero, lanes(group + K, i))
-        put_lanes(group + LEAD, i, lead)
-        put_lanes(group + E, i, e)
-        put_lanes(group + K, i, k)
-        # for k at least 1, or a row without elements
-        put_lanes(group + LOG_S, i, log1p_sum(e + (k - 1.0)))
+        m = lanes(table + MAXIMUM, i)
+        lead = lead_of(m, lanes(table + REFERENCE, i))
+        e = lanes(table + BELOW, i) + lanes(table + ADDED, i) / lead
+        e = where_eq(m, -np.inf, e * 0.0, e)
+        k = where_eq(m, -np.inf, 0.0, lanes(table + AT_MAXIMUM, i))
+        log_s = log1p_sum(e + (k - 1.0))  # for k at least 1, or a row without elements
+        put_lanes(table + LEAD, i, lead)
+        put_lanes(table + BELOW, i, e)
+        put_lanes(table + AT_MAXIMUM, i, k)
+        put_lanes(table + LOG_S, i, log_s)
+        put_lanes(table + LSE, i, m + log_s)
 
 
 @njit(**INLINE)
@@ -208,46 +208,47 @@ def times(coefficient, value):
 
 
 @njit(**INLINE)
-def products(coefficient, value):
-    zero = splat(0.0)
-    return where_eq(coefficient, zero, zero, coefficient * value)
+def set_factors(table, i, factor, like):
+    """Of a vector of rows from i on.
 
-
-@njit(**INLINE)
-def set_factors(group, i, factor):
-    """Of a vector of rows from i on."""
-    put_lanes(group + FACTOR, i, factor)
-    put_lanes(group + SCALE, i, factor / lanes(group + LEAD, i) * 2.0**-OUT_SHIFT)
+    A product with a scale below `tiny` could lose digits that the result has: then there are two.
+    """
+    tiny = 2.0**-100 if lanes_of(like) == 32 else 2.0**-960
+    scale = factor / lanes(table + LEAD, i)
+    shifted = scale * _UNSHIFT
+    put_lanes(table + FACTOR, i, factor)
+    put_lanes(table + SCALE, i, where_ge(tiny, absolute(shifted), scale, shifted))
+    put_lanes(table + UNSHIFT, i, where_ge(tiny, absolute(shifted), _UNSHIFT, 1.0))
 
 
 @njit
-def finish(group, count, classes, sparse, options):
-    """What becomes of the rows of a cross-entropy.
-
-    At the label the gradient is (c + excess) p - u_y - c, whose part c (p - 1) is computed as
-    -c (1 - p), and 1 - p from expm1(x_y - m): nothing cancels.
-    """
-    one, nan = splat(1.0), splat(np.nan)
-    z, scale, eps = splat(options.z_loss), splat(options.scale), options.label_smoothing
-    floor, magic = window(0.0, 0.0, 0.0)
+def finish_softmax(table, count, like):
     for i in range(0, count, LANES):
-        m, log_s, mass = lanes(group + M, i), lanes(group + LOG_S, i), lanes(group + MASS, i)
-        x_y, w_y = lanes(group + X_Y, i), lanes(group + W_Y, i)
-        e, k = lanes(group + E, i), lanes(group + K, i)
-        s = e + k
-        rest = e + (k - one)
-        c = splat(1.0 - eps if sparse else 0.0) * w_y
-        lse = m + log_s
-        loss = products(c, log_s + (m - x_y)) + products(mass, log_s)
-        loss = (loss + lanes(group + DISTANCE, i)) + products(z, lse * lse)
+        set_factors(table, i, 1.0 / (lanes(table + BELOW, i) + lanes(table + AT_MAXIMUM, i)), like)
+
+
+@njit
+def finish_cross_entropy(table, count, classes, sparse, options, like):
+    """Losses, and what their gradients take."""
+    scale, eps = options.scale, options.label_smoothing
+    c = 1.0 - eps if sparse else 0.0
+    limits = constants(0.0)
+    for i in range(0, count, LANES):
+        m, log_s, mass = lanes(table + MAXIMUM, i), lanes(table + LOG_S, i), lanes(table + MASS, i)
+        x_y, w_y = lanes(table + LABEL_LOGIT, i), lanes(table + LABEL_WEIGHT, i)
+        e, k = lanes(table + BELOW, i), lanes(table + AT_MAXIMUM, i)
+        c_y, s, rest = w_y * c, e + k, e + (k - 1.0)
+        loss = formulas.cross_entropy_loss(
+            m, log_s, c_y, x_y, mass, lanes(table + DISTANCE, i), options.z_loss
+        )
         if classes > 0:
-            loss = where_eq(m, splat(-np.inf), nan, loss)
-        put_lanes(group + LOSS, i, products(lanes(group + KEPT, i), loss))
-        excess = mass + products(z + z, lse)
-        q, t = split(x_y - m, splat(floor), splat(magic))
-        p_y = fma(q, t, t) / s
-        others = (rest - fma(q, t, t - one)) / s  # 1 - p_y
-        g_y = (excess * p_y - splat(eps / classes) * w_y) - c * others
-        g_y = (scale * g_y) * lanes(group + SLOPE_Y, i)
-        put_lanes(group + G_Y, i, where_gt(splat(np.inf), absolute(m), g_y, nan))
-        set_factors(group, i, scale * (c + excess) / s)
+            loss = where_eq(m, -np.inf, np.nan, loss)
+        put_lanes(table + VALUE, i, formulas.product(lanes(table + KEPT, i), loss))
+        q, t = formulas.split(x_y - m, limits.floor, limits.magic)
+        e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
+        factor, g_y = formulas.cross_entropy_gradient(
+            m + log_s, s, rest, c_y, w_y * (eps / classes), mass, options.z_loss, e_y, fall_y
+        )
+        g_y = (g_y * scale) * lanes(table + LABEL_SLOPE, i)
+        put_lanes(table + LABEL_GRADIENT, i, where_gt(np.inf, absolute(m), g_y, np.nan))
+        set_factors(table, i, factor * scale / s, like)

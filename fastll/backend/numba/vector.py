@@ -14,13 +14,40 @@ from __future__ import annotations
 
 import operator
 
+from typing import NamedTuple
+
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
-#: For functions that must vanish into their caller.
-INLINE = {"forceinline": True, "error_model": "numpy"}
+#: For functions that must vanish into their caller, and so need no entry for Python or C.
+INLINE = {
+    "forceinline": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+
+
+def inlined(function, name):
+    """A function that a factory made. As part of symbols, `name` tells it from others of the factory:
+
+    code on disk comes from several processes, each of which numbers its functions in its own order.
+    """
+    function.__qualname__ = name
+    return njit(**INLINE)(function)
+
+
+def for_each(function, count):
+    """A function that returns (function(0, *arguments), ..., function(count - 1, *arguments))."""
+    name, at = f"{function.__qualname__}_{count}", count - 1
+    if count == 0:
+        return inlined(lambda *arguments: (), name)
+    before = for_each(function, at)
+    return inlined(lambda *arguments: before(*arguments) + (function(at, *arguments),), name)
+
 
 #: Bytes from what is read or written to what is prefetched.
 AHEAD = 2048
@@ -79,18 +106,33 @@ def _intrinsic_call(builder, name, result, arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
 
 
-def _operation(arity, emit):
-    """A function of `arity` vectors of one type, to one of that type: emit(builder, *values)."""
+def _common(arguments):
+    """The type of the vectors among arguments, if all the others are single elements of one."""
+    vector = next((a for a in arguments if isinstance(a, Vector)), None)
+    if vector is None or any(a not in (vector, vector.element) for a in arguments):
+        return None
+    return vector
 
-    def typed(typing_context, *vectors):
-        (first, *_) = vectors
-        if any(v != first for v in vectors) or not isinstance(first, Vector):
+
+def _splatted(builder, vector, kinds, values):
+    return [
+        value if kind == vector else _splat(builder, value, vector.lanes)
+        for kind, value in zip(kinds, values, strict=True)
+    ]
+
+
+def _operation(arity, emit):
+    """A function of `arity` vectors of one type, or elements of it, to one: emit(builder, *values)."""
+
+    def typed(typing_context, *arguments):
+        vector = _common(arguments)
+        if vector is None:
             return None
 
         def codegen(context, builder, signature, values):
-            return emit(builder, *values)
+            return emit(builder, *_splatted(builder, vector, signature.args, values))
 
-        return first(*vectors), codegen
+        return vector(*arguments), codegen
 
     # Numba reads the number of arguments off the signature
     return intrinsic(
@@ -104,17 +146,20 @@ def _operation(arity, emit):
 
 
 def _arithmetic(symbol, instruction):
-    emit = _operation(2, lambda builder, a, b: getattr(builder, instruction)(a, b))
+    """An operator of vectors, likewise. (An `overload` takes a compilation for each pair of types.)"""
 
-    @overload(symbol)
-    def implementation(a, b):
-        if isinstance(a, Vector) and isinstance(b, Vector):
-            return lambda a, b: emit(a, b)
-        if isinstance(a, Vector) and isinstance(b, types.Float):
-            return lambda a, b: emit(a, splat(b))
-        if isinstance(a, types.Float) and isinstance(b, Vector):
-            return lambda a, b: emit(splat(a), b)
-        return None
+    @infer_global(symbol)
+    class Arithmetic(AbstractTemplate):
+        def generic(self, arguments, keywords):
+            vector = _common(arguments)
+            return vector and vector(*arguments)
+
+    @lower_builtin(symbol, Vector, Vector)
+    @lower_builtin(symbol, Vector, types.Float)
+    @lower_builtin(symbol, types.Float, Vector)
+    def lower(context, builder, signature, values):
+        values = _splatted(builder, signature.return_type, signature.args, values)
+        return getattr(builder, instruction)(*values)
 
 
 for _symbol, _instruction in (
@@ -133,11 +178,15 @@ def _select(comparison):
     )
 
 
+def _fma(builder, a, b, c):
+    return _intrinsic_call(builder, "fma", a.type, (a, b, c))
+
+
 where_eq = _select("==")
 where_gt = _select(">")
 where_ge = _select(">=")
 
-fma = _operation(3, lambda builder, a, b, c: _intrinsic_call(builder, "fma", a.type, (a, b, c)))
+fma = _operation(3, _fma)
 
 #: The larger one; `b` where either is NaN.
 maximum = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
@@ -145,6 +194,20 @@ maximum = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordere
 absolute = _operation(1, lambda builder, a: _intrinsic_call(builder, "fabs", a.type, (a,)))
 
 round_down = _operation(1, lambda builder, a: _intrinsic_call(builder, "floor", a.type, (a,)))
+
+
+@intrinsic
+def horner(typing_context, coefficients, x):
+    """The polynomial with a tuple of coefficients, from the highest power on."""
+
+    def codegen(context, builder, signature, values):
+        first, *others = cgutils.unpack_tuple(builder, values[0])
+        result = _splat(builder, first, x.lanes)
+        for coefficient in others:
+            result = _fma(builder, result, values[1], _splat(builder, coefficient, x.lanes))
+        return result
+
+    return x(coefficients, x), codegen
 
 
 @intrinsic
@@ -171,32 +234,66 @@ def exponent_bits(typing_context, v):
     return v(v), codegen
 
 
-def _exponents(builder, x):
-    """n as whole numbers where x = 2**n f with sqrt(1/2) <= f < sqrt(2), of float64."""
-    i64 = ir.VectorType(ir.IntType(64), x.type.count)
-    bits = builder.bitcast(x, i64)
-    above = builder.sub(bits, ir.Constant(i64, [0x3FE6A09E667F3BCD] * i64.count))
-    return builder.ashr(above, ir.Constant(i64, [52] * i64.count))
+class _Format(NamedTuple):
+    """Of a floating type: widths, and the representations of numbers as integers."""
+
+    bits: int
+    mantissa: int
+    bias: int
+    root: int  # the smallest number that is at least sqrt(1/2)
+    whole: int  # 1.5 * 2**mantissa: with a whole number added, its low bits are that number
 
 
-def _from_exponents(emit):
-    return _operation(1, lambda builder, x: emit(builder, _exponents(builder, x), x.type))
+_FORMATS = {
+    ir.FloatType(): _Format(32, 23, 127, 0x3F3504F4, 0x4B400000),
+    ir.DoubleType(): _Format(64, 52, 1023, 0x3FE6A09E667F3BCD, 0x4338000000000000),
+}
 
 
-def _as_float(builder, n, kind):
-    # 1.5 * 2**52 and a whole number leave that number in the low bits
-    bits = builder.add(n, ir.Constant(n.type, [0x4338000000000000] * n.type.count))
-    return builder.fsub(builder.bitcast(bits, kind), ir.Constant(kind, [1.5 * 2**52] * kind.count))
+def _by_exponent(emit):
+    """A function of a vector x by n, where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
+
+    `emit` takes the builder, n as integers, a function to make such constants, and the format.
+    """
+
+    def by_exponent(builder, x):
+        form, count = _FORMATS[x.type.element], x.type.count
+        integers = ir.VectorType(ir.IntType(form.bits), count)
+
+        def constant(number):
+            return ir.Constant(integers, [number] * count)
+
+        above = builder.sub(builder.bitcast(x, integers), constant(form.root))
+        n = builder.ashr(above, constant(form.mantissa))
+        return emit(builder, n, constant, form, x.type)
+
+    return _operation(1, by_exponent)
 
 
-def _downscale(builder, n, kind):
-    bits = builder.sub(ir.Constant(n.type, [1023] * n.type.count), n)
-    return builder.bitcast(builder.shl(bits, ir.Constant(n.type, [52] * n.type.count)), kind)
+def _exponent(builder, n, constant, form, kind):
+    sum_with_whole = builder.bitcast(builder.add(n, constant(form.whole)), kind)
+    return builder.fsub(sum_with_whole, builder.bitcast(constant(form.whole), kind))
+
+
+def _downscale(builder, n, constant, form, kind):
+    bits = builder.shl(builder.sub(constant(form.bias), n), constant(form.mantissa))
+    return builder.bitcast(bits, kind)
 
 
 #: n, and 2**-n, where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
-exponent = _from_exponents(_as_float)
-downscale = _from_exponents(_downscale)
+exponent = _by_exponent(_exponent)
+downscale = _by_exponent(_downscale)
+
+
+@intrinsic
+def first_lanes(typing_context, v, count):
+    """The first `count` lanes; 0 in the others."""
+
+    def codegen(context, builder, signature, values):
+        mask = _mask(builder, values[1], v.lanes)
+        return builder.select(mask, values[0], ir.Constant(v.ir, [0.0] * v.lanes))
+
+    return v(v, types.int64), codegen
 
 
 @intrinsic

@@ -71,6 +71,7 @@ class Backend(Host):
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array
     ) -> tuple[int, float]:
+        labels = labels.reshape(-1)
         kept = labels != ignore_index
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= classes)))
         if bad.size:

@@ -1,0 +1,121 @@
+// The steps on a block that rows and tiles share, on contiguous memory.
+
+#pragma once
+
+#include "state.hpp"
+
+namespace {
+
+// f(j, count) for each vector of n elements, the last one perhaps in part.
+template <class T, class F>
+INLINE void for_vectors(Index n, F f) {
+    for (Index j = 0; j < n; j += lanes<T>)
+        f(j, n - j);
+}
+
+// The maximum; NaN are passed over.
+template <class T>
+double max_block(const T *v, Index n) {
+    const T lowest = -(T) INFINITY;
+    Vec<T> top = splat(lowest);
+    for_vectors<T>(n, [&](Index j, Index count) FORCED {
+        top = maximum(load_ahead(v + j, count, lowest), top);
+    });
+    return largest(top);
+}
+
+// The soft cap of v into `out`; its derivative into `slope` unless that is NULL.
+template <class T>
+void cap_block(const T *v, Index n, T cap, T *out, T *slope) {
+    for_vectors<T>(n, [&](Index j, Index count) FORCED {
+        auto [capped, derivative] = softcap(load_ahead(v + j, count, cap), cap);
+        store(out + j, count, capped);
+        if (slope)
+            store(slope + j, count, derivative);
+    });
+}
+
+// u = w (keep t + spread), with t = 0 and w = 1 where they are NULL.
+template <class T>
+void target_block(const T *t, const T *w, Index n, T keep, T spread, T *out) {
+    for_vectors<T>(n, [&](Index j, Index count) FORCED {
+        Vec<T> u = splat(spread);
+        if (t)
+            u = smoothed(load_ahead(t + j, count, T()), keep, spread);
+        if (w)
+            u = u * load(w + j, count, T());
+        store(out + j, count, u);
+    });
+}
+
+// x where its weight is not 0, -inf elsewhere.
+template <class T>
+void mask_block(const T *v, const T *b, Index n, T *out) {
+    for (Index j = 0; j < n; j++)
+        out[j] = b[j] == 0 ? -(T) INFINITY : v[j];
+}
+
+// out less `scale` u.
+template <class T>
+void subtract_block(T *out, const T *u, Index n, T scale) {
+    for_vectors<T>(n, [&](Index j, Index count) FORCED {
+        store(out + j, count, less_target(load(out + j, count, T()), load(u + j, count, T()), scale));
+    });
+}
+
+template <class T>
+void multiply_block(T *out, const T *slope, Index n) {
+    for (Index j = 0; j < n; j++)
+        out[j] = out[j] * slope[j];
+}
+
+// b exp(x - m) of the elements below the maximum and b of those equal to it, in float64.
+template <class T>
+INLINE auto weighted_terms(Vec<T> x, Vec<T> b, Vec<T> m, Vec<T> e) {
+    // scaled back before the weight comes in, which may be as large as a number can be
+    auto below = (widen(below_maximum(x, m, e)) * Constants<double>::unshift) * widen(b);
+    return pack(below, widen(at_maximum(x, m, b)));
+}
+
+// A row of a block of numbers, `step` elements apart, by the library's exp: for a maximum that is infinite
+// or enormous. One term after the other, but with Kahan's compensation.
+template <class T>
+void sum_exactly(const T *v, Index step, Index n, State &row) {
+    double e = 0, k = 0, lost = 0;
+    for (Index j = 0; j < n; j++) {
+        double x = v[j * step];
+        if (x == row.m)
+            k += 1;
+        else {
+            double term = std::exp(x - row.m) - lost, added = e + term;
+            lost = (added - e) - term;
+            e = added;
+        }
+    }
+    row.e += e;
+    row.k += k;
+}
+
+// The same with weights, of which those of both signs at an infinite maximum make it NaN.
+template <class T>
+void sum_weighted_exactly(const T *v, const T *b, Index step, Index n, State &row) {
+    double e = 0, k = 0;
+    for (Index j = 0; j < n; j++) {
+        double x = v[j * step], weight = b[j * step];
+        if (x == row.m)
+            k += row.m == INFINITY && weight != 0 ? weight * row.m : weight;
+        else if (weight != 0)
+            e += weight * std::exp(x - row.m);
+    }
+    row.e += e;
+    row.k += k;
+}
+
+// factor exp(x - m) likewise; NaN throughout where the maximum is infinite.
+template <class T>
+void write_exactly(const T *v, Index step, Index n, double m, double factor, T *out) {
+    for (Index j = 0; j < n; j++)
+        out[j * step] = (T) (std::fabs(m) < INFINITY ? std::exp(v[j * step] - m) * factor : NAN);
+}
+
+}  // namespace

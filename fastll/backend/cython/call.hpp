@@ -1,0 +1,109 @@
+// What a kernel is told: its operands and options, as `fastll.contract` names them.
+//
+// A row is handled in blocks of `BLOCK` elements, which stay in the first-level cache between steps. A
+// block is read and written in place where its memory is contiguous and of the compute dtype, otherwise
+// through a buffer.
+
+#pragma once
+
+#include "convert.hpp"
+
+namespace {
+
+struct Operand {
+    char *address;  // NULL: there is no such operand
+    Index outer, classes, inner;  // strides in bytes
+    Format format;
+    bool swapped;
+    bool native;  // aligned and of the compute dtype, at any strides below 2**24
+    bool streamed;  // written by non-temporal stores
+
+    explicit operator bool() const { return address != nullptr; }
+
+    // The first element of a row.
+    char *row(Index outer_, Index inner_) const { return address + outer_ * outer + inner_ * inner; }
+
+    // Elements j to j + n of the row that starts at `start`: in place or in the buffer.
+    template <class T>
+    const T *fetch(const char *start, Index j, Index n, T *buffer) const {
+        const char *source = start + j * classes;
+        if (format == IN_PLACE)
+            return (const T *) source;
+        read_block(format, swapped, source, classes, n, buffer);
+        return buffer;
+    }
+
+    // Where to leave elements from j on: in place, or in the buffer for `deliver`.
+    template <class T>
+    T *place(char *start, Index j, T *buffer) const {
+        return format == IN_PLACE ? (T *) (start + j * classes) : buffer;
+    }
+
+    // Write the buffer out, if that is where they were left.
+    template <class T>
+    void deliver(char *start, Index j, Index n, const T *buffer) const {
+        if (format != IN_PLACE)
+            write_block(format, buffer, start + j * classes, classes, n);
+    }
+};
+
+struct Options {
+    int64_t ignore_index;
+    double label_smoothing, z_loss, softcap, scale;
+};
+
+// Codes of operations: those of the tables of `fastll.formulas` follow, each table from its own on.
+enum Operation { LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, TERMS = 1000, ELEMENTS = 2000 };
+
+struct Call {
+    int operation;
+    bool single;  // computed in float32
+    bool across;  // the class axis is the slower one: by columns.hpp
+    Options options;
+    double parameters[4];
+    Index classes;  // of a map: elements of an outer row
+    Index inner;  // of a map: units of an outer row
+    Operand inputs[4];  // of a fold: x and `second`
+    Operand labels, weight, state;
+    Operand value, partial, lse, sign;
+    Operand out;  // in the shape of x; of a map: the slope
+
+    const Operand &x() const { return inputs[0]; }
+    const Operand &second() const { return inputs[1]; }
+    bool log() const { return operation == LOG_SOFTMAX; }
+    bool capped() const { return options.softcap != 0; }
+    bool weighted() const { return operation == LOGSUMEXP && second(); }
+
+    // Whether a cross-entropy has a u that is not 0.
+    bool spread() const {
+        return operation == CROSS_ENTROPY && (second() || options.label_smoothing != 0);
+    }
+};
+
+INLINE Index blocks_of(Index n) {
+    return (n + BLOCK - 1) / BLOCK;
+}
+
+INLINE Index least(Index a, Index b) {
+    return a < b ? a : b;
+}
+
+// Buffers on lines of the cache, cut from one piece of memory.
+struct Memory {
+    char *start, *at;
+
+    explicit Memory(Index size) : start((char *) malloc(size + 64)) {
+        at = (char *) (((size_t) start + 63) / 64 * 64);
+    }
+    Memory(const Memory &) = delete;
+    ~Memory() { free(start); }
+
+    template <class T>
+    T *take(Index n) {
+        T *taken = (T *) at;
+        at += n * (Index) sizeof(T);
+        return taken;
+    }
+};
+
+}  // namespace

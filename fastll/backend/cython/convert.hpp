@@ -1,0 +1,154 @@
+// Strided numbers of any dtype to contiguous ones of the compute dtype, and back, a block at a time.
+
+#pragma once
+
+#include "vector.hpp"
+
+namespace {
+
+enum Format {
+    IN_PLACE = -1,  // needs no conversion: contiguous, aligned and in the compute dtype
+    // in the order of `fastll.dtypes.FORMATS`
+    FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64
+};
+
+template <class To, class From>
+INLINE To bits_as(From value) {
+    To result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+// The number at an address that need not be aligned, and in the other byte order if `swapped`.
+template <class S>
+INLINE S element(const char *at, bool swapped) {
+    S value;
+    memcpy(&value, at, sizeof value);
+    if (swapped)
+        for (size_t i = 0; i < sizeof value; i++)
+            ((char *) &value)[i] = at[sizeof value - 1 - i];
+    return value;
+}
+
+// float16. Subnormal: its 10 bits under the exponent of 2**-14, less 2**-14.
+INLINE float from_half(uint32_t bits) {
+    uint32_t magnitude = (bits & 0x7FFF) << 13, exponent = magnitude & 0x0F800000;
+    float small = bits_as<float>(magnitude | 0x38800000) - bits_as<float>(0x38800000);
+    uint32_t special = magnitude | 0x7F800000;
+    magnitude = exponent == 0x0F800000 ? special : magnitude + (112 << 23);
+    magnitude = exponent == 0 ? bits_as<uint32_t>(small) : magnitude;
+    return bits_as<float>((bits & 0x8000) << 16 | magnitude);
+}
+
+// float16, to nearest even. Subnormal: the sum with 0.5 rounds at bit 2**-24.
+INLINE uint16_t to_half(float value) {
+    uint32_t bits = bits_as<uint32_t>(value), magnitude = bits & 0x7FFFFFFF, odd = magnitude >> 13 & 1;
+    uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000;
+    uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+    uint32_t rest = (magnitude - (112 << 23) + 0x0FFF + odd) >> 13;
+    rest = magnitude < 0x38800000 ? small : rest;  // below 2**-14
+    rest = magnitude >= 0x47800000 ? special : rest;  // 2**16 and beyond
+    return (uint16_t) ((bits >> 16 & 0x8000) | rest);
+}
+
+INLINE float from_bfloat(uint32_t bits) {
+    return bits_as<float>(bits << 16);
+}
+
+// bfloat16, to nearest even.
+INLINE uint16_t to_bfloat(float value) {
+    uint32_t bits = bits_as<uint32_t>(value), odd = bits >> 16 & 1, quiet = bits >> 16 | 0x40;
+    return (uint16_t) (value != value ? quiet : (bits + 0x7FFF + odd) >> 16);
+}
+
+// float16 and float32, by the CPU where it can. Returns how many numbers it did.
+INLINE Index from_halves(const char *source, float *to, Index n) {
+    Index i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((__m256i *) source + i / 16)));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((__m128i *) source + i / 8)));
+#endif
+    return i;
+}
+
+INLINE Index to_halves(const float *source, char *to, Index n) {
+    Index i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *) to + i / 16, _mm512_cvtps_ph(_mm512_loadu_ps(source + i), 0));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *) to + i / 8, _mm256_cvtps_ph(_mm256_loadu_ps(source + i), 0));
+#endif
+    return i;
+}
+
+// Numbers stored as S, from `done` on. Where they are contiguous the loop makes vectors of them.
+template <class S, class T, class F>
+INLINE void read_numbers(
+    const char *source, Index step, Index n, bool swapped, T *out, F converted, Index done = 0
+) {
+    if (step == sizeof(S) && !swapped)
+        for (Index i = done; i < n; i++)
+            out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
+    else
+        for (Index i = 0; i < n; i++)
+            out[i] = converted(element<S>(source + i * step, swapped));
+}
+
+template <class S, class T, class F>
+INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F converted, Index done = 0) {
+    for (Index i = done; i < n; i++) {
+        S number = converted(numbers[i]);
+        memcpy(out + i * (step == sizeof(S) ? sizeof(S) : step), &number, sizeof number);
+    }
+}
+
+// n numbers, `step` bytes apart, into the compute dtype.
+template <class T>
+void read_block(Format format, bool swapped, const char *source, Index step, Index n, T *out) {
+    auto read = [=](auto like) {
+        read_numbers<decltype(like)>(source, step, n, swapped, out, [](auto x) { return (T) x; });
+    };
+    switch (format) {
+        case FLOAT16: {
+            Index done = 0;
+            if constexpr (sizeof(T) == 4)
+                done = step == 2 && !swapped ? from_halves(source, out, n) : 0;
+            read_numbers<uint16_t>(source, step, n, swapped, out, from_half, done);
+            return;
+        }
+        case BFLOAT16:
+            read_numbers<uint16_t>(source, step, n, swapped, out, from_bfloat);
+            return;
+        case FLOAT32: return read(float());
+        case FLOAT64: return read(double());
+        case INT8: return read(int8_t());
+        case INT16: return read(int16_t());
+        case INT32: return read(int32_t());
+        case INT64: return read(int64_t());
+        case UINT8: return read(uint8_t());
+        case UINT16: return read(uint16_t());
+        case UINT32: return read(uint32_t());
+        default: return read(uint64_t());
+    }
+}
+
+// n numbers of the compute dtype to floating ones, `step` bytes apart.
+template <class T>
+void write_block(Format format, const T *numbers, char *out, Index step, Index n) {
+    if constexpr (sizeof(T) == 4) {
+        if (format == FLOAT16) {
+            Index done = step == 2 ? to_halves(numbers, out, n) : 0;
+            return write_numbers<uint16_t>(numbers, out, step, n, to_half, done);
+        }
+        if (format == BFLOAT16)
+            return write_numbers<uint16_t>(numbers, out, step, n, to_bfloat);
+    }
+    write_numbers<T>(numbers, out, step, n, [](T x) { return x; });
+}
+
+}  // namespace

@@ -1,0 +1,167 @@
+// The driver of folds: load, fold, finish and write, a group of rows at a time.
+
+#pragma once
+
+#include "columns.hpp"
+#include "map.hpp"
+#include "rows.hpp"
+
+namespace {
+
+// One number per row, where it is asked for.
+template <class T, class F>
+INLINE void put(const Operand &to, const Group &group, F value) {
+    if (!to)
+        return;
+    char *at = to.row(group.outer, group.inner);
+    for (Index i = 0; i < group.count; i++) {
+        T number = (T) value(i);
+        memcpy(at + i * to.inner, &number, sizeof number);
+    }
+}
+
+// Between the states in memory and those of a group: `copy(memory, member)` of m, e and k.
+template <class F>
+INLINE void for_states(const Operand &state, Group &group, F copy) {
+    for (Index i = 0; i < group.count; i++) {
+        char *at = state.row(group.outer, group.inner + i);
+        copy(at, &group.m[i]);
+        copy(at + state.classes, &group.e[i]);
+        copy(at + 2 * state.classes, &group.k[i]);
+        group.n[i] = first(exponent_of(splat(group.m[i])));
+    }
+}
+
+// Labels and their weights. One that is out of range, as another thread changed it after the check, makes
+// the row NaN.
+template <class T>
+void load_labels(const Call &call, Group &group) {
+    const T *weight = (const T *) call.weight.address;
+    const char *at = call.labels.row(group.outer, group.inner);
+    for (Index i = 0; i < group.count; i++, at += call.labels.inner) {
+        int64_t y;
+        memcpy(&y, at, sizeof y);
+        group.kept[i] = y != call.options.ignore_index;
+        group.label[i] = group.kept[i] != 0 && y >= 0 && y < call.classes ? (Index) y : -1;
+        if (group.kept[i] != 0)
+            group.w_y[i] = group.label[i] < 0 ? NAN : weight ? weight[group.label[i]] : 1;
+    }
+}
+
+// A new group from `row` on, as it is before its first element.
+template <class T>
+void load_group(const Call &call, Group &group, Index row, Index most) {
+    group.outer = row / call.inner, group.inner = row % call.inner;
+    group.count = least(most, call.inner - group.inner);
+    if (call.across && call.out.streamed) {  // so that the other groups begin at lines
+        Index head = until_line((T *) call.out.row(group.outer, group.inner));
+        group.count = least(group.count, head > 0 ? head : GROUP);
+    }
+    begin(group, call.operation == CROSS_ENTROPY);
+    if (call.state)
+        for_states(call.state, group, [](const char *at, double *x) { memcpy(x, at, sizeof *x); });
+    if (call.labels)
+        load_labels<T>(call, group);
+}
+
+// Add the elements. The states of a softmax that is given some are complete.
+template <class Pass>
+INLINE void fold_group(const Call &call, Pass &pass) {
+    if (call.operation >= TERMS)
+        with_term(call.operation - TERMS, [&](auto term) {
+            pass.template fold_terms<decltype(term)>();
+            return 0;
+        });
+    else if (call.operation == LOGSUMEXP || !call.state)
+        pass.fold();
+}
+
+// Scalars of the rows from their sums, and those that are asked for into memory.
+template <class T>
+void finish_group(const Call &call, Group &group) {
+    if (call.operation >= TERMS)
+        return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i]; });
+    finish_states(group);
+    if (call.operation == CROSS_ENTROPY) {
+        finish_cross_entropy<T>(call, group);
+        put<T>(call.value, group, [&](Index i) { return group.value[i]; });
+    } else if (call.operation != LOGSUMEXP)
+        finish_softmax<T>(group);
+    else {
+        if (call.second())
+            finish_weighted(call, group);
+        if (call.state)
+            for_states(call.state, group, [](char *at, const double *x) { memcpy(at, x, sizeof *x); });
+        put<T>(call.sign, group, [&](Index i) {
+            double s = group.e[i] + group.k[i];
+            return s > 0 ? 1 : s < 0 ? -1 : s;
+        });
+    }
+    put<T>(call.lse, group, [&](Index i) { return group.m[i] + group.log_s[i]; });
+}
+
+template <class T, class Pass>
+int fold_groups(const Call &call, Index start, Index stop) {
+    Pass pass(call);
+    if (!pass.memory.start)
+        return -1;
+    for (Index row = start; row < stop;) {
+        Group &group = *pass.group;
+        load_group<T>(call, group, row, least(pass.most, stop - row));
+        row += group.count;
+        fold_group(call, pass);
+        finish_group<T>(call, group);
+        pass.write();
+    }
+    pass.complete();
+    if (call.out.streamed)
+        stream_fence();
+    return 0;
+}
+
+// Any operation, on rows or units `start` to `stop`. Returns 0, or -1 without memory for its buffers.
+template <class T>
+int run_typed(const Call &call, Index start, Index stop) {
+    if (call.operation >= ELEMENTS)
+        return with_element(call.operation - ELEMENTS, [&](auto element) {
+            return map_units<decltype(element), T>(call, start, stop);
+        });
+    return call.across ? fold_groups<T, Columns<T>>(call, start, stop)
+                       : fold_groups<T, Rows<T>>(call, start, stop);
+}
+
+INLINE int run(const Call &call, Index start, Index stop) {
+    return call.single ? run_typed<float>(call, start, stop) : run_typed<double>(call, start, stop);
+}
+
+// First position of a label outside [0, classes), or -1; the summed weight of the others.
+Index scan_labels(
+    const char *labels, Index count, Index classes, int64_t ignore_index, const char *weight, bool single,
+    double *kept
+) {
+    Index ignored = 0;
+    bool bad = false;
+    for (Index i = 0; i < count; i++) {  // no early exit, so that the loop vectorises
+        int64_t y = element<int64_t>(labels + i * 8, false);
+        ignored += y == ignore_index;
+        bad |= (y != ignore_index) & ((y < 0) | (y >= classes));
+    }
+    *kept = (double) (count - ignored);
+    if (!bad && !weight)
+        return -1;
+    *kept = 0;
+    for (Index i = 0; i < count; i++) {
+        int64_t y = element<int64_t>(labels + i * 8, false);
+        if (y == ignore_index)
+            continue;
+        if (y < 0 || y >= classes) {
+            *kept = 0;
+            return i;
+        }
+        if (weight)
+            *kept += single ? element<float>(weight + y * 4, false) : element<double>(weight + y * 8, false);
+    }
+    return -1;
+}
+
+}  // namespace

@@ -1,0 +1,112 @@
+// The driver of element-wise operations: one unit is `CHUNK` elements of one outer row.
+
+#pragma once
+
+#include "call.hpp"
+
+namespace {
+
+// What a block of a map reads and writes; what is NULL is not there.
+template <class T>
+struct Elements {
+    const T *inputs[4], *weight;
+    T *value, *slope;
+    T parameters[4], scale;
+    bool streamed;  // the values
+};
+
+// What a formula returns, as (value, e, slope) of `fastll.formulas.elements`, with 0 for what is missing.
+template <class F, class V, class R>
+INLINE Three<V, V, V> parts_of(R result) {
+    if constexpr (F::log1p)
+        return {spread<V>(result.a), spread<V>(result.b), spread<V>(result.c)};
+    else if constexpr (F::slope)
+        return {spread<V>(result.a), V(), spread<V>(result.b)};
+    else
+        return {spread<V>(result), V(), V()};
+}
+
+// Values and slopes of a block, where they are asked for; the sum of the values.
+//
+// Where that sum is all, and nothing is weighted, the sum of log1p(e) is the log1p of one number a lane,
+// q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
+// where every e is tiny.
+template <class F, class T>
+double map_block(const Elements<T> &block, Index n) {
+    typedef Vec<T> V;
+    const Elements<T> at = block;
+    const bool deferred = F::log1p && !at.value && !at.weight;
+    V sums = {}, q = {};
+    for (Index j = 0; j < n; j += lanes<T>) {
+        Index count = n - j;
+        auto input = [&](int i) FORCED { return load_ahead(at.inputs[i] + j, count, T()); };
+        auto parameter = [&](int i) FORCED { return at.parameters[i]; };
+        auto [value, e, slope] = parts_of<F, V>(F::of(input, parameter));
+        if (F::log1p && deferred) {
+            e = first_lanes(e, count);
+            q = q + fma(q, e, e);
+        } else if constexpr (F::log1p)
+            value = value + log1p(e);
+        if (at.weight) {
+            V weight = load_ahead(at.weight + j, count, T());
+            value = value * weight;
+            slope = slope * weight;
+        }
+        sums = sums + first_lanes(value, count);
+        if (at.value && at.streamed && count >= lanes<T>)
+            stream_all(at.value + j, value);
+        else if (at.value)
+            store(at.value + j, count, value);
+        if (F::slope && at.slope)
+            store(at.slope + j, count, slope * at.scale);
+    }
+    return F::log1p && deferred ? total(sums) + total(log1p_sum(widen(q))) : total(sums);
+}
+
+template <class F, class T>
+int map_units(const Call &call, Index start, Index stop) {
+    Memory memory((F::inputs + 3) * BLOCK * sizeof(T));
+    if (!memory.start)
+        return -1;
+    T *buffers[F::inputs + 3];
+    for (T *&buffer : buffers)
+        buffer = memory.take<T>(BLOCK);
+    T *weight_buffer = buffers[F::inputs], *value_buffer = buffers[F::inputs + 1];
+    T *slope_buffer = buffers[F::inputs + 2];
+    Elements<T> block = {};
+    block.scale = (T) call.options.scale;
+    block.streamed = call.value.streamed;
+    for (int i = 0; i < F::parameters; i++)
+        block.parameters[i] = (T) call.parameters[i];
+    for (Index unit = start; unit < stop; unit++) {
+        Index outer = unit / call.inner, j = unit % call.inner * CHUNK, n = 0;
+        Index end = least(call.classes, j + CHUNK);
+        char *values = call.value.row(outer, 0), *slopes = call.out.row(outer, 0);
+        double sum = 0;
+        if (call.value.streamed)  // a first block that ends at a line
+            n = until_line((T *) (values + j * call.value.classes));
+        for (; j < end; j += n, n = 0) {
+            n = least(n ? n : BLOCK, end - j);
+            for (int i = 0; i < F::inputs; i++)
+                block.inputs[i] = call.inputs[i].fetch(call.inputs[i].row(outer, 0), j, n, buffers[i]);
+            if (call.weight)
+                block.weight = call.weight.fetch(call.weight.row(outer, 0), j, n, weight_buffer);
+            if (call.value)
+                block.value = call.value.place(values, j, value_buffer);
+            if (call.out)
+                block.slope = call.out.place(slopes, j, slope_buffer);
+            sum += map_block<F>(block, n);
+            if (call.value)
+                call.value.deliver(values, j, n, value_buffer);
+            if (call.out)
+                call.out.deliver(slopes, j, n, slope_buffer);
+        }
+        if (call.partial)
+            memcpy(call.partial.row(outer, 0) + unit % call.inner * call.partial.classes, &sum, 8);
+    }
+    if (call.value.streamed)
+        stream_fence();
+    return 0;
+}
+
+}  // namespace

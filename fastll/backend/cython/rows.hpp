@@ -1,0 +1,396 @@
+// Folds of rows whose class axis is the faster one in memory: row by row, block by block.
+//
+// A group of rows is small enough for the second-level cache, where folding leaves its exponentials for
+// writing. Where nothing but a factor is missing from them, a group is written while the next one is
+// folded, so that memory and arithmetic are both busy all the time.
+
+#pragma once
+
+#include "blocks.hpp"
+
+namespace {
+
+constexpr Index GROUP_SIZE = 1 << 18;  // bytes of a group's rows, where they are written too
+constexpr Index ROW_SIZE = 1 << 19;  // bytes of a row up to which its exponentials are kept
+
+// A row that has been folded and is being written.
+template <class T>
+struct Pending {
+    const T *source;  // exponentials, or if `log`, logits
+    T *out;
+    Index j, n;  // elements from j to n are left
+    bool log, streamed;
+    T peak, factor, scale;  // of `probability`
+    T m, log_s;  // of `log_probability`
+
+    // Elements j to j + count, at most a vector; a whole one may be streamed.
+    FORCED void write(Index j_, Index count) const {
+        Vec<T> x = load(source + j_, count, T());
+        x = log ? log_probability(x, m, log_s) : probability(x, peak, factor, scale);
+        if (streamed && count >= lanes<T>)
+            stream_all(out + j_, x);
+        else
+            store(out + j_, count, x);
+    }
+
+    Index vectors_left() const { return (n - j) / lanes<T>; }
+
+    void write_rest() {
+        for (; j + lanes<T> <= n; j += lanes<T>)
+            write(j, lanes<T>);
+        write(j, n - j);
+        j = n;
+    }
+};
+
+template <class T>
+struct Rows {
+    const Call &call;
+    const bool keeps;  // exponentials, for writing
+    const bool interleaves;  // a group is written while the next one is folded
+    const Index most;  // rows in a group: as many as writing finds in the cache
+    const Index pitch;  // elements from a row's exponentials to the next one's
+    Memory memory;
+    T *x, *next, *u, *slope, *out;  // a block each
+    T *kept;  // exponentials of the rows of two groups, or NULL
+    double *exponents;  // of the reference of each block of them
+    Group groups[2];
+    Group *group = &groups[0], *before = &groups[1];
+    // while a block is folded: the row's next one, or NULL, and its maximum
+    const T *following;
+    Index following_count;
+    double following_top;
+    Pending<T> pending;
+
+    explicit Rows(const Call &call_)
+        : call(call_), keeps(keeps_of(call_)), interleaves(interleaves_of(call_, keeps)),
+          most(most_of(call_)), pitch((call_.classes + 31) / 32 * 32), memory(size()) {
+        if (!memory.start)
+            return;
+        for (T **buffer : {&x, &next, &u, &slope, &out})
+            *buffer = memory.take<T>(BLOCK);
+        kept = keeps ? memory.take<T>(2 * most * pitch) : nullptr;
+        exponents = memory.take<double>(blocks_of(call.classes));
+        groups[0].count = groups[1].count = 0;
+        groups[0].half = 0, groups[1].half = 1;
+    }
+
+    static bool keeps_of(const Call &call) {
+        bool plain = call.out && !call.log() && !call.capped() && !call.state;
+        return plain && call.classes * (Index) sizeof(T) <= ROW_SIZE;
+    }
+
+    static bool interleaves_of(const Call &call, bool keeps) {
+        if (call.out.format != IN_PLACE || !call.out || call.state)
+            return false;
+        return call.log() ? call.x().format == IN_PLACE : keeps && !call.spread();
+    }
+
+    static Index most_of(const Call &call) {
+        Index bytes = call.classes * (Index) sizeof(T);
+        return call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
+    }
+
+    Index size() const {
+        Index numbers = 5 * BLOCK + (keeps ? 2 * most * pitch : 0);
+        return numbers * (Index) sizeof(T) + blocks_of(call.classes) * (Index) sizeof(double);
+    }
+
+    T *kept_of(const Group &rows, Index i) const {
+        return kept ? kept + (rows.half * most + i) * pitch : nullptr;
+    }
+
+    // Block of logits from j on, with the soft cap where there is one; its derivative into `slope_to`.
+    const T *fetch_logits(const char *start, Index j, Index n, T *buffer, T *slope_to) const {
+        const T *v = call.x().fetch(start, j, n, buffer);
+        if (!call.capped())
+            return v;
+        cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
+        return buffer;
+    }
+
+    // u = w ((1 - eps) t + eps / C) of the contract, or without t, w eps / C.
+    const T *fetch_target(const char *start, Index j, Index n) const {
+        double eps = call.options.label_smoothing;
+        const T *t = call.second() ? call.second().fetch(start, j, n, u) : nullptr;
+        const T *w = call.weight ? (const T *) call.weight.address + j : nullptr;
+        if (t && !w && eps == 0)
+            return t;
+        target_block(t, w, n, (T) (1 - eps), (T) (eps / (double) call.classes), u);
+        return u;
+    }
+
+    // The block of logits from j on as the `following` one; the one before it stays where it is.
+    void fetch_following(const char *start, Index j) {
+        std::swap(x, next);
+        following_count = least(BLOCK, call.classes - j);
+        following = nullptr;
+        if (following_count > 0)
+            following = fetch_logits(start, j, following_count, next, nullptr);
+    }
+
+    // ---- Fold ----
+
+    void fold() {
+        for (Index i = 0; i < group->count; i++) {
+            pending.j = pending.n = 0;
+            if (i < before->count)
+                pending = pending_row(*before, i);
+            if (group->kept[i] != 0 || call.lse)
+                fold_row(i);
+            if (i < before->count)
+                complete_row(*before, i, pending);
+        }
+        write_rows(*before, group->count);
+    }
+
+    // Add the elements of a row to its state; distances, mass and what is at the label.
+    void fold_row(Index i) {
+        const char *start = call.x().row(group->outer, group->inner + i);
+        const char *second = call.second().row(group->outer, group->inner + i);
+        T *terms = kept_of(*group, i);
+        State row = state_of(*group, i);
+        fetch_following(start, 0);
+        following_top = max_block(following, following_count);
+        for (Index j = 0; j < call.classes; j += BLOCK) {
+            const T *v = following;
+            Index n = following_count;
+            double top = following_top, m = row.m;
+            fetch_following(start, j + n);
+            if (call.weighted()) {
+                fold_weighted_block(v, call.second().fetch(second, j, n, u), n, row);
+                continue;
+            }
+            fold_block(v, n, top, row, terms ? terms + j : nullptr);
+            exponents[j / BLOCK] = row.n;
+            if (call.spread())
+                fold_target(i, v, fetch_target(second, j, n), n, m, row.m);
+        }
+        set_state(*group, i, row);
+        if (terms)
+            merge_terms(terms, row.n);
+        if (group->label[i] >= 0) {
+            group->x_y[i] = fetch_logits(start, group->label[i], 1, x, u)[0];
+            group->slope_y[i] = call.capped() ? u[0] : 1;
+        }
+    }
+
+    // Add a block with maximum `top` to the state of a row. Leave its exponentials where `terms` is not NULL.
+    void fold_block(const T *v, Index n, double top, State &row, T *terms) {
+        if (top > row.m)
+            raise_maximum(row, top);
+        if (!usable(row.m)) {
+            if (terms)
+                memset(terms, 0, n * sizeof(T));  // correct for -inf; never read otherwise
+            sum_exactly(v, 1, n, row);
+            following_top = max_block(following, following_count);
+        } else if (top < row.m)
+            add_block<false>(v, n, row, terms);
+        else
+            add_block<true>(v, n, row, terms);
+    }
+
+    // Add the sum of exp(x) / 2**n over a block; AT_TOP: of the elements below m, and count those equal.
+    // Meanwhile, write as much of the pending row, and find the maximum of the following block.
+    template <bool AT_TOP>
+    void add_block(const T *v, Index n, State &row, T *terms) {
+        const T lowest = -(T) INFINITY, m = (T) row.m;
+        const Window<T> window(row.n);
+        const Pending<T> old = pending;
+        const T *ahead = following;
+        const Index ahead_count = following_count, ready = old.vectors_left() * lanes<T>;
+        Vec<T> counts = {}, top = splat(lowest);
+        Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
+            if (j < ahead_count)
+                top = maximum(load_ahead(ahead + j, ahead_count - j, lowest), top);
+            Vec<T> x = load(v + j, count, lowest), e = window.terms(x);
+            if (terms)
+                store_all(terms + j, e);
+            if (j < ready)
+                old.write(old.j + j, lanes<T>);
+            if constexpr (AT_TOP) {
+                counts = counts + at_maximum(x, m, (T) 1);
+                e = below_maximum(x, m, e);
+            }
+            return e;
+        });
+        pending.j += least(ready, (n + lanes<T> - 1) / lanes<T> * lanes<T>);
+        following_top = largest(top);
+        row.added += total(sums) * Constants<double>::unshift;
+        if (AT_TOP)
+            row.k += total(counts);
+    }
+
+    void fold_weighted_block(const T *v, const T *b, Index n, State &row) {
+        T *masked = out;
+        mask_block(v, b, n, masked);
+        double top = max_block(masked, n);
+        if (top > row.m)
+            raise_maximum(row, top);
+        if (!usable(row.m))
+            return sum_weighted_exactly(masked, b, 1, n, row);
+        const Vec<T> m = splat((T) row.m);
+        const Window<T> window(row.n);
+        auto sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
+            Vec<T> x = load_ahead(masked + j, count, -(T) INFINITY);
+            return weighted_terms(x, load_ahead(b + j, count, T()), m, window.terms(x));
+        });
+        row.added += total(sums.a);
+        row.k += total(sums.b);
+    }
+
+    // Add a block to distances and mass; `before_m` is the maximum that the distances so far refer to.
+    void fold_target(Index i, const T *v, const T *target, Index n, double before_m, double m) {
+        const T top = (T) (m > -INFINITY ? m : 0);
+        auto sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
+            Vec<T> u_ = load_ahead(target + j, count, T());
+            return pack(distance(load_ahead(v + j, count, T()), u_, top), u_);
+        });
+        double mass = group->mass[i];
+        group->distances[i] += (mass != 0 ? mass * (m - before_m) : 0) + total(sums.a);
+        group->mass[i] += total(sums.b);
+    }
+
+    // Bring kept exponentials to the reference 2**n. The power is split, as it need not be a number.
+    void merge_terms(T *terms, double n) const {
+        for (Index j = 0; j < call.classes; j += BLOCK) {
+            int lift = (int) (exponents[j / BLOCK] - n), part = lift / 2;
+            if (lift >= 0)  // the same, or there is nothing above 0
+                continue;
+            T first_factor = (T) std::ldexp(1.0, part), second_factor = (T) std::ldexp(1.0, lift - part);
+            for (Index i = j; i < least(j + BLOCK, call.classes); i++)
+                terms[i] = terms[i] * first_factor * second_factor;
+        }
+    }
+
+    // A fold that is a sum of terms, F of `fastll.formulas.TERMS`.
+    template <class F>
+    void fold_terms() {
+        for (Index i = 0; i < group->count; i++)
+            for (Index j = 0; j < call.classes; j += BLOCK) {
+                Index n = least(BLOCK, call.classes - j);
+                const T *inputs[2];
+                for (int k = 0; k < F::inputs; k++) {
+                    const char *start = call.inputs[k].row(group->outer, group->inner + i);
+                    inputs[k] = call.inputs[k].fetch(start, j, n, k ? u : x);
+                }
+                auto sums = sum_block<T>(n, [&](Index at, Index count) FORCED {
+                    auto input = [&](int k) FORCED { return load_ahead(inputs[k] + at, count, T()); };
+                    return first_lanes(spread<Vec<T>>(F::of(input, nullptr)), count);
+                });
+                group->value[i] += total(sums);
+            }
+    }
+
+    // ---- Write ----
+
+    // Write the group, or let it wait for the next one's fold.
+    void write() {
+        if (!interleaves) {
+            if (call.out)
+                write_rows(*group, 0);
+            group->count = 0;  // nothing is left of it
+        }
+        std::swap(group, before);
+    }
+
+    void complete() { write_rows(*before, 0); }
+
+    // A group's rows from `first_row` on.
+    void write_rows(const Group &rows, Index first_row) {
+        for (Index i = first_row; i < rows.count; i++) {
+            Pending<T> row = pending_row(rows, i);
+            complete_row(rows, i, row);
+        }
+    }
+
+    // Row i as it is to be written; nothing of it (n = 0) if that takes new exponentials.
+    Pending<T> result_of(const Group &rows, Index i) const {
+        Pending<T> row = {};
+        row.log = call.log(), row.streamed = call.out.streamed;
+        row.out = (T *) call.out.row(rows.outer, rows.inner + i);
+        row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
+        row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i];
+        if (row.log) {
+            row.source = (const T *) call.x().row(rows.outer, rows.inner + i);
+            row.n = call.classes;
+        } else if (kept && usable(rows.m[i]) && rows.rest[i] == 1) {
+            row.source = kept_of(rows, i);
+            row.n = call.classes;
+            row.peak = first(Window<T>(rows.n[i]).terms(splat(row.m)));
+        }
+        return row;
+    }
+
+    // `result_of` a row that may be written while another one is folded.
+    Pending<T> pending_row(const Group &rows, Index i) const {
+        Pending<T> row = result_of(rows, i);
+        if (!interleaves || rows.kept[i] == 0)
+            row.n = 0;
+        else if (row.streamed) {  // the rest begins at a line
+            Index head = least(row.n, until_line(row.out));
+            row.write(0, head);
+            row.j = head;
+        }
+        return row;
+    }
+
+    // What is left of row i.
+    void complete_row(const Group &rows, Index i, Pending<T> &row) {
+        if (row.n == 0)
+            return write_row(rows, i);
+        row.write_rest();
+        if (rows.label[i] >= 0)
+            row.out[rows.label[i]] = (T) rows.g_y[i];
+    }
+
+    // Probabilities, their logarithms or the gradient of row i, block by block.
+    void write_row(const Group &rows, Index i) {
+        const char *start = call.x().row(rows.outer, rows.inner + i);
+        const char *second = call.second().row(rows.outer, rows.inner + i);
+        char *target = call.out.row(rows.outer, rows.inner + i);
+        const Pending<T> row = result_of(rows, i);
+        const Index y = rows.label[i];
+        for (Index j = 0; j < call.classes; j += BLOCK) {
+            Index n = least(BLOCK, call.classes - j);
+            T *to = call.out.place(target, j, out);
+            if (rows.kept[i] == 0) {
+                memset(to, 0, n * sizeof(T));
+                call.out.deliver(target, j, n, out);
+                continue;
+            }
+            if (row.n > 0) {
+                Pending<T> part = row;
+                part.source = call.log() ? call.x().fetch(start, j, n, x) : row.source + j;
+                part.out = to, part.n = n, part.streamed = false;
+                part.write_rest();
+            } else
+                write_block_anew(rows, i, fetch_logits(start, j, n, x, slope), n, to);
+            if (call.spread())
+                subtract_block(to, fetch_target(second, j, n), n, (T) call.options.scale);
+            if (call.capped())
+                multiply_block(to, slope, n);
+            if (y >= j && y < j + n)
+                to[y - j] = (T) rows.g_y[i];
+            call.out.deliver(target, j, n, out);
+        }
+    }
+
+    // factor exp(x - m) of logits, exactly `factor` where x is the maximum.
+    void write_block_anew(const Group &rows, Index i, const T *v, Index n, T *to) const {
+        if (!usable(rows.m[i]))
+            return write_exactly(v, 1, n, rows.m[i], rows.factor[i], to);
+        const Window<T> window(rows.n[i]);
+        const T m = (T) rows.m[i], factor = (T) rows.factor[i];
+        const T scale = (T) rows.scale[i], rest = (T) rows.rest[i];
+        const Vec<T> peak = window.terms(splat(m));
+        for_vectors<T>(n, [&](Index j, Index count) FORCED {
+            Vec<T> e = window.terms(load_ahead(v + j, count, m)), p = probability(e, peak, factor, scale);
+            if (rest != 1)
+                p = where_eq(e, peak, factor, p * rest);
+            store(to + j, count, p);
+        });
+    }
+};
+
+}  // namespace

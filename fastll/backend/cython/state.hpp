@@ -1,0 +1,197 @@
+// The scalars of rows: their running state, and what becomes of it. See `fastll.contract`.
+//
+// Everything here is float64. Rows and columns share it, which is why they agree to the bit. What is done
+// once per row is done for a `Group` of rows, 16 at a time.
+
+#pragma once
+
+#include "call.hpp"
+
+namespace {
+
+typedef Vec<double> Wide;
+
+struct State {  // of a row that elements are being added to
+    double m, e, k;
+    double n;  // exponent of the reference of `exponential`
+    double added;  // to e since, but in multiples of 2**n: so no exponential is needed on the way
+};
+
+struct Group {  // rows inner to inner + count of an outer one, and what is known of each
+    Index outer, inner, count;
+    int half;  // of the memory for two groups
+    bool tiny;  // whether any row has a `rest` other than 1
+    double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP];  // as in `State`
+    double lead[GROUP];  // exp(m) / 2**n
+    double log_s[GROUP];  // log(e + k)
+    Index label[GROUP];  // -1: none that exists
+    double kept[GROUP];  // 1, or 0 where the row is ignored
+    double x_y[GROUP], w_y[GROUP], slope_y[GROUP];  // logit, class weight, soft cap's slope at the label
+    double distances[GROUP];  // sum_j u_j (m - x_j)
+    double mass[GROUP];  // sum_j u_j
+    double value[GROUP];  // the loss, or the sum of terms
+    double factor[GROUP];  // of exp(x - m) in the result
+    double scale[GROUP], rest[GROUP];  // of `exponential` in the result, one after the other
+    double g_y[GROUP];  // the gradient at the label
+};
+
+// Up to here x - m is exact wherever exp(x - m) matters, and n ln 2 in `reduced`.
+constexpr double LARGEST = FUSED ? LIMIT : LIMIT_UNFUSED;
+
+// Whether a maximum serves as a reference.
+INLINE bool usable(double m) {
+    return std::fabs(m) < LARGEST;
+}
+
+template <class X, class Y>
+INLINE Wide where_usable(Wide m, X x, Y otherwise) {
+    return where_gt(LARGEST, absolute(m), x, otherwise);
+}
+
+// The exponent n of the reference for a maximum m; 0 where it is not usable.
+INLINE Wide exponent_of(Wide m) {
+    return where_usable(m, round_down(m * Constants<double>::log2e + 0.5), 0.0);
+}
+
+// exp(m) / 2**n, a number about 1; 1 where m is not usable.
+INLINE Wide lead_of(Wide m, Wide n) {
+    return where_usable(m, exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW), 1.0);
+}
+
+// What `exponential` needs of a reference exponent, a whole number.
+template <class T>
+struct Window {
+    T floor, magic;
+
+    explicit Window(double n)
+        : floor((T) ((n - Bits<T>::bias - SHIFT) * Constants<double>::ln2)),
+          magic(Constants<T>::magic + (T) (SHIFT - n)) {}
+
+    // exp(x) 2**(SHIFT - n)
+    FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
+};
+
+INLINE State state_of(const Group &group, Index i) {
+    return {group.m[i], group.e[i], group.k[i], group.n[i], group.added[i]};
+}
+
+INLINE void set_state(Group &group, Index i, const State &row) {
+    group.m[i] = row.m, group.e[i] = row.e, group.k[i] = row.k;
+    group.n[i] = row.n, group.added[i] = row.added;
+}
+
+INLINE void set_all(double *values, double value) {
+    for (int i = 0; i < GROUP; i += lanes<double>)
+        store_all(values + i, splat(value));
+}
+
+// Every row the identity, idle ones too, so that their lanes hold harmless numbers.
+INLINE void begin(Group &group, bool targets) {
+    group.tiny = false;
+    set_all(group.m, -INFINITY);
+    for (double *zeros : {group.e, group.k, group.n, group.added, group.value})
+        set_all(zeros, 0);
+    set_all(group.kept, 1);
+    for (Index &label : group.label)
+        label = -1;
+    if (targets) {
+        for (double *zeros : {group.x_y, group.distances, group.mass})
+            set_all(zeros, 0);
+        set_all(group.w_y, 1);
+        set_all(group.slope_y, 1);
+    }
+}
+
+// The state relative to a larger maximum `top`.
+//
+// The rounding error of m - top, found as in Knuth's two-sum, corrects the exponential: otherwise a
+// difference of d would cost d roundoffs.
+void raise_maximum(State &row, double top) {
+    double d = row.m - top, rounded = d - row.m, error = 0;
+    if (row.m == -INFINITY)
+        row.e = (row.e + row.added) * 0;
+    else {
+        if (d > -INFINITY)
+            error = (row.m - (d - rounded)) - (top + rounded);
+        row.e += row.added / first(lead_of(splat(row.m), splat(row.n)));
+        row.e = (row.e + row.k) * (std::exp(d) * (1 + error));
+    }
+    row = {top, row.e, 0, first(exponent_of(splat(top))), 0};
+}
+
+// The states after the last element. A row without one above -inf is the identity; a NaN stays.
+void finish_states(Group &group) {
+    for (Index i = 0; i < group.count; i += lanes<double>) {
+        Wide m = load_all(&group.m[i]), lead = lead_of(m, load_all(&group.n[i]));
+        Wide e = load_all(&group.e[i]) + load_all(&group.added[i]) / lead;
+        e = where_eq(m, -(double) INFINITY, e * 0.0, e);
+        Wide k = where_eq(m, -(double) INFINITY, 0.0, load_all(&group.k[i]));
+        store_all(&group.lead[i], lead);
+        store_all(&group.e[i], e);
+        store_all(&group.k[i], k);
+        // for k of at least 1, or a row without elements
+        store_all(&group.log_s[i], log1p_sum(e + (k - 1.0)));
+    }
+}
+
+// The factor of exp(x - m) in the result of 16 rows, and those of `exponential`: the product
+// factor / lead * 2**-SHIFT, or where that would not be a normal number of T, both parts of it.
+template <class T>
+INLINE void set_factors(Group &group, Index i, Wide factor) {
+    constexpr double least = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960, unshift = Constants<double>::unshift;
+    Wide part = factor / load_all(&group.lead[i]), scale = part * unshift, size = absolute(scale);
+    store_all(&group.factor[i], factor);
+    store_all(&group.scale[i], where_gt(size, least, scale, part));
+    store_all(&group.rest[i], where_gt(size, least, 1.0, unshift));
+    group.tiny |= largest(where_gt(size, least, 0.0, splat(1.0))) > 0;
+}
+
+template <class T>
+void finish_softmax(Group &group) {
+    for (Index i = 0; i < group.count; i += lanes<double>)
+        set_factors<T>(group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
+}
+
+// Losses, gradients at the labels, and factors of the others.
+template <class T>
+void finish_cross_entropy(const Call &call, Group &group) {
+    const Options &options = call.options;
+    const Window<double> plain(SHIFT);  // not shifted
+    for (Index i = 0; i < group.count; i += lanes<double>) {
+        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+        Wide m = of(group.m), e = of(group.e), k = of(group.k), log_s = of(group.log_s);
+        Wide x_y = of(group.x_y), w_y = of(group.w_y), mass = of(group.mass), s = e + k;
+        Wide c_y = w_y * (call.labels ? 1 - options.label_smoothing : 0.0);
+        Wide loss =
+            cross_entropy_loss(m, log_s, c_y, x_y, mass, of(group.distances), splat(options.z_loss));
+        if (call.classes > 0)
+            loss = where_eq(m, -(double) INFINITY, (double) NAN, loss);
+        store_all(&group.value[i], product(of(group.kept), loss));
+        auto [q, t] = split(x_y - m, plain.floor, plain.magic);
+        Wide u_y = w_y * (options.label_smoothing / (double) call.classes);
+        auto [factor, g_y] = cross_entropy_gradient(
+            m + log_s, s, e + (k - 1.0), c_y, u_y, mass, splat(options.z_loss), fma(q, t, t),
+            fma(q, t, t - 1.0)
+        );
+        g_y = (g_y * options.scale) * of(group.slope_y);
+        store_all(&group.g_y[i], where_gt((double) INFINITY, absolute(m), g_y, (double) NAN));
+        set_factors<T>(group, i, (factor * options.scale) / s);
+    }
+}
+
+// log_s of weighted sums, which are of any sign, from whichever part dominates: a negative sum is NaN unless
+// signs are asked for.
+void finish_weighted(const Call &call, Group &group) {
+    for (Index i = 0; i < group.count; i++) {
+        double e = group.e[i], k = group.k[i], log_s = std::log(std::fabs(e + k));
+        if (std::fabs(e) < std::fabs(k))
+            log_s = std::log(std::fabs(k)) + std::log1p(e / k);
+        if (group.m[i] == -INFINITY && e == e)
+            log_s = -INFINITY;
+        else if (!call.sign && e + k < 0)
+            log_s = NAN;
+        group.log_s[i] = log_s;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,207 @@
+"""The kernels of element-wise operations: one driver, compiled for each row of `ELEMENTS`."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from fastll.backend.numba.cache import cached
+from fastll.backend.numba.maths import cast, constants, formulas, log1p_sum
+from fastll.backend.numba.memory import (
+    KERNEL,
+    Operand,
+    address_of,
+    deliver,
+    fetch,
+    release,
+    size_of,
+    start_of,
+    target_of,
+    until_line,
+)
+from fastll.backend.numba.vector import (
+    INLINE,
+    first_lanes,
+    fma,
+    for_each,
+    inlined,
+    lanes_of,
+    load_ahead,
+    splat,
+    store,
+    stream,
+    stream_fence,
+    total,
+    widen_lower,
+    widen_upper,
+    write,
+)
+from fastll.contract import BLOCK, CHUNK
+from fastll.formulas import ELEMENTS
+
+
+class Call(NamedTuple):
+    """A map as its kernel sees it."""
+
+    inputs: tuple[Operand, ...]
+    parameters: tuple[float, ...]  # in the compute dtype
+    weight: Operand
+    value: Operand
+    partial: Operand
+    slope: Operand
+    scale: float
+    length: int  # of an outer row
+    units: int  # in it
+    like: float  # a number of the compute dtype
+
+
+class Block(NamedTuple):
+    """Addresses of contiguous elements."""
+
+    inputs: tuple[int, ...]
+    weight: int
+    value: int
+    slope: int
+    n: int
+
+
+@njit(**INLINE)
+def fetch_input(i, inputs, outer, j, n, buffer, like):
+    x = inputs[i]
+    return fetch(x, start_of(x, outer, 0), j, n, buffer + i * BLOCK * size_of(like), like)
+
+
+@njit(**INLINE)
+def load_input(i, block, j, pad):
+    return load_ahead(block.inputs[i] + j * size_of(pad), block.n - j, pad)
+
+
+@njit(**INLINE)
+def nothing_like(v):
+    return splat(constants(v).zero)
+
+
+def _parts(operation):
+    """The formula of an operation as (value, e, slope), with 0 for what it does not have."""
+    element = ELEMENTS[operation]
+    formula = getattr(formulas, element.formula.__name__)
+    if element.log1p:
+        return formula
+    if element.slope:
+
+        def parts(*arguments):
+            value, slope = formula(*arguments)
+            return value, nothing_like(value), slope
+
+    else:
+
+        def parts(*arguments):
+            value = formula(*arguments)
+            return value, nothing_like(value), nothing_like(value)
+
+    return inlined(parts, f"{operation}_parts")
+
+
+def _block(operation):
+    """A function that maps the elements of a `Block` and returns the sum of their values.
+
+    Where nothing but that is asked for, the sum of log1p(e) is the log1p of one number per lane,
+    q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
+    where every e is tiny.
+    """
+    element, parts = ELEMENTS[operation], _parts(operation)
+    has_log1p, log1p = element.log1p, formulas.log1p
+    load_inputs = for_each(load_input, element.inputs)
+
+    def map_block(call, block, streamed):
+        size, lanes, n = size_of(call.like), lanes_of(call.like), block.n
+        zero = splat(constants(call.like).zero)
+        scale = cast(call.scale, call.like)
+        together = has_log1p and block.weight == 0 and block.value == 0
+        sums = zero
+        q = zero
+        for j in range(0, n, lanes):
+            value, e, slope = parts(*(load_inputs(block, j, zero) + call.parameters))
+            if has_log1p and not together:
+                value = value + log1p(e)
+            if block.weight != 0:
+                weight = load_ahead(block.weight + j * size, n - j, zero)
+                value, slope = value * weight, slope * weight
+            if block.value != 0:
+                if streamed and n - j >= lanes:
+                    stream(block.value + j * size, value)
+                else:
+                    store(block.value + j * size, n - j, value)
+            if block.slope != 0:
+                store(block.slope + j * size, n - j, slope * scale)
+            if call.partial.address != 0:
+                if n - j < lanes:
+                    value, e = first_lanes(value, n - j), first_lanes(e, n - j)
+                sums = sums + value
+                if together:
+                    q = q + fma(q, e, e)
+        result = total(sums)
+        if has_log1p:
+            result += total(log1p_sum(widen_lower(q)) + log1p_sum(widen_upper(q)))
+        return result
+
+    return inlined(map_block, f"{operation}_block")
+
+
+@njit(**INLINE)
+def target(x, outer, j, buffer):
+    """`target_of`; 0 where there is no such operand."""
+    return target_of(x, start_of(x, outer, 0), j, buffer) if x.address != 0 else 0
+
+
+@cache
+def kernel(operation):
+    """The kernel of an operation: one unit is `CHUNK` elements of one outer row."""
+    inputs = ELEMENTS[operation].inputs
+    map_block, fetch_inputs = _block(operation), for_each(fetch_input, inputs)
+
+    def run(call, start, stop):
+        like, streamed = call.like, call.value.streamed
+        weight, value, slope, partial = call.weight, call.value, call.slope, call.partial
+        memory = np.empty((inputs + 3) * BLOCK * size_of(like), np.uint8)
+        buffers = address_of(memory)
+        weights = buffers + inputs * BLOCK * size_of(like)
+        values, slopes = weights + BLOCK * size_of(like), weights + 2 * BLOCK * size_of(like)
+        for unit in range(start, stop):
+            outer, j = unit // call.units, unit % call.units * CHUNK
+            end = min(call.length, j + CHUNK)
+            result = 0.0
+            # non-temporal stores are aligned
+            n = until_line(start_of(value, outer, 0) + j * value.classes, like) if streamed else 0
+            while j < end:
+                n = min(n or BLOCK, end - j)
+                factors = 0
+                if weight.address != 0:
+                    factors = fetch(weight, start_of(weight, outer, 0), j, n, weights, like)
+                block = Block(
+                    fetch_inputs(call.inputs, outer, j, n, buffers, like),
+                    factors,
+                    target(value, outer, j, values),
+                    target(slope, outer, j, slopes),
+                    n,
+                )
+                result += map_block(call, block, streamed)
+                if value.address != 0:
+                    deliver(value, start_of(value, outer, 0), j, n, values, like)
+                if slope.address != 0:
+                    deliver(slope, start_of(slope, outer, 0), j, n, slopes, like)
+                j += n
+                n = 0
+            if partial.address != 0:
+                write(start_of(partial, outer, 0) + unit % call.units * partial.classes, result)
+        if streamed:
+            stream_fence()
+        release(memory)
+
+    run.__qualname__ = f"map.{operation}"
+    return cached(njit(**KERNEL)(run))

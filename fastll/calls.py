@@ -1,0 +1,109 @@
+"""A public call on its way to a backend: the one place where arguments become a bound call.
+
+A `Call` takes arguments as arrays, allocates results, chooses the backend, and runs a `Map` or a `Fold`
+of whole arrays, piece by piece as `fastll.layout` cuts it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastll import dispatch, layout
+from fastll.arrays import HOST, Array, Place, kept_shape, place_of
+from fastll.contract import Backend, Floats, Fold, Map, new
+from fastll.dtypes import kind_of
+
+
+class Call:
+    """One call: the first array, and the library, device and dtypes that follow from it."""
+
+    __slots__ = ("compute", "name", "operation", "place", "x")
+
+    def __init__(self, operation: str, x: Any, name: str, place: Place | None = None) -> None:
+        if type(x) is np.ndarray and place is None:
+            place = HOST
+        else:
+            place = place or place_of(x)
+            x = place.take(x, name)
+        self.operation, self.name, self.place, self.x = operation, name, place, x
+        self.compute = kind_of(x.dtype, name).compute
+
+    @property
+    def backend(self) -> Backend:
+        """The backend for this call."""
+        return dispatch.choose(self.operation, self.compute, self.x.size, self.place)
+
+    def map(
+        self,
+        backend: Backend,
+        inputs: tuple[Array, ...],
+        value: Array | None,
+        slope: Array | None = None,
+        weight: Array | None = None,
+        parameters: tuple[float, ...] = (),
+        scale: float = 1.0,
+    ) -> Array | None:
+        """Run an element-wise operation; without `value`, return partial sums of the values."""
+        unit, operation = backend.unit, self.operation
+        pieces = layout.elements(inputs, value, slope, weight)
+        partial = sums = None
+        if value is None:
+            outer, length = pieces[0][0][0].shape if pieces else (0, 0)
+            shape = len(pieces) * outer, -(-length // unit)
+            partial = sums = self.place.scratch(shape, backend.partial_dtype or self.compute)
+        for i, (inputs, value, slope, weight) in enumerate(pieces):
+            outer, length = inputs[0].shape
+            if partial is not None and len(pieces) > 1:
+                sums = partial[i * outer : (i + 1) * outer]
+            fields = operation, inputs, value, sums, slope, weight, parameters, scale
+            backend.run(backend.map(new(Map, fields)), outer * -(-length // unit), outer * length)
+        return partial
+
+    def results(
+        self, loss: Any, lse: Array | None, grad: Array | None, return_grad: bool, grad_out: Any
+    ) -> Any:
+        """The loss alone, or a tuple of what was asked for."""
+        place = self.place
+        loss = place.give(loss)
+        if not return_grad:
+            return loss if lse is None else (loss, place.give(lse))
+        given = place.give_array(grad) if grad_out is None else grad_out  # type: ignore[arg-type]
+        return (loss, given) if lse is None else (loss, place.give(lse), given)
+
+
+def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
+    """Run a reduction of rows over `axes`; rows that no one view covers go by a running state."""
+    pieces, parts = layout.folds(call, axes)
+    if parts > 1 and call.state is None:
+        state = new_state(backend, place, kept_shape(call.x.shape, axes))
+        operation = call.operation if call.out is None else "logsumexp"
+        fold(backend, place, Fold(operation, call.x, call.second, state=state), axes)
+        call = call._replace(state=state)
+        if call.out is None:
+            finish(backend, place, call)
+        else:
+            fold(backend, place, call, axes)
+        return
+    for piece in pieces:
+        outer, classes, inner = piece.x.shape
+        rows = outer * inner
+        # a row without classes is work too: it has a result
+        backend.run(backend.fold(piece), rows, rows * (classes or 1))
+
+
+def finish(backend: Backend, place: Place, call: Fold) -> None:
+    """Run a fold of no further elements: what becomes of running states."""
+    result = call.value if call.lse is None else call.lse
+    assert result is not None
+    nothing = place.scratch((*result.shape, 0), result.dtype)
+    second = None if call.second is None else nothing
+    fold(backend, place, call._replace(x=nothing, second=second), (result.ndim,))
+
+
+def new_state(backend: Backend, place: Place, shape: tuple[int, ...]) -> Floats:
+    """The identity (m, e, k) = (-inf, 0, 0) in every row."""
+    state = place.scratch((*shape, 3), np.float64)
+    backend.fill_identity(state)
+    return state

@@ -1,0 +1,200 @@
+"""The formulas, constants and tables of operations as a C++ header, which `setup.py` writes.
+
+A formula becomes a template of its arguments: assignments to names become ``auto``, a tuple that is
+returned becomes a small aggregate (`pack`), and the vocabulary is that of vector.hpp, where vectors and
+numbers mix. ``#line`` lets the compiler name the line of the Python file. What is not of the rules in
+`fastll.formulas` is refused with its line.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from textwrap import dedent
+from types import FunctionType
+from typing import NoReturn
+
+from fastll import contract
+from fastll.formulas import ELEMENTS, TERMS, Element, Terms, constants, texts, vocabulary
+
+#: The folder that contains the package: files are named relative to it.
+ROOT = Path(__file__).parents[2]
+
+OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+VOCABULARY = {
+    name
+    for name, value in vars(vocabulary).items()
+    if getattr(value, "__module__", "") == vocabulary.__name__
+}
+
+
+class _Translator:
+    """One formula: its C++ text in `lines`."""
+
+    def __init__(self, function: FunctionType, callable_names: Iterable[str]) -> None:
+        source, self.first = inspect.getsourcelines(function)
+        self.path = Path(inspect.getsourcefile(function) or "")
+        (definition,) = ast.parse(dedent("".join(source))).body
+        self.names: set[str] = set()
+        self.structures: set[str] = set()  # names that hold constants
+        self.callable = set(callable_names)
+        self.lines: list[str] = []
+        self.function(definition)
+
+    def refuse(self, node: ast.AST, what: str) -> NoReturn:
+        line = self.first + getattr(node, "lineno", 1) - 1
+        raise SyntaxError(f"a formula has {what}", (str(self.path), line, None, None))
+
+    def add(self, node: ast.stmt, text: str) -> None:
+        path = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path
+        self.lines += [f'#line {self.first + node.lineno - 1} "{path.as_posix()}"', text]
+
+    def function(self, node: ast.stmt) -> None:
+        if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+            self.refuse(node, "a decorator, or is no function")
+        given = node.args
+        if given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
+            self.refuse(node, "arguments that are not plain names")
+        arguments = [a.arg for a in given.args]
+        self.names.update(arguments)
+        types = ", ".join(f"class T_{a}" for a in arguments)
+        self.add(node, f"template <{types}>")
+        signature = ", ".join(f"T_{a} {a}" for a in arguments)
+        self.lines.append(f"INLINE auto {node.name}({signature}) {{")
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        for statement in body[:-1]:
+            self.assignment(statement)
+        if not body or not isinstance(body[-1], ast.Return) or body[-1].value is None:
+            self.refuse(body[-1] if body else node, "no value returned at its end")
+        value = body[-1].value
+        values = value.elts if isinstance(value, ast.Tuple) else [value]
+        result = ", ".join(self.expression(v) for v in values)
+        self.add(body[-1], f"return pack({result});" if len(values) > 1 else f"return {result};")
+        self.lines.append("}")
+
+    def assignment(self, node: ast.stmt) -> None:
+        if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+            self.refuse(node, f"a statement that is no assignment to names: {ast.unparse(node)}")
+        (target,) = node.targets
+        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        value = self.expression(node.value)
+        texts = []
+        for name in names:
+            if not isinstance(name, ast.Name):
+                self.refuse(name, f"an assignment to something else than a name: {ast.unparse(name)}")
+            text = name.id if name.id != "_" else f"unused_{len(self.lines)}_{len(texts)}"
+            if text in self.names:
+                self.refuse(name, f"a second assignment to {text}")
+            self.names.add(text)
+            texts.append(text)
+        if self.is_structure(node.value):
+            self.structures.update(texts)
+        left = f"[{', '.join(texts)}]" if isinstance(target, ast.Tuple) else texts[0]
+        self.add(node, f"[[maybe_unused]] auto {left} = {value};")
+
+    def is_structure(self, node: ast.expr) -> bool:
+        """Whether an expression is what `constants` returns."""
+        match node:
+            case ast.Name(id=name):
+                return name in self.structures
+            case ast.Call(func=ast.Name(id="constants")):
+                return True
+        return False
+
+    def expression(self, node: ast.expr) -> str:
+        match node:
+            case ast.Name(id=name) if name in self.names:
+                return name
+            case ast.Attribute(value=owner, attr=name) if self.is_structure(owner):
+                if name not in constants.Constants._fields:
+                    self.refuse(node, f"an unknown constant, {name}")
+                return f"{self.expression(owner)}.{name}"
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Attribute() as operand):
+                return f"-{self.expression(operand)}"
+            case ast.BinOp(left=left, op=operator, right=right) if type(operator) in OPERATORS:
+                sign = OPERATORS[type(operator)]
+                return f"({self.expression(left)} {sign} {self.expression(right)})"
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+                if name not in self.callable:
+                    self.refuse(node, f"a call of {name}, which is neither a formula nor an operation")
+                return f"{name}({', '.join(self.expression(a) for a in arguments)})"
+        self.refuse(node, f"something that its rules do not allow: {ast.unparse(node)}")
+
+
+def translate(functions: Iterable[FunctionType]) -> str:
+    """Formulas as C++ templates, each after those that it calls.
+
+    One that a target has its own of, and says so by a macro ``OWN_<name>``, is left out.
+    """
+    known = set(VOCABULARY)
+    parts = []
+    for function in functions:
+        name = function.__name__
+        parts += [f"#ifndef OWN_{name}", *_Translator(function, known).lines, "#endif"]
+        known.add(name)
+    return "\n".join(parts)
+
+
+def _number(value: float, suffix: str = "") -> str:
+    """A literal of exactly this number."""
+    if math.isfinite(value):
+        return f"{float(value).hex()}{suffix}"
+    return "NAN" if math.isnan(value) else "INFINITY"
+
+
+def _constants() -> str:
+    """The constants of both types as structures, and the single ones of the Python modules."""
+    parts = []
+    for module in (contract, constants):
+        for name, value in vars(module).items():
+            if name.isupper() and isinstance(value, int):
+                parts.append(f"constexpr int64_t {name} = {value};")
+            elif name.isupper() and isinstance(value, float):
+                parts.append(f"constexpr double {name} = {_number(value)};")
+    parts.append("template <class T> struct Constants;")
+    for cpp, name, suffix in (("float", "float32", "f"), ("double", "float64", "")):
+        parts.append(f"template <> struct Constants<{cpp}> {{")
+        for field, value in constants.of(name)._asdict().items():
+            if isinstance(value, tuple):
+                numbers = ", ".join(_number(v, suffix) for v in value)
+                parts.append(f"    static constexpr {cpp} {field}[] = {{{numbers}}};")
+            else:
+                parts.append(f"    static constexpr {cpp} {field} = ({cpp}) {_number(value, suffix)};")
+        parts.append("};")
+    return "\n".join(parts)
+
+
+def _table(kind: str, rows: Mapping[str, Element | Terms]) -> str:
+    """A structure for each row of a table, and what calls something with the one of a name's place."""
+    parts, cases = [], []
+    for code, (name, row) in enumerate(rows.items()):
+        traits = row._asdict()
+        formula = traits.pop("formula").__name__
+        values = [f"x({i})" for i in range(row.inputs)]
+        values += [f"parameter({i})" for i in range(traits.get("parameters", 0))]
+        parts.append(f"struct {kind}_{name} {{")
+        parts += [f"    static constexpr int {key} = {int(value)};" for key, value in traits.items()]
+        parts.append("    template <class X, class P> INLINE auto of(X x, P parameter) {")
+        parts += [f"        return {formula}({', '.join(values)});", "    }", "};"]
+        cases.append(f"        case {code}: return use({kind}_{name}());")
+    names = ", ".join(f'"{name}"' for name in rows)
+    parts.append(f"const char *{kind}_names[] = {{{names}{', ' if rows else ''}nullptr}};")
+    parts.append(f"template <class Use> INLINE int with_{kind}(int64_t code, Use use) {{")
+    parts += ["    switch (code) {", *cases, "        default: return 0;", "    }", "}"]
+    return "\n".join(parts)
+
+
+def header(
+    functions: Iterable[FunctionType] | None = None,
+    elements: Mapping[str, Element] = ELEMENTS,
+    terms: Mapping[str, Terms] = TERMS,
+) -> str:
+    """The header, for C++ that has the vocabulary."""
+    parts = [_constants(), translate(texts() if functions is None else functions)]
+    parts += ['#line 1 "tables of fastll.formulas"']
+    parts += [_table("element", elements), _table("term", terms)]
+    body = "\n\n".join(parts)
+    return f"#pragma once\n\nnamespace {{\n\n{body}\n\n}}  // namespace\n"
