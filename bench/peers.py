@@ -28,7 +28,7 @@ MODULES = {"liger": "liger_kernel.ops.cross_entropy"}
 
 
 def formula(library: str, name: str) -> Callable[..., Any] | None:
-    """A library's function for an operation, of x, the axis (where there is one) and the other arrays."""
+    """A library's function for an operation: of x, the axis if there is one, and the other arrays."""
     peer = OPERATIONS[name].peers.get(library)
     if isinstance(peer, str):
         return resolve_name(peer)  # type: ignore[no-any-return]
