@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import log, log10
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastll.operations import OPERATIONS
+
 Array = NDArray[Any]
 
 
 class Case(NamedTuple):
-    """A shape and the operations to measure on it: `name`, or `name/variant` for a single variant."""
+    """A shape and what to measure on it: `operation`, or `operation/variant` for a single variant."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,12 +27,33 @@ class Case(NamedTuple):
     group: str = "workloads"
 
 
-BCE = "binary_cross_entropy_with_logits"
-ELEMENTWISE = ("sigmoid", "log_sigmoid", BCE)
-ROWWISE = ("logsumexp", "softmax", "log_softmax", "sparse_cross_entropy", "dense_cross_entropy")
-LOSSES = ("logsumexp", "sparse_cross_entropy")
-BOTH = ("logsumexp/value", "sparse_cross_entropy/gradient")
-SWEPT = (*BOTH, f"{BCE}/gradient")
+def _names(**wanted: object) -> tuple[str, ...]:
+    """Operations of the table by their fields."""
+    return tuple(
+        name
+        for name, operation in OPERATIONS.items()
+        if all(getattr(operation, field) == value for field, value in wanted.items())
+    )
+
+
+def _main(names: Iterable[str]) -> tuple[str, ...]:
+    """With the gradient where there is one."""
+    return tuple(f"{n}/{'gradient' if OPERATIONS[n].gradient else 'value'}" for n in names)
+
+
+def takes(name: str, domain: str) -> bool:
+    """Whether an operation has an argument of a domain."""
+    return any(argument.domain == domain for argument in OPERATIONS[name].arguments)
+
+
+ELEMENTWISE, ROWWISE = _names(elementwise=True), _names(elementwise=False)
+#: What the quick set measures wherever it can, of rows and of elements; and what it measures once.
+ROWS = _names(elementwise=False, measured="throughout")
+ELEMENTS = _names(elementwise=True, measured="throughout")
+ROWS_ONCE = _main(_names(elementwise=False, measured="once"))
+ELEMENTS_ONCE = _main(_names(elementwise=True, measured="once"))
+BOTH, SWEPT = _main(ROWS), _main((*ROWS, *ELEMENTS))
+GRADIENTS = tuple(measure for measure in BOTH if measure.endswith("/gradient"))
 
 WORKLOADS = (
     Case(
@@ -38,28 +61,37 @@ WORKLOADS = (
         (2048, 50257),
         1,
         (*ROWWISE, *ELEMENTWISE),
-        (*BOTH, "softmax/value"),
+        (*BOTH, *ROWS_ONCE),
         ("float32", "float64", "bfloat16", "float16"),
         ("randn", "peaked", "offset", "masked", "ignored"),
     ),
-    Case("llama2", (8192, 32000), 1, LOSSES),
-    Case("llama3", (1024, 128256), 1, LOSSES),
-    Case("gemma", (512, 256000), 1, LOSSES),
+    Case("llama2", (8192, 32000), 1, ROWS),
+    Case("llama3", (1024, 128256), 1, ROWS),
+    Case("gemma", (512, 256000), 1, ROWS),
     Case("imagenet", (65536, 1000), 1, ROWWISE, BOTH),
-    Case("imagenet21k", (4096, 21841), 1, LOSSES),
+    Case("imagenet21k", (4096, 21841), 1, ROWS),
     Case("hundred", (500_000, 100), 1, ROWWISE),
     Case("ten", (2_000_000, 10), 1, ROWWISE, BOTH),
-    Case("criteo", (45_000_000,), 0, ELEMENTWISE, (f"{BCE}/value", f"{BCE}/gradient")),
-    Case("segmentation", (19, 1024, 2048), 0, LOSSES, BOTH[1:]),
-    Case("pixels", (8, 1000, 128, 128), 1, LOSSES),
+    Case(
+        "criteo",
+        (45_000_000,),
+        0,
+        ELEMENTWISE,
+        (*(f"{name}/value" for name in ELEMENTS), *_main(ELEMENTS), *ELEMENTS_ONCE),
+    ),
+    Case("segmentation", (19, 1024, 2048), 0, ROWS, GRADIENTS),
+    Case("pixels", (8, 1000, 128, 128), 1, ROWS),
     Case("columns", (4096, 4096), 0, ROWWISE, BOTH),
 )
 
+_NUMBERS = tuple(f"{name}/value" for name in (*ROWS, *ELEMENTS) if not takes(name, "labels"))
+_LABELLED = tuple(f"{name}/value" for name in ROWS if takes(name, "labels"))
+
 #: Small calls, where the overhead of a call from Python dominates.
 CALLS = (
-    Case("10", (10,), 0, *[("logsumexp", f"{BCE}/value")] * 2, dtypes=("float64",), group="calls"),
-    Case("1x10", (1, 10), 1, *[("sparse_cross_entropy/value",)] * 2, group="calls"),
-    Case("32x1000", (32, 1000), 1, BOTH, BOTH[1:], group="calls"),
+    Case("10", (10,), 0, _NUMBERS, _NUMBERS, dtypes=("float64",), group="calls"),
+    Case("1x10", (1, 10), 1, _LABELLED, _LABELLED, group="calls"),
+    Case("32x1000", (32, 1000), 1, BOTH, GRADIENTS, group="calls"),
 )
 
 _DECADES = {
@@ -83,7 +115,7 @@ SWEEPS = (
 CASES = {case.name: case for case in (*WORKLOADS, *CALLS, *SWEEPS)}
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 
-_ROWS = (*BOTH, "sparse_cross_entropy/value", "sparse_cross_entropy/in-place", "softmax/value")
+_ROWS = (*ROWS, *ROWS_ONCE)
 _HALVES = ("float32", "bfloat16")
 
 #: Cases for a GPU: those with targets, and one whose class axis is not the last.
@@ -96,9 +128,16 @@ CUDA_CASES = {
         ),
         Case("short10", (1 << 22, 10), 1, _ROWS, BOTH, _HALVES),
         Case("short1000", (1 << 20, 1000), 1, _ROWS, BOTH, _HALVES),
-        Case("elements", (1 << 28,), 0, (BCE, "sigmoid/value"), SWEPT[2:], _HALVES),
+        Case(
+            "elements",
+            (1 << 28,),
+            0,
+            (*ELEMENTS, *(f"{name}/value" for name in ELEMENTWISE), *ELEMENTS_ONCE),
+            (*_main(ELEMENTS), *ELEMENTS_ONCE),
+            _HALVES,
+        ),
         Case("columns", (8192, 8192), 0, _ROWS),
-        Case("call", (32, 1000), 1, (*BOTH, "softmax/value"), BOTH, group="calls"),
+        Case("call", (32, 1000), 1, (*BOTH, *ROWS_ONCE), BOTH, group="calls"),
     )
 }
 
@@ -114,11 +153,13 @@ def target(measure: str, case: Case, dtype: str) -> float | None:
     """Target share of a GPU's copy bandwidth; `measure` is `operation/variant`."""
     if case.group == "calls" or case.axis != len(case.shape) - 1:
         return None
-    if measure.startswith((BCE, "sigmoid")):
+    name, _, variant = measure.partition("/")
+    operation = OPERATIONS[name]
+    if operation.elementwise:
         return 0.9
     if case.shape[1] <= 1000:
         return 0.75
-    if measure in (BOTH[0], "sparse_cross_entropy/value"):
+    if operation.reduces and variant == "value":
         return 0.9
     size = 2 if dtype in ("float16", "bfloat16") else 4
     return 0.85 if case.shape[1] * size <= ON_CHIP else 0.75
@@ -152,11 +193,22 @@ def _ignored(x: Array, labels: Array, axis: int) -> None:
     flat[np.arange(flat.size) % 10 < 3] = -100
 
 
-#: Kinds of logits: what is done to standard normal logits and labels, and for which operations.
-LOGITS: dict[str, tuple[Callable[[Array, Array, int], None], tuple[str, ...]]] = {
-    "randn": (lambda x, labels, axis: None, (*ROWWISE, *ELEMENTWISE)),
-    "peaked": (_peaked, ROWWISE),
-    "offset": (_offset, ROWWISE),
-    "masked": (_masked, ROWWISE[:-1]),
-    "ignored": (_ignored, ("sparse_cross_entropy",)),
+def _takes_logits(name: str) -> bool:
+    return name in ROWWISE and OPERATIONS[name].arguments[0].domain == "logits"
+
+
+class Kind(NamedTuple):
+    """A kind of logits: what is done to the standard normal ones, and for which operations."""
+
+    change: Callable[[Array, Array, int], None]
+    suits: Callable[[str], bool]
+
+
+LOGITS = {
+    "randn": Kind(lambda x, labels, axis: None, lambda name: True),
+    "peaked": Kind(_peaked, _takes_logits),
+    "offset": Kind(_offset, _takes_logits),
+    # a class that is impossible must have no share of a target
+    "masked": Kind(_masked, lambda name: _takes_logits(name) and not takes(name, "distribution")),
+    "ignored": Kind(_ignored, lambda name: takes(name, "labels")),
 }

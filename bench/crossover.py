@@ -21,11 +21,11 @@ from fastll.operations import OPERATIONS
 COMPILE = """
 import time, numpy as np, fastll
 from fastll.operations import OPERATIONS
-operation, x = OPERATIONS["{name}"], np.ones((2, 64), np.float32)
-arguments = operation.arguments(np.random.default_rng(0), x, 1)
+operation = OPERATIONS["{name}"]
+arrays = operation.make(np.random.default_rng(0), (2, 64), 1, "f4")
 start = time.perf_counter()
 with fastll.use_backend("numba"):
-    operation.function(x, *arguments)
+    operation.function(*arrays)
 print(time.perf_counter() - start)
 """
 
@@ -40,14 +40,14 @@ def crossover() -> Iterator[str]:
         yield f"{name}: compiles in {compilation:.1f} s"
         for exponent in range(10, 27, 2):
             rows = max(1, 2**exponent // 1024)
-            x = rng.standard_normal((rows, 2**exponent // rows), np.float32)
-            call = partial(operation.function, x, *operation.arguments(rng, x, 1))
+            arrays = operation.make(rng, (rows, 2**exponent // rows), 1, np.float32)
+            call = partial(operation.function, *arrays)
             times = {}
             for backend in ("cython", "numba"):
                 with fastll.use_backend(backend):
                     call()
                     times[backend] = median(timeit.repeat(call, repeat=15, number=1))
-            gain = (times["cython"] - times["numba"]) / x.size
+            gain = (times["cython"] - times["numba"]) / 2**exponent
             pays = f"2**{log2(compilation / gain):.0f}" if gain > 0 else "never"
             cython, numba = (1e6 * times[b] for b in ("cython", "numba"))
             yield f"  2**{exponent}: cython {cython:9.1f} us, numba {numba:9.1f} us; pays after {pays}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 
 import fastll
 from bench.card import Card, why_not
+from bench.cases import ELEMENTWISE, ROWWISE
+from fastll.operations import OPERATIONS
 
 Call = Callable[..., Any]
 #: Numbers of classes: from rows of one thread to rows of eight thread blocks, aligned and ragged.
@@ -42,15 +44,41 @@ CLASSES = (
 ROWS = 5
 #: Shapes of three axes, of which the middle one is the class axis.
 COLUMNS = ((1, 300, 33), (2, 17, 100), (3, 2000, 7))
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "smoothed": {"label_smoothing": 0.1, "z_loss": 1e-3},
-    "capped": {"softcap": 5.0},
-}
 #: Largest relative error in norm, by the size of an element in bytes.
 TOLERANCE = {2: 5e-3, 4: 1e-5, 8: 1e-12}
 
 Calls = Iterator[tuple[str, Call, tuple[np.ndarray[Any, Any], ...]]]
+
+
+#: The row-wise operations of the quick benchmark, which stand for the others.
+USUAL = tuple(name for name in ROWWISE if OPERATIONS[name].measured != "full")
+
+
+def calls(
+    rng: np.random.Generator,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    options: Mapping[str, Any],
+    axis: int = 1,
+    **more: Any,
+) -> Calls:
+    """A call of an operation with some options; of a loss, with its gradient."""
+    operation = OPERATIONS[name]
+    first, *others = operation.make(rng, shape, axis, dtype)
+    if operation.arguments[0].domain == "logits":
+        first = (3 * first).astype(dtype)
+    keywords = operation.keywords(rng, shape, axis, dtype, options) | more
+    if operation.gradient:
+        keywords |= dict.fromkeys(operation.extras, True) | {"return_grad": True}
+    arrays = {key: value for key, value in keywords.items() if isinstance(value, np.ndarray)}
+
+    def call(*given: Any) -> Any:
+        moved = dict(zip(arrays, given[1 + len(others) :], strict=True))
+        return operation.function(*given[: 1 + len(others)], **keywords | moved)
+
+    what = " ".join((name, *options, "x".join(map(str, shape)), dtype))
+    yield what, call, (first, *others, *arrays.values())
 
 
 def rows() -> Calls:
@@ -60,31 +88,21 @@ def rows() -> Calls:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             if dtype in ("float16", "float64") and classes not in (10, 1001, 50257):
                 continue
-            x = numbers(rng, (ROWS, classes), dtype)
-            y = rng.integers(0, classes, ROWS)
-            yield f"logsumexp {classes} {dtype}", lambda x: fastll.logsumexp(x, axis=1), (x,)
-            yield f"softmax {classes} {dtype}", lambda x: fastll.softmax(x, axis=1), (x,)
-            yield f"value {classes} {dtype}", fastll.cross_entropy, (x, y)
-            yield f"gradient {classes} {dtype}", with_gradient(fastll.cross_entropy), (x, y)
+            for name in USUAL:
+                yield from calls(rng, name, (ROWS, classes), dtype, {})
+                if OPERATIONS[name].gradient:
+                    function = OPERATIONS[name].function
+                    arrays = OPERATIONS[name].make(rng, (ROWS, classes), 1, dtype)
+                    yield f"value of {name} {classes} {dtype}", function, arrays
 
 
 def options() -> Calls:
-    """Options of cross-entropy, and dense targets."""
+    """Every row-wise operation with each of its options."""
     rng = np.random.default_rng(1)
     for classes in (10, 1001, 70001):
-        x, y = numbers(rng, (ROWS, classes), "float32"), rng.integers(0, classes, ROWS)
-        t = (rng.random(x.shape) / classes).astype(np.float32)
-        w = rng.random(classes).astype(np.float32)
-        for name, chosen in OPTIONS.items():
-            for target in (y, t):
-                call = with_gradient(fastll.cross_entropy, return_lse=True, **chosen)
-                yield f"{name} {classes} {target.dtype}", call, (x, target)
-
-        def weighted(x: Any, y: Any, w: Any) -> Any:
-            return fastll.cross_entropy(x, y, weight=w, return_grad=True)
-
-        yield f"weights {classes}", weighted, (x, y, w)
-        yield f"log_softmax {classes}", lambda x: fastll.log_softmax(x, axis=1), (x,)
+        for name in ROWWISE:
+            for chosen in OPERATIONS[name].options:
+                yield from calls(rng, name, (ROWS, classes), "float32", chosen)
 
 
 def columns() -> Calls:
@@ -92,11 +110,8 @@ def columns() -> Calls:
     rng = np.random.default_rng(2)
     for shape in COLUMNS:
         for dtype in ("float32", "bfloat16"):
-            x = numbers(rng, shape, dtype)
-            y = rng.integers(0, shape[1], (shape[0], shape[2]))
-            yield f"logsumexp {shape} {dtype}", lambda x: fastll.logsumexp(x, axis=1), (x,)
-            yield f"softmax {shape} {dtype}", lambda x: fastll.softmax(x, axis=1), (x,)
-            yield f"gradient {shape} {dtype}", with_gradient(fastll.cross_entropy, axis=1), (x, y)
+            for name in USUAL:
+                yield from calls(rng, name, shape, dtype, {})
 
 
 def elements() -> Calls:
@@ -104,13 +119,11 @@ def elements() -> Calls:
     rng = np.random.default_rng(3)
     for size in (1, 1000, 70_000, 70_001):
         for dtype in ("float32", "bfloat16"):
-            x, t = numbers(rng, (size,), dtype), rng.random(size).astype(dtype)
-            bce = with_gradient(fastll.binary_cross_entropy_with_logits)
-            each = with_gradient(fastll.binary_cross_entropy_with_logits, reduction="none")
-            yield f"sigmoid {size} {dtype}", fastll.sigmoid, (x,)
-            yield f"log_sigmoid {size} {dtype}", fastll.log_sigmoid, (x,)
-            yield f"binary {size} {dtype}", bce, (x, t)
-            yield f"binary, each {size} {dtype}", each, (x, t)
+            for name in ELEMENTWISE:
+                for chosen in OPERATIONS[name].options:
+                    yield from calls(rng, name, (size,), dtype, chosen, axis=0)
+                if OPERATIONS[name].gradient:
+                    yield from calls(rng, name, (size,), dtype, {}, axis=0, reduction="none")
 
 
 def totals() -> Calls:

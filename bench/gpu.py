@@ -24,12 +24,12 @@ from rich.console import Console
 import fastll
 from bench import gpu_report
 from bench.card import Card, version_of, versions
-from bench.cases import BCE, Array, target
+from bench.cases import Array, target
 from bench.jobs import Job, Settings, select
 from bench.peers import CUDA_PEERS, disagreement, torch
 from bench.report import ReportError
 from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
-from fastll.operations import OPERATIONS
+from fastll.operations import OPERATIONS, Argument
 
 #: Length of a sample in seconds, and the most calls in it: a stream queues about a thousand launches.
 SAMPLE, MOST_CALLS = 2e-3, 200
@@ -177,43 +177,46 @@ def statistics(times: list[float]) -> dict[str, Any]:
 def workload(card: Card, job: Job) -> Workload:
     """Make the arrays of a job and the calls of fastll on them."""
     operation, axis = OPERATIONS[job.operation], job.case.axis
+    first, *others = operation.arguments
     writes = job.variant != "value" or not (operation.reduces or operation.gradient)
     in_place = job.variant == "in-place"
-    full = job.operation in (BCE, "dense_cross_entropy")  # the target has the shape of x
+    full = sum(argument.shape == "full" for argument in others)
     dtype = card.dtype(job.dtype)
     kept = 1 + full + (writes and not in_place)
     shape, count = fit(card, job, dtype.itemsize, kept)
     if job.case.group == "calls":
         count = 1
 
-    block = card.empty((min(BLOCK, prod(shape)),), dtype)
-    card.upload(block, normal(job.dtype)[: block.size])
+    @cache
+    def block(domain: str) -> Any:
+        """Numbers of a domain, which arrays repeat."""
+        numbers = values(domain, job.dtype, shape[axis])
+        found = card.empty((min(BLOCK, prod(shape)),), dtype)
+        card.upload(found, numbers[: found.size])
+        return found
 
-    def new(repeated: Any) -> Any:
-        array = card.empty(shape, dtype)
-        card.repeat(array, repeated)
+    def new(argument: Argument) -> Any:
+        if argument.shape == "full":
+            array = card.empty(shape, dtype)
+            card.repeat(array, block(argument.domain))
+            return array
+        made = argument.make(np.random.default_rng(1), shape, axis, job.dtype)
+        array = card.empty(made.shape, made.dtype)
+        card.upload(array, made)
         return array
 
-    labels: tuple[Any, ...] = ()
-    if job.operation == "sparse_cross_entropy":
-        rows = shape[:axis] + shape[axis + 1 :]
-        labels = (card.empty(rows, np.dtype(np.int64)),)
-        card.upload(labels[0], np.random.default_rng(1).integers(0, shape[axis], rows))
-    elif full:
-        scale = 1.0 if operation.elementwise else 2 / shape[axis]
-        targets = card.empty((block.size,), dtype)
-        card.upload(targets, (scale * uniform()[: block.size]).astype(normal(job.dtype).dtype))
+    small = {a: new(a) for a in others if a.shape != "full"}
     sets = []
     for _ in range(count):
-        x = new(block)
+        x = new(first)
         out = x if in_place else card.empty(shape, dtype) if writes else None
-        sets.append(Set(x, (new(targets),) if full else labels, out))
+        sets.append(Set(x, tuple(small[a] if a in small else new(a) for a in others), out))
 
     overwrites = in_place or "liger" in job.against
 
     def restore() -> None:
         for arrays in sets if overwrites else ():
-            card.repeat(arrays.x, block)
+            card.repeat(arrays.x, block(first.domain))
 
     calls = [partial(operation.function, *owners(arrays), **options(job, arrays)) for arrays in sets]
     nbytes = (1 + full + writes) * prod(shape) * dtype.itemsize
@@ -261,8 +264,16 @@ def normal(dtype: str) -> Array:
 
 
 @cache
-def uniform() -> Array:
-    return np.random.default_rng(2).random(BLOCK, np.float32)
+def values(domain: str, dtype: str, classes: int) -> Array:
+    """A block of numbers of a domain; those of a distribution sum to about 1 over the classes."""
+    if domain in ("logits", "real"):
+        return normal(dtype)
+    found = np.random.default_rng(2).random(BLOCK, np.float32)
+    if domain == "distribution":
+        found *= 2 / classes
+    if domain == "positive":
+        found = 0.5 + 1.5 * found
+    return found.astype(normal(dtype).dtype)
 
 
 # correctness
@@ -333,8 +344,9 @@ def reference(name: str, gradient: bool, x: Array, others: list[Array]) -> tuple
     t = tuple(a if a.dtype == np.int64 else a.astype(np.float64)[lead] for a in others)
     axis = x.ndim - 1
     gradient = gradient and operation.gradient
-    if version_of("torch"):
-        result = torch(name, gradient, x, axis, t)()
+    call = torch(name, gradient, x, axis, t) if version_of("torch") else None
+    if call is not None:
+        result = call()
     else:
         chosen: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
         chosen |= {"return_grad": True} if gradient else {}

@@ -14,8 +14,9 @@ import fastll
 from bench import floors
 from bench.cases import CASES, CUDA_CASES, LOGITS, MAX_BYTES, Array, Case
 from bench.peers import PEERS
-from fastll.operations import OPERATIONS
+from fastll.operations import OPERATIONS, Argument
 
+LABELS = Argument("target", "labels", "rows")
 VARIANTS = ("value", "gradient", "in-place")
 
 
@@ -65,8 +66,7 @@ def measures() -> list[str]:
 
 def _has(name: str, variant: str) -> bool:
     operation = OPERATIONS[name]
-    writes = operation.gradient or not operation.reduces
-    return {"value": True, "gradient": operation.gradient, "in-place": writes}[variant]
+    return {"value": True, "gradient": operation.gradient, "in-place": operation.writes}[variant]
 
 
 def _expand(names: Iterable[str]) -> set[str]:
@@ -90,7 +90,7 @@ def select(settings: Settings) -> list[Job]:
         for case in settings.cases or settings.known.values()
         for dtype, logits in _kinds(case, settings)
         for measure in _measures(case, settings)
-        if measure.partition("/")[0] in LOGITS[logits][1]
+        if LOGITS[logits].suits(measure.partition("/")[0])
         if settings.device == "cuda" or _size(case, dtype) <= MAX_BYTES
         for backend in backends
     ]
@@ -153,14 +153,14 @@ def workload(job: Job) -> Workload:
     """Allocate and fill the arrays of a job."""
     operation, (_, shape, axis, *_) = OPERATIONS[job.operation], job.case
     rng = np.random.default_rng(0)
-    wide = np.float64 if job.dtype == "float64" else np.float32
-    x = rng.standard_normal(shape, wide).astype(job.dtype, copy=False)
-    labels = OPERATIONS["sparse_cross_entropy"].arguments(rng, x, axis)
-    LOGITS[job.logits][0](x, *labels, axis)
-    is_sparse = job.operation == "sparse_cross_entropy"
-    arguments = labels if is_sparse else operation.arguments(rng, x, axis)
-
-    options: dict[str, Any] = {} if operation.elementwise else {"axis": axis}
+    first, *others = operation.arguments
+    x = first.make(rng, shape, axis, job.dtype)
+    labels = LABELS.make(rng, shape, axis, job.dtype)
+    LOGITS[job.logits].change(x, labels, axis)
+    arguments = tuple(
+        labels if other == LABELS else other.make(rng, shape, axis, job.dtype) for other in others
+    )
+    options = operation.keywords(rng, shape, axis, job.dtype, {})
     writes = job.variant != "value" or not (operation.reduces or operation.gradient)
     result = x
     if writes:
@@ -171,11 +171,11 @@ def workload(job: Job) -> Workload:
         options |= {"return_grad": True, "grad_out": target} if operation.gradient else {"out": target}
     call = partial(operation.function, x, *arguments, **options)
 
-    others = [a for a in arguments if a.shape == x.shape]
-    nbytes = (1 + writes + len(others)) * x.nbytes
+    full = [a for a in arguments if a.shape == x.shape]
+    nbytes = (1 + writes + len(full)) * x.nbytes
     if job.case.group == "calls":
         return Workload(x, arguments, call, None, nbytes)
-    read = floors.reader(*others, *(() if writes else (x,)))
+    read = floors.reader(*full, *(() if writes else (x,)))
     copy = floors.copier(source, target) if writes else None
 
     def floor() -> None:

@@ -1,71 +1,59 @@
-"""The peers, each called as its own users would call it: one table of formulas per library.
+"""The peers, each called as its own users would call it.
 
-A library is imported when it is measured. Its formulas take (x, axis, *arguments), its arrays are made
-before anything is timed, and it has as many threads as fastll.
+Which function of a library computes an operation is in the table of operations. A library is imported
+when it is measured, its arrays are made before anything is timed, and it has as many threads as fastll.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastll
-from bench.cases import BCE, Array
+from bench.cases import Array
+from fastll.operations import OPERATIONS
 
 Call = Callable[[], Any]
 #: Takes operation, gradient, x, axis and arguments; None where the library has no such operation.
 Bind = Callable[[str, bool, Array, int, tuple[Array, ...]], Call | None]
 
-
-def numpy(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call | None:
-    def logsumexp(x: Array, axis: int) -> Array:
-        m = x.max(axis, keepdims=True)
-        return np.squeeze(m + np.log(np.exp(x - m).sum(axis, keepdims=True)), axis)
-
-    def softmax(x: Array, axis: int) -> Array:
-        e = np.exp(x - x.max(axis, keepdims=True))
-        return e / e.sum(axis, keepdims=True)
-
-    def log_softmax(x: Array, axis: int) -> Array:
-        return x - np.expand_dims(logsumexp(x, axis), axis)
-
-    def cross_entropy(x: Array, axis: int, t: Array) -> Array:
-        at_label = np.take_along_axis(x, np.expand_dims(t, axis), axis).squeeze(axis)
-        return np.mean(logsumexp(x, axis) - at_label, where=t >= 0)
-
-    formulas = {
-        "logsumexp": logsumexp,
-        "softmax": softmax,
-        "log_softmax": log_softmax,
-        "sigmoid": lambda x, axis: 1 / (1 + np.exp(-x)),
-        "log_sigmoid": lambda x, axis: -np.logaddexp(0, -x),
-        "sparse_cross_entropy": cross_entropy,
-        "dense_cross_entropy": lambda x, axis, t: -(t * log_softmax(x, axis)).sum(axis).mean(),
-        BCE: lambda x, axis, t: np.mean(np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))),
-    }
-    return None if gradient else partial(formulas[name], x, axis, *arguments)
+#: The module that a library's functions in the table take, where its name is another one.
+MODULES = {"liger": "liger_kernel.ops.cross_entropy"}
 
 
-def scipy(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call | None:
-    from scipy import special
+def formula(library: str, name: str) -> Callable[..., Any] | None:
+    """A library's function for an operation: of x, the axis if there is one, and the other arrays."""
+    peer = OPERATIONS[name].peers.get(library)
+    if isinstance(peer, str):
+        return resolve_name(peer)  # type: ignore[no-any-return]
+    if peer is None:
+        return None
+    module = import_module(MODULES.get(library, library))
+    return lambda *arguments: peer(module, *arguments)
 
-    formulas = {
-        "logsumexp": special.logsumexp,
-        "softmax": special.softmax,
-        "log_softmax": special.log_softmax,
-        "sigmoid": lambda x, axis: special.expit(x),
-        "log_sigmoid": lambda x, axis: special.log_expit(x),
-    }
-    return partial(formulas[name], x, axis) if name in formulas else None
+
+def ordered(name: str, x: Any, axis: int, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a formula."""
+    return (x, *others) if OPERATIONS[name].elementwise else (x, axis, *others)
+
+
+def plain(
+    library: str, name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]
+) -> Call | None:
+    """Libraries that take NumPy arrays and have no gradients."""
+    function = None if gradient else formula(library, name)
+    return function and partial(function, *ordered(name, x, axis, arguments))
 
 
 def torch(
     name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...], compiled: bool = False
-) -> Call:
+) -> Call | None:
     import torch
 
     def tensor(a: Array) -> Any:
@@ -74,90 +62,58 @@ def torch(
         return torch.from_numpy(a)
 
     torch.set_num_threads(fastll.get_num_threads())
-    return torch_binder(name, gradient, compiled)(*(tensor(a) for a in (x, *arguments)), axis=axis)
+    bind = torch_binder(name, gradient, compiled)
+    return bind and bind(*(tensor(a) for a in (x, *arguments)), axis=axis)
 
 
-def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call]:
+def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call] | None:
     """A function that makes calls for tensors on any device; the formula is compiled once."""
     import torch
-    from torch.nn import functional
 
-    formulas = {
-        "logsumexp": torch.logsumexp,
-        "softmax": torch.softmax,
-        "log_softmax": torch.log_softmax,
-        "sigmoid": lambda x, axis: torch.sigmoid(x),
-        "log_sigmoid": lambda x, axis: functional.logsigmoid(x),
-        "sparse_cross_entropy": lambda x, axis, t: functional.cross_entropy(x.movedim(axis, 1), t),
-        "dense_cross_entropy": lambda x, axis, t: functional.cross_entropy(
-            x.movedim(axis, 1), t.movedim(axis, 1)
-        ),
-        BCE: lambda x, axis, t: functional.binary_cross_entropy_with_logits(x, t),
-    }
-    formula = formulas[name]
+    function = formula("torch", name)
+    if function is None:
+        return None
     if compiled:
         torch._dynamo.reset()  # otherwise it runs uncompiled after eight shapes
-        formula = torch.compile(formula, dynamic=False)
-    return partial(_bind_tensors, formula, gradient)
+        function = torch.compile(function, dynamic=False)
+    return partial(_bind_tensors, function, name, gradient)
 
 
-def _bind_tensors(formula: Callable[..., Any], gradient: bool, x: Any, *others: Any, axis: int) -> Call:
+def _bind_tensors(
+    function: Callable[..., Any], name: str, gradient: bool, x: Any, *others: Any, axis: int
+) -> Call:
     import torch
 
     if not gradient:
-        return partial(formula, x, axis, *others)
-    logits = x.detach().requires_grad_()
+        return partial(function, *ordered(name, x, axis, others))
+    first = x.detach().requires_grad_()
+    arguments = ordered(name, first, axis, others)
 
     def loss_and_gradient() -> Any:
-        loss = formula(logits, axis, *others)
-        return loss.detach(), *torch.autograd.grad(loss, logits)
+        loss = function(*arguments)
+        return loss.detach(), *torch.autograd.grad(loss, first)
 
     return loss_and_gradient
 
 
 def liger_binder(name: str, gradient: bool) -> Callable[..., Call] | None:
-    """Liger's cross-entropy, which writes the gradient into the logits."""
-    if name != "sparse_cross_entropy":
-        return None
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-
-    return partial(
-        _bind_tensors, lambda x, axis, t: LigerCrossEntropyFunction.apply(x, t, None)[0], gradient
-    )
+    """Liger's functions, of which cross-entropy writes the gradient into the logits."""
+    function = formula("liger", name)
+    return function and partial(_bind_tensors, function, name, gradient)
 
 
-def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call:
+def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]) -> Call | None:
     import jax
-    from jax import numpy as jnp
 
     jax.config.update("jax_enable_x64", True)  # keep float64 arrays as they are
-
-    def cross_entropy(x: Any, axis: int, t: Any) -> Any:
-        at_label = jnp.take_along_axis(x, jnp.expand_dims(t, axis), axis).squeeze(axis)
-        return jnp.mean(jax.nn.logsumexp(x, axis) - at_label, where=t >= 0)
-
-    def dense_cross_entropy(x: Any, axis: int, t: Any) -> Any:
-        return -jnp.sum(t * jax.nn.log_softmax(x, axis), axis).mean()
-
-    def binary_cross_entropy(x: Any, axis: int, t: Any) -> Any:
-        return jnp.mean(-t * jax.nn.log_sigmoid(x) - (1 - t) * jax.nn.log_sigmoid(-x))
-
-    formulas = {
-        "logsumexp": jax.nn.logsumexp,
-        "softmax": jax.nn.softmax,
-        "log_softmax": jax.nn.log_softmax,
-        "sigmoid": lambda x, axis: jax.nn.sigmoid(x),
-        "log_sigmoid": lambda x, axis: jax.nn.log_sigmoid(x),
-        "sparse_cross_entropy": cross_entropy,
-        "dense_cross_entropy": lambda x, axis, t: (
-            -jnp.sum(t * jax.nn.log_softmax(x, axis), axis).mean()
-        ),
-        BCE: binary_cross_entropy,
-    }
-    formula = jax.value_and_grad(formulas[name]) if gradient else formulas[name]
-    compiled = jax.jit(formula, static_argnums=1)
-    arrays = [jnp.asarray(a) for a in (x, *arguments)]
-    return lambda: jax.block_until_ready(compiled(arrays[0], axis, *arrays[1:]))
+    function = formula("jax", name)
+    if function is None:
+        return None
+    static = () if OPERATIONS[name].elementwise else (1,)
+    compiled = jax.jit(jax.value_and_grad(function) if gradient else function, static_argnums=static)
+    first, *others = map(jax.numpy.asarray, (x, *arguments))
+    given = ordered(name, first, axis, tuple(others))
+    return lambda: jax.block_until_ready(compiled(*given))
 
 
 class Peer(NamedTuple):
@@ -176,8 +132,8 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "numpy": Peer("numpy", numpy),
-    "scipy": Peer("scipy", scipy),
+    "numpy": Peer("numpy", partial(plain, "numpy")),
+    "scipy": Peer("scipy", partial(plain, "scipy")),
     "torch": Peer("torch", torch),
     "torch.compile": Peer("torch", partial(torch, compiled=True)),
     "jax": Peer("jax", jax),

@@ -35,9 +35,12 @@ def value_dtype(dtype):
 def test_operation(name, option, place, dtype, backend):
     shape, axis, layout = place
     arrays, keywords, expected = case(name, dtype, shape, axis, option)
-    lay_out = LAYOUTS[layout]
+
+    def lay_out(a):
+        return LAYOUTS[layout](a) if isinstance(a, np.ndarray) and a.ndim else a
+
     arrays = [lay_out(a) for a in arrays]
-    keywords = {k: lay_out(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+    keywords = {name: lay_out(value) for name, value in keywords.items()}
     check = check_loss if OPERATIONS[name].gradient else check_value
     check(OPERATIONS[name], arrays, keywords, expected, dtype)
 
