@@ -10,7 +10,7 @@ import numpy as np
 
 import fastll.backend.numba.cache  # noqa: F401  before the kernels: see its end
 from fastll.backend.host import Host
-from fastll.backend.numba import columns, fold, map, rows
+from fastll.backend.numba import columns, folds, maps, rows
 from fastll.backend.numba.convert import reader, writer
 from fastll.backend.numba.memory import NO_ROWS, NOTHING, Operand, RowOperand
 from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
@@ -28,7 +28,7 @@ class Backend(Host):
         value = _operand(call.value, like, 1)
         if call.value is not None and call.partial is None and call.slope is None:
             value = _streamed(value, call.value.ctypes.data != x.ctypes.data, call.value)
-        mapped = map.Call(
+        mapped = maps.Call(
             tuple(_operand(a, like, 1) for a in call.inputs),
             tuple(type(like)(p) for p in call.parameters),
             _operand(call.weight, like, 1),
@@ -40,13 +40,13 @@ class Backend(Host):
             units_of(x.shape[1]),
             like,
         )
-        return partial(map.kernel(call.operation), mapped)
+        return partial(maps.kernel(call.operation), mapped)
 
     def fold(self, call: Fold) -> Kernel:
         layout = _Layout(call.x)
         options = call.options
         simple = call.second is None and options.label_smoothing == options.softcap == 0.0
-        folded = fold.Call(
+        folded = folds.Call(
             layout.full(call.x),
             layout.full(call.second),
             layout.row(call.labels),
@@ -67,14 +67,14 @@ class Backend(Host):
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None
     ) -> tuple[int, float]:
         ones = np.empty(0) if weight is None else weight
-        found: tuple[int, float] = fold.check_labels(labels, classes, ignore_index, ones)
+        found: tuple[int, float] = folds.check_labels(labels, classes, ignore_index, ones)
         return found
 
 
 class _Layout:
     """The family of kernels that suits an array's strides, and operands as it takes them."""
 
-    kernel: Callable[[str], Kernel]
+    kernel: Callable[[str], Callable[..., object]]
 
     def __init__(self, x: Array) -> None:
         outer, self.classes, self.inner = x.shape
@@ -125,15 +125,14 @@ def _operand(a: Array | None, like: Any, axis: int) -> Operand:
     """An array as an `Operand`; `axis` is the one that is contiguous where no conversion is needed."""
     if a is None:
         return NOTHING
-    outer, step, *inner = a.strides
-    strides = (outer, step, *inner) if inner else (outer, step, 0)
-    if like is None or (a.dtype == like.dtype and strides[axis] == a.itemsize and a.flags.aligned):
-        return Operand(a.ctypes.data, *strides, 0, 0, False)
+    address, (outer, step), inner = a.ctypes.data, a.strides[:2], a.strides[2] if a.ndim == 3 else 0
+    if like is None or (a.dtype == like.dtype and a.strides[axis] == a.itemsize and a.flags.aligned):
+        return Operand(address, outer, step, inner, 0, 0, False)
     kind = kind_of(a.dtype)
     read, write = reader(kind.code, kind.swapped, like.dtype.name).address, 0
     if a.flags.writeable and kind.element == a.dtype:
         write = writer(kind.code).address
-    return Operand(a.ctypes.data, *strides, read, write, False)
+    return Operand(address, outer, step, inner, read, write, False)
 
 
 def _streamed(out: Operand, pays: bool, a: Array) -> Operand:

@@ -203,5 +203,5 @@ def kernel(operation):
             stream_fence()
         release(memory)
 
-    run.__qualname__ = f"map.{operation}"
+    run.__qualname__ = f"maps.{operation}"
     return cached(njit(**KERNEL)(run))
