@@ -11,8 +11,8 @@ import numpy as np
 import fastll.backend.numba.cache  # noqa: F401  before the kernels: see its end
 from fastll.backend.host import Host
 from fastll.backend.numba import columns, folds, maps, rows
+from fastll.backend.numba.calls import NO_ROWS, NOTHING, Operand, RowOperand
 from fastll.backend.numba.convert import reader, writer
-from fastll.backend.numba.memory import NO_ROWS, NOTHING, Operand, RowOperand
 from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
 
@@ -30,17 +30,18 @@ class Backend(Host):
             value = _streamed(value, call.value.ctypes.data != x.ctypes.data, call.value)
         mapped = maps.Call(
             tuple(_operand(a, like, 1) for a in call.inputs),
-            tuple(type(like)(p) for p in call.parameters),
+            call.parameters,
             _operand(call.weight, like, 1),
             value,
             _operand(call.partial, None, 1),
             _operand(call.slope, like, 1),
-            float(call.scale),
+            call.scale,
             x.shape[1],
             units_of(x.shape[1]),
             like,
         )
-        return partial(maps.kernel(call.operation), mapped)
+        kernel, layout = maps.kernel(call.operation)
+        return partial(kernel, layout.pack(mapped), like)
 
     def fold(self, call: Fold) -> Kernel:
         layout = _Layout(call.x)
@@ -61,7 +62,7 @@ class Backend(Host):
             layout.inner,
             layout.like,
         )
-        return partial(layout.kernel(call.operation), folded)
+        return partial(layout.kernel(call.operation), folds.LAYOUT.pack(folded), layout.like)
 
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None

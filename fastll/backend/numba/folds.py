@@ -15,8 +15,9 @@ import numpy as np
 from numba import njit
 
 from fastll.backend.numba.cache import cached
+from fastll.backend.numba.calls import Layout, Number, Operand, RowOperand
 from fastll.backend.numba.maths import cast
-from fastll.backend.numba.memory import KERNEL, Operand, RowOperand, release, size_of, start_of
+from fastll.backend.numba.memory import KERNEL, address_of, release, size_of, start_of
 from fastll.backend.numba.state import (
     AT_MAXIMUM,
     BELOW,
@@ -56,7 +57,12 @@ class Call(NamedTuple):
     out: Operand
     classes: int
     inner: int
-    like: float  # a number of the compute dtype
+    like: Number  # 0: says what the compute dtype is
+
+
+#: How a `Call` is given to a kernel.
+LAYOUT = Layout(Call)
+_unpack = LAYOUT.unpack
 
 
 class Group(NamedTuple):
@@ -208,7 +214,8 @@ def driver(family, operation, allocate, rows_at_once, walk):
     """
     load, end = PHASES.get(operation, SUM)
 
-    def run(call, start, stop):
+    def run(words, like, start, stop):
+        call = _unpack(address_of(words), like)
         memory, owner = allocate(call)
         before = Group(memory.tables, 0, 0, 0, 1)
         row = start
