@@ -18,12 +18,12 @@ numba = pytest.importorskip("numba")
 config = numba.core.config
 cache = import_module("fastll.backend.numba.cache")
 disk = import_module("fastll.backend.disk")
-rows = import_module("fastll.backend.numba.rows")
+folds = import_module("fastll.backend.numba.folds")
 
 #: Calls the smallest kernel; prints whether it was compiled.
 CHECK_LABELS = """
 import numpy as np, fastll.backend.numba
-from fastll.backend.numba.rows import check_labels
+from fastll.backend.numba.folds import check_labels
 assert check_labels(np.arange(3), 2, -100, np.empty(0)) == (2, 0.0)
 print(not check_labels.stats.cache_hits)
 """
@@ -35,7 +35,7 @@ def compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
 
     def call():
-        kernel = cache.cached(numba.njit(**rows.KERNEL)(rows.check_labels.py_func))
+        kernel = cache.cached(numba.njit(**folds.KERNEL)(folds.check_labels.py_func))
         assert kernel(np.arange(3), 2, -100, np.empty(0)) == (2, 0.0)
         return not kernel.stats.cache_hits
 

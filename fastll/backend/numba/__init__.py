@@ -10,9 +10,9 @@ import numpy as np
 
 import fastll.backend.numba.cache  # noqa: F401  before the kernels: see its end
 from fastll.backend.host import Host
-from fastll.backend.numba import columns, fold, map, rows
+from fastll.backend.numba import columns, folds, maps, rows
+from fastll.backend.numba.calls import NO_ROWS, NOTHING, Operand, RowOperand
 from fastll.backend.numba.convert import reader, writer
-from fastll.backend.numba.memory import NO_ROWS, NOTHING, Operand, RowOperand
 from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
 
@@ -28,25 +28,26 @@ class Backend(Host):
         value = _operand(call.value, like, 1)
         if call.value is not None and call.partial is None and call.slope is None:
             value = _streamed(value, call.value.ctypes.data != x.ctypes.data, call.value)
-        mapped = map.Call(
+        mapped = maps.Call(
             tuple(_operand(a, like, 1) for a in call.inputs),
-            tuple(type(like)(p) for p in call.parameters),
+            call.parameters,
             _operand(call.weight, like, 1),
             value,
             _operand(call.partial, None, 1),
             _operand(call.slope, like, 1),
-            float(call.scale),
+            call.scale,
             x.shape[1],
             units_of(x.shape[1]),
             like,
         )
-        return partial(map.kernel(call.operation), mapped)
+        kernel, layout = maps.kernel(call.operation)
+        return partial(kernel, layout.pack(mapped), like)
 
     def fold(self, call: Fold) -> Kernel:
         layout = _Layout(call.x)
         options = call.options
         simple = call.second is None and options.label_smoothing == options.softcap == 0.0
-        folded = fold.Call(
+        folded = folds.Call(
             layout.full(call.x),
             layout.full(call.second),
             layout.row(call.labels),
@@ -61,20 +62,20 @@ class Backend(Host):
             layout.inner,
             layout.like,
         )
-        return partial(layout.kernel(call.operation), folded)
+        return partial(layout.kernel(call.operation), folds.LAYOUT.pack(folded), layout.like)
 
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None
     ) -> tuple[int, float]:
         ones = np.empty(0) if weight is None else weight
-        found: tuple[int, float] = fold.check_labels(labels, classes, ignore_index, ones)
+        found: tuple[int, float] = folds.check_labels(labels, classes, ignore_index, ones)
         return found
 
 
 class _Layout:
     """The family of kernels that suits an array's strides, and operands as it takes them."""
 
-    kernel: Callable[[str], Kernel]
+    kernel: Callable[[str], Callable[..., object]]
 
     def __init__(self, x: Array) -> None:
         outer, self.classes, self.inner = x.shape
@@ -125,15 +126,14 @@ def _operand(a: Array | None, like: Any, axis: int) -> Operand:
     """An array as an `Operand`; `axis` is the one that is contiguous where no conversion is needed."""
     if a is None:
         return NOTHING
-    outer, step, *inner = a.strides
-    strides = (outer, step, *inner) if inner else (outer, step, 0)
-    if like is None or (a.dtype == like.dtype and strides[axis] == a.itemsize and a.flags.aligned):
-        return Operand(a.ctypes.data, *strides, 0, 0, False)
+    address, (outer, step), inner = a.ctypes.data, a.strides[:2], a.strides[2] if a.ndim == 3 else 0
+    if like is None or (a.dtype == like.dtype and a.strides[axis] == a.itemsize and a.flags.aligned):
+        return Operand(address, outer, step, inner, 0, 0, False)
     kind = kind_of(a.dtype)
     read, write = reader(kind.code, kind.swapped, like.dtype.name).address, 0
     if a.flags.writeable and kind.element == a.dtype:
         write = writer(kind.code).address
-    return Operand(a.ctypes.data, *strides, read, write, False)
+    return Operand(address, outer, step, inner, read, write, False)
 
 
 def _streamed(out: Operand, pays: bool, a: Array) -> Operand:

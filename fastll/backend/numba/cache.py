@@ -5,12 +5,12 @@ or the call. Here an entry is named after all that its code depends on, and what
 kernel is compiled as if there were no cache.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
@@ -26,23 +26,23 @@ from fastll.backend import disk
 from fastll.backend.disk import digest
 
 
-def cached(kernel):
+def cached(kernel: Any) -> Any:
     """A dispatcher that looks for its machine code on disk before it compiles."""
     kernel._cache = _Cache(kernel)
     return kernel
 
 
-def cached_cfunc(signature, name):
+def cached_cfunc(signature: Any, name: str) -> Callable[[Any], Any]:
     """`numba.cfunc` that does so too.
 
     Code of several processes meets in one, linked by symbols. `name` becomes a part of them, as the
     functions that a factory makes are otherwise told apart by the order in which a process made them.
     """
 
-    def compiled(function):
+    def compiled(function: Any) -> Any:
         function.__qualname__ = name
         options = {"error_model": "numpy"}
-        made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        made: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
         made._cache = _Cache(function)
         made.compile()
         return made
@@ -50,13 +50,13 @@ def cached_cfunc(signature, name):
     return compiled
 
 
-class _Cache(NullCache):
+class _Cache(NullCache):  # type: ignore[misc]  # of a package without types
     """The entries of one function, as Numba asks for them."""
 
-    def __init__(self, function):
+    def __init__(self, function: Any) -> None:
         self._name = f"{function.__module__}.{function.__qualname__}"
 
-    def load_overload(self, sig, target_context):
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             code = disk.read(self._path(sig, target_context))
             # `target_context.refresh()` would do this, and spend 0.4 s on what only compiling needs
@@ -65,14 +65,14 @@ class _Cache(NullCache):
         except Exception:
             return None
 
-    def save_overload(self, sig, data):
+    def save_overload(self, sig: Any, data: Any) -> None:
         try:
             if not data.lifted and not data.library.has_dynamic_globals:
                 disk.write(self._path(sig, data.target_context), dumps(data._reduce()))
         except Exception:
             pass
 
-    def _path(self, sig, target_context):
+    def _path(self, sig: Any, target_context: Any) -> Path:
         settings = (
             target_context.codegen().magic_tuple(),  # system, CPU and its features
             config.OPT,
@@ -86,10 +86,10 @@ class _Cache(NullCache):
         return disk.root() / _IMPORTED / digest(repr((self._name, str(sig), settings)).encode()).hex()
 
 
-def _version():
+def _version() -> str | None:
     """A name for these sources and the packages they are compiled by; None: no cache."""
     here = Path(__file__)
-    folders = here.parent, here.parents[1], here.parents[2]
+    folders = here.parent, here.parents[1], here.parents[2], here.parents[2] / "formulas"
     sources = [path for folder in folders for path in folder.glob("*.py")]
     versions = np.__version__, numba.__version__, llvmlite.__version__
     return disk.version(sources if here in sources else [], versions)

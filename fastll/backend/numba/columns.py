@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fastll.backend.numba import fold
 from fastll.backend.numba.blocks import (
     cap_block,
     distance_terms,
@@ -31,7 +30,7 @@ from fastll.backend.numba.blocks import (
     weighted_terms,
     zeros,
 )
-from fastll.backend.numba.fold import has_targets
+from fastll.backend.numba.folds import driver, has_targets
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
 from fastll.backend.numba.memory import address_of, size_of, start_of, until_line
 from fastll.backend.numba.state import (
@@ -67,12 +66,12 @@ from fastll.backend.numba.state import (
 from fastll.backend.numba.vector import (
     INLINE,
     bytes_of,
-    call as call_address,
     for_each,
     inlined,
     lanes_of,
     load,
     maximum,
+    phase,
     prefetch_vector,
     read,
     splat,
@@ -81,6 +80,9 @@ from fastll.backend.numba.vector import (
     where_eq,
     widen,
     write,
+)
+from fastll.backend.numba.vector import (
+    call as call_address,
 )
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
@@ -444,7 +446,7 @@ def _fold_group(name, read_block, after_block):
             fold_tile(tile, table, n, group.count, fresh and j == 0, call.like)
             after_block(call, tile, group, j, n)
 
-    return inlined(fold_group, f"{name}_fold_group")
+    return phase(fold_group)
 
 
 @njit(**INLINE)
@@ -536,7 +538,7 @@ def _write_group(name, read_block, fill):
             fill(call, tile, group, x, second, j, n)
             scatter(call.out, group, j, n, tile.out, like)
 
-    return inlined(write_group, f"{name}_write_group")
+    return phase(write_group)
 
 
 def _walk(name, read_block, after_block, fill):
@@ -550,13 +552,13 @@ def _walk(name, read_block, after_block, fill):
         if group.count > 0 and call.state.address == 0:
             fold_group(call, tile, group)
 
-    return inlined(walk, f"{name}_walk")
+    return phase(walk)
 
 
 _fold_plain = _fold_group("plain", plain, nothing_after_block)
 
 
-@njit(**INLINE)
+@phase
 def _walk_logsumexp(call, tile, group, before):
     if call.second.address == 0:
         _fold_plain(call, tile, group)
@@ -581,7 +583,7 @@ def _walk_sum(operation):
             for i in range(group.count):
                 put(group.table + VALUE, i, get(group.table + VALUE, i) + get(tile.totals, i))
 
-    return inlined(walk, f"{operation}_walk")
+    return phase(walk)
 
 
 @njit(**INLINE)
@@ -616,4 +618,4 @@ def kernel(operation):
     """The kernel of an operation."""
     walk = _WALKS[operation] if operation in _WALKS else _walk_sum(operation)
     allocate = _allocate_targets if operation == "cross_entropy" else _allocate
-    return fold.kernel("columns", operation, allocate, _rows_at_once, walk)
+    return driver("columns", operation, allocate, _rows_at_once, walk)

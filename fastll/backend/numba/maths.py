@@ -18,7 +18,6 @@ from fastll.backend.numba.vector import (
     exponent,
     fma,
     lanes_of,
-    splat,
     where_gt,
 )
 from fastll.formulas import bind

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
@@ -13,36 +11,6 @@ from fastll.backend.numba.vector import INLINE, call, lanes_of
 
 #: Options of every kernel.
 KERNEL = {"nogil": True, "error_model": "numpy"}
-
-
-class Operand(NamedTuple):
-    """A full or an element-wise array: where it is, its strides in bytes, who reads and writes it.
-
-    `read` and `write` are addresses of functions of `convert`; 0 where the class axis (the only axis,
-    for element-wise operations) is contiguous and in the compute dtype. `address` is 0 where there is
-    no such operand.
-    """
-
-    address: int
-    outer: int
-    classes: int
-    inner: int
-    read: int
-    write: int
-    streamed: bool  # written by non-temporal stores
-
-
-class RowOperand(NamedTuple):
-    """An array with one entry per row, or with the three of a running state `step` bytes apart."""
-
-    address: int
-    outer: int
-    inner: int
-    step: int
-
-
-NOTHING = Operand(0, 0, 0, 0, 0, 0, False)
-NO_ROWS = RowOperand(0, 0, 0, 0)
 
 
 @njit(**INLINE)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fastll.backend.numba import fold
 from fastll.backend.numba.blocks import (
     cap_block,
     distance_terms,
@@ -35,7 +34,7 @@ from fastll.backend.numba.blocks import (
     weighted_terms,
     zeros,
 )
-from fastll.backend.numba.fold import has_targets
+from fastll.backend.numba.folds import driver, has_targets
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
 from fastll.backend.numba.memory import (
     address_of,
@@ -82,6 +81,7 @@ from fastll.backend.numba.vector import (
     load,
     load_ahead,
     maximum,
+    phase,
     power,
     read,
     splat,
@@ -389,7 +389,7 @@ def _fold_row(name, read_block, keeps, after_block, after_row):
         after_row(call, memory, group, i)
         return pending
 
-    return inlined(fold_row, f"{name}_fold_row")
+    return phase(fold_row)
 
 
 @njit(**INLINE)
@@ -602,7 +602,7 @@ def _walk(name, fold_row, wanted, result, pending, fill, complete):
             fill(call, memory, group, i, row, j, n, at)
             deliver(call.out, start, j, n, memory.out, call.like)
 
-    write_row = inlined(write_row, f"{name}_write_row")
+    write_row = phase(write_row)
 
     def walk(call, memory, group, before):
         for i in range(max(group.count, before.count)):
@@ -616,7 +616,7 @@ def _walk(name, fold_row, wanted, result, pending, fill, complete):
                 else:
                     write_row(call, memory, before, i)
 
-    return inlined(walk, f"{name}_walk")
+    return phase(walk)
 
 
 @njit(**INLINE)
@@ -634,7 +634,7 @@ _fold_kept = _fold_row("kept", plain, True, nothing_after_block, nothing_after_r
 _fold_loss = _fold_row("loss", capped, True, add_targets, read_label)
 
 
-@njit(**INLINE)
+@phase
 def _walk_logsumexp(call, memory, group, before):
     for i in range(group.count):
         if call.second.address == 0:
@@ -663,7 +663,7 @@ def _walk_sum(operation):
                 value += sum_block(v, u, n, 0.0, like)[0]
             put(group.table + VALUE, i, value)
 
-    return inlined(walk, f"{operation}_walk")
+    return phase(walk)
 
 
 def _allocate(operation):
@@ -742,4 +742,4 @@ _WALKS = {
 def kernel(operation):
     """The kernel of an operation."""
     walk = _WALKS[operation] if operation in _WALKS else _walk_sum(operation)
-    return fold.kernel("rows", operation, _allocate(operation), _rows_at_once, walk)
+    return driver("rows", operation, _allocate(operation), _rows_at_once, walk)

@@ -148,9 +148,7 @@ def begin(table):
         value = splat(0.0)
         if column == table + MAXIMUM:
             value = splat(-np.inf)
-        elif (
-            column == table + KEPT or column == table + LABEL_WEIGHT or column == table + LABEL_SLOPE
-        ):
+        elif column == table + KEPT or column == table + LABEL_WEIGHT or column == table + LABEL_SLOPE:
             value = splat(1.0)
         for i in range(0, GROUP, LANES):
             put_lanes(column, i, value)

@@ -13,7 +13,6 @@ All arithmetic is IEEE: no flag lets LLVM reorder or contract it.
 from __future__ import annotations
 
 import operator
-
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -40,13 +39,18 @@ def inlined(function, name):
     return njit(**INLINE)(function)
 
 
+def phase(function):
+    """A large function, which Numba copies into its caller: with others it is compiled only there."""
+    return njit(inline="always", error_model="numpy")(function)
+
+
 def for_each(function, count):
     """A function that returns (function(0, *arguments), ..., function(count - 1, *arguments))."""
     name, at = f"{function.__qualname__}_{count}", count - 1
     if count == 0:
         return inlined(lambda *arguments: (), name)
     before = for_each(function, at)
-    return inlined(lambda *arguments: before(*arguments) + (function(at, *arguments),), name)
+    return inlined(lambda *arguments: (*before(*arguments), function(at, *arguments)), name)
 
 
 #: Bytes from what is read or written to what is prefetched.

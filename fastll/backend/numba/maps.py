@@ -11,10 +11,10 @@ import numpy as np
 from numba import njit
 
 from fastll.backend.numba.cache import cached
-from fastll.backend.numba.maths import cast, constants, formulas, log1p_sum
+from fastll.backend.numba.calls import Layout, Number, Operand
+from fastll.backend.numba.maths import constants, formulas, log1p_sum
 from fastll.backend.numba.memory import (
     KERNEL,
-    Operand,
     address_of,
     deliver,
     fetch,
@@ -49,15 +49,15 @@ class Call(NamedTuple):
     """A map as its kernel sees it."""
 
     inputs: tuple[Operand, ...]
-    parameters: tuple[float, ...]  # in the compute dtype
+    parameters: tuple[Number, ...]
     weight: Operand
     value: Operand
     partial: Operand
     slope: Operand
-    scale: float
+    scale: Number
     length: int  # of an outer row
     units: int  # in it
-    like: float  # a number of the compute dtype
+    like: Number  # 0: says what the compute dtype is
 
 
 class Block(NamedTuple):
@@ -121,7 +121,6 @@ def _block(operation):
     def map_block(call, block, streamed):
         size, lanes, n = size_of(call.like), lanes_of(call.like), block.n
         zero = splat(constants(call.like).zero)
-        scale = cast(call.scale, call.like)
         together = has_log1p and block.weight == 0 and block.value == 0
         sums = zero
         q = zero
@@ -138,7 +137,7 @@ def _block(operation):
                 else:
                     store(block.value + j * size, n - j, value)
             if block.slope != 0:
-                store(block.slope + j * size, n - j, slope * scale)
+                store(block.slope + j * size, n - j, slope * call.scale)
             if call.partial.address != 0:
                 if n - j < lanes:
                     value, e = first_lanes(value, n - j), first_lanes(e, n - j)
@@ -161,12 +160,18 @@ def target(x, outer, j, buffer):
 
 @cache
 def kernel(operation):
-    """The kernel of an operation: one unit is `CHUNK` elements of one outer row."""
+    """The kernel of an operation, and the layout of a `Call` to it.
+
+    One unit is `CHUNK` elements of one outer row.
+    """
     inputs = ELEMENTS[operation].inputs
+    layout = Layout(Call, inputs=inputs, parameters=ELEMENTS[operation].parameters)
+    unpack = layout.unpack
     map_block, fetch_inputs = _block(operation), for_each(fetch_input, inputs)
 
-    def run(call, start, stop):
-        like, streamed = call.like, call.value.streamed
+    def run(words, like, start, stop):
+        call = unpack(address_of(words), like)
+        streamed = call.value.streamed
         weight, value, slope, partial = call.weight, call.value, call.slope, call.partial
         memory = np.empty((inputs + 3) * BLOCK * size_of(like), np.uint8)
         buffers = address_of(memory)
@@ -203,5 +208,5 @@ def kernel(operation):
             stream_fence()
         release(memory)
 
-    run.__qualname__ = f"map.{operation}"
-    return cached(njit(**KERNEL)(run))
+    run.__qualname__ = f"maps.{operation}"
+    return cached(njit(**KERNEL)(run)), layout

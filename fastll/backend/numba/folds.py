@@ -15,8 +15,9 @@ import numpy as np
 from numba import njit
 
 from fastll.backend.numba.cache import cached
+from fastll.backend.numba.calls import Layout, Number, Operand, RowOperand
 from fastll.backend.numba.maths import cast
-from fastll.backend.numba.memory import KERNEL, Operand, RowOperand, release, size_of, start_of
+from fastll.backend.numba.memory import KERNEL, address_of, release, size_of, start_of
 from fastll.backend.numba.state import (
     AT_MAXIMUM,
     BELOW,
@@ -24,7 +25,6 @@ from fastll.backend.numba.state import (
     KEPT,
     LABEL,
     LABEL_WEIGHT,
-    LOG_S,
     LSE,
     MAXIMUM,
     REFERENCE,
@@ -57,7 +57,12 @@ class Call(NamedTuple):
     out: Operand
     classes: int
     inner: int
-    like: float  # a number of the compute dtype
+    like: Number  # 0: says what the compute dtype is
+
+
+#: How a `Call` is given to a kernel.
+LAYOUT = Layout(Call)
+_unpack = LAYOUT.unpack
 
 
 class Group(NamedTuple):
@@ -129,7 +134,9 @@ def end_logsumexp(call, group):
     settle(table, group.count)
     for i in range(group.count):
         m, e, k = get(table + MAXIMUM, i), get(table + BELOW, i), get(table + AT_MAXIMUM, i)
-        if call.second.address != 0:  # sums of any sign; a negative one is NaN unless signs are asked for
+        if (
+            call.second.address != 0
+        ):  # sums of any sign; a negative one is NaN unless signs are asked for
             log_s = weighted_log_sum(e, k)
             if m == -np.inf and e == e:
                 log_s = -np.inf
@@ -162,9 +169,7 @@ def end_log_softmax(call, group):
 def end_cross_entropy(call, group):
     settle(group.table, group.count)
     sparse = call.labels.address != 0
-    finish_cross_entropy(
-        group.table, group.count, call.classes, sparse, call.options, call.like
-    )
+    finish_cross_entropy(group.table, group.count, call.classes, sparse, call.options, call.like)
     put_rows(call.value, group, VALUE, call.like)
     put_rows(call.lse, group, LSE, call.like)
 
@@ -201,7 +206,7 @@ def next_group(call, tables, half, row, stop, most):
     return Group(tables + half * END, row // call.inner, inner, count, half)
 
 
-def kernel(family, operation, allocate, rows_at_once, walk):
+def driver(family, operation, allocate, rows_at_once, walk):
     """The kernel of an operation, with the phases of a family.
 
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
@@ -209,7 +214,8 @@ def kernel(family, operation, allocate, rows_at_once, walk):
     """
     load, end = PHASES.get(operation, SUM)
 
-    def run(call, start, stop):
+    def run(words, like, start, stop):
+        call = _unpack(address_of(words), like)
         memory, owner = allocate(call)
         before = Group(memory.tables, 0, 0, 0, 1)
         row = start
