@@ -9,7 +9,9 @@ import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-sys.path.insert(0, str(Path(__file__).parent))  # the formulas of these sources, not of an installed fastll
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the formulas of these sources, not of an installed fastll
 
 from fastll.formulas import cpp
 

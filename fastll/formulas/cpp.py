@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 VOCABULARY = {
-    name for name, value in vars(vocabulary).items() if getattr(value, "__module__", "") == vocabulary.__name__
+    name
+    for name, value in vars(vocabulary).items()
+    if getattr(value, "__module__", "") == vocabulary.__name__
 }
 
 
