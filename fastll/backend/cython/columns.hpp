@@ -67,9 +67,9 @@ struct Columns {
     char *accumulators;  // terms of a vector of rows, for each lane that an element may go to
     double *sums;  // the accumulators on their way to one
     alignas(64) T m[GROUP], floors[GROUP], magics[GROUP];  // of the rows; see `aim`
+    bool all_usable;  // whether all of them serve as references
     alignas(64) T factors[GROUP], scales[GROUP], rests[GROUP], logs[GROUP];
-    Group one;
-    Group *group = &one;
+    Group group;
     static constexpr Index most = GROUP;
 
     static constexpr Index SUMS = 2 * lanes<T> * lanes<T>;  // the most numbers that accumulators hold
@@ -91,10 +91,12 @@ struct Columns {
         return tiles * (Index) sizeof(T) + 2 * SUMS * (Index) sizeof(double);
     }
 
+    Group &current() { return group; }
+
     // f(w) for each vector of rows, from w on.
     template <class F>
     FORCED void for_rows(F f) const {
-        for (Index w = 0; w < group->count; w += lanes<T>)
+        for (Index w = 0; w < group.count; w += lanes<T>)
             f(w);
     }
 
@@ -113,45 +115,57 @@ struct Columns {
             accumulator = accumulator + terms(j);
         }
         const Number *numbers = (const Number *) at;
+        double *to = sums;
         for (Index i = 0; i < used * width; i++)
-            sums[i] = (double) numbers[i];
+            to[i] = (double) numbers[i];
         for (Index half = lanes<T> / 2; half > 0; half /= 2) {
             for (Index i = half * width; i < used * width; i++)
-                sums[i - half * width] = sums[i - half * width] + sums[i];
+                to[i - half * width] = to[i - half * width] + to[i];
             used = least(used, half);
         }
     }
 
     // The references of the rows, as vectors have them.
     void aim() {
+        all_usable = true;
+        for (Index i = 0; i < group.count; i += lanes<double>) {
+            Wide size = absolute(load_all(&group.m[i]));
+            all_usable &= largest(where_gt(LARGEST, size, 0.0, splat(1.0))) == 0;
+        }
         for (Index i = 0; i < GROUP; i++) {
-            Window<T> window(group->n[i]);
-            m[i] = (T) group->m[i], floors[i] = window.floor, magics[i] = window.magic;
+            Window<T> window(group.n[i]);
+            m[i] = (T) group.m[i], floors[i] = window.floor, magics[i] = window.magic;
         }
     }
 
-    FORCED Vec<T> exponentials(Vec<T> x, Index w) const {
-        return exponential(x, load_all(floors + w), load_all(magics + w));
+    struct References {  // of a vector of rows
+        Vec<T> m, floor, magic;
+
+        FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
+    };
+
+    FORCED References references(Index w) const {
+        return {load_all(m + w), load_all(floors + w), load_all(magics + w)};
     }
 
     // Classes j to j + n of the logits, with the soft cap where there is one, and what is at the labels.
     void fetch_logits(Index j, Index n, T *to) {
-        gather(call.x(), *group, j, n, to);
-        const Index labelled = call.labels ? group->count : 0;
+        gather(call.x(), group, j, n, to);
+        const Index labelled = call.labels ? group.count : 0;
         for (Index part = 0; part < n && call.capped(); part += FEW) {
             Index few = least(FEW, n - part);
             T *at = to + part * GROUP;
             cap_block(at, few * GROUP, (T) call.options.softcap, at, slope);
             for (Index i = 0; i < labelled; i++) {
-                Index y = group->label[i] - j - part;
+                Index y = group.label[i] - j - part;
                 if (y >= 0 && y < few)
-                    group->slope_y[i] = slope[y * GROUP + i];
+                    group.slope_y[i] = slope[y * GROUP + i];
             }
         }
         for (Index i = 0; i < labelled; i++) {
-            Index y = group->label[i] - j;
+            Index y = group.label[i] - j;
             if (y >= 0 && y < n)
-                group->x_y[i] = to[y * GROUP + i];
+                group.x_y[i] = to[y * GROUP + i];
         }
     }
 
@@ -160,7 +174,7 @@ struct Columns {
         const double eps = call.options.label_smoothing;
         const T *w = (const T *) call.weight.address;
         if (call.second())
-            gather(call.second(), *group, j, n, to);
+            gather(call.second(), group, j, n, to);
         T keep = (T) (1 - eps), spread = (T) (eps / (double) call.classes);
         target_block(call.second() ? to : nullptr, (const T *) nullptr, n * GROUP, keep, spread, to);
         for (Index i = 0; i < n && w; i++)
@@ -175,9 +189,9 @@ struct Columns {
         for (Index j = 0; j < call.classes; j += BLOCK) {
             Index n = least(BLOCK, call.classes - j);
             fetch_logits(j, n, v);
-            memcpy(before, group->m, sizeof before);
+            memcpy(before, group.m, sizeof before);
             if (call.weighted()) {
-                gather(call.second(), *group, j, n, u);
+                gather(call.second(), group, j, n, u);
                 fold_weighted_tile(n);
             } else
                 fold_tile(n, j == 0 && !call.state);
@@ -199,33 +213,36 @@ struct Columns {
         }
         if (fresh) {
             for (Index i = 0; i < GROUP; i++)
-                group->m[i] = tops[i];
+                group.m[i] = tops[i];
             for (Index i = 0; i < GROUP; i += lanes<double>)
-                store_all(&group->n[i], exponent_of(load_all(&group->m[i])));
+                store_all(&group.n[i], exponent_of(load_all(&group.m[i])));
             return;
         }
-        for (Index i = 0; i < group->count; i++)
-            if (tops[i] > group->m[i]) {
-                State row = state_of(*group, i);
+        for (Index i = 0; i < group.count; i++)
+            if (tops[i] > group.m[i]) {
+                State row = state_of(group, i);
                 raise_maximum(row, tops[i]);
-                set_state(*group, i, row);
+                set_state(group, i, row);
             }
     }
 
     // Add the sums of a vector of rows from w on, or what `exactly` adds to rows without a usable maximum.
     template <class A, class F>
     FORCED void add_sums(Index w, double unshift, const A *at_top, F exactly) {
-        bool all = true;
-        for (Index i = 0; i < group->count; i++)
-            all &= usable(group->m[i]);
-        for (Index i = w; i < w + lanes<T>; i++)
-            if (all || (i < group->count && usable(group->m[i]))) {
-                group->added[i] += sums[i - w] * unshift;
-                group->k[i] += at_top[i - w];
-            } else if (i < group->count) {
-                State row = state_of(*group, i);
-                exactly(i, row);
-                set_state(*group, i, row);
+        const double *below = sums;
+        if (all_usable)
+            for (Index i = 0; i < lanes<T>; i++) {
+                group.added[w + i] += below[i] * unshift;
+                group.k[w + i] += at_top[i];
+            }
+        else
+            for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
+                State row = state_of(group, i);
+                if (usable(row.m))
+                    row.added += below[i - w] * unshift, row.k += at_top[i - w];
+                else
+                    exactly(i, row);
+                set_state(group, i, row);
             }
     }
 
@@ -233,12 +250,13 @@ struct Columns {
         raise_maxima(n, fresh);
         aim();
         for_rows([&](Index w) FORCED {
-            const Vec<T> tops = load_all(m + w);
+            const References row = references(w);
+            const T *from = v + w;
             Vec<T> counts = {};
             sum_tile(n, [&](Index j) FORCED {
-                Vec<T> x = load_all(v + j * GROUP + w);
-                counts = counts + at_maximum(x, tops, (T) 1);
-                return below_maximum(x, tops, exponentials(x, w));
+                Vec<T> x = load_all(from + j * GROUP);
+                counts = counts + at_maximum(x, row.m, (T) 1);
+                return below_maximum(x, row.m, row.terms(x));
             });
             T equal[lanes<T>];
             store_all(equal, counts);
@@ -253,10 +271,11 @@ struct Columns {
         raise_maxima(n, false);
         aim();
         for_rows([&](Index w) FORCED {
-            const Vec<T> tops = load_all(m + w);
+            const References row = references(w);
+            const T *from = v + w, *weights = u + w;
             sum_tile(n, [&](Index j) FORCED {
-                Vec<T> x = load_all(v + j * GROUP + w), b = load_all(u + j * GROUP + w);
-                return weighted_terms(x, b, tops, exponentials(x, w));
+                Vec<T> x = load_all(from + j * GROUP);
+                return weighted_terms(x, load_all(weights + j * GROUP), row.m, row.terms(x));
             });
             add_sums(w, 1, sums + lanes<T>, [&](Index i, State &row) {
                 sum_weighted_exactly(v + i, u + i, GROUP, n, row);
@@ -269,16 +288,17 @@ struct Columns {
         for_rows([&](Index w) FORCED {
             T top[lanes<T>];
             for (Index i = 0; i < lanes<T>; i++)
-                top[i] = (T) (group->m[w + i] > -INFINITY ? group->m[w + i] : 0);
+                top[i] = (T) (group.m[w + i] > -INFINITY ? group.m[w + i] : 0);
             const Vec<T> tops = load_all((const T *) top);
+            const T *from = v + w, *targets = u + w;
             sum_tile(n, [&](Index j) FORCED {
-                Vec<T> u_ = load_all(u + j * GROUP + w);
-                return pack(distance(load_all(v + j * GROUP + w), u_, tops), u_);
+                Vec<T> target = load_all(targets + j * GROUP);
+                return pack(distance(load_all(from + j * GROUP), target, tops), target);
             });
-            for (Index i = w; i < least(group->count, w + lanes<T>); i++) {
-                double lifted = group->m[i] - before[i], mass = group->mass[i];
-                group->distances[i] += (mass != 0 ? mass * lifted : 0) + sums[i - w];
-                group->mass[i] += sums[i - w + lanes<T>];
+            for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
+                double lifted = group.m[i] - before[i], mass = group.mass[i];
+                group.distances[i] += (mass != 0 ? mass * lifted : 0) + sums[i - w];
+                group.mass[i] += sums[i - w + lanes<T>];
             }
         });
     }
@@ -290,14 +310,14 @@ struct Columns {
             Index n = least(BLOCK, call.classes - j);
             T *const tiles[] = {v, u};
             for (int k = 0; k < F::inputs; k++)
-                gather(call.inputs[k], *group, j, n, tiles[k]);
+                gather(call.inputs[k], group, j, n, tiles[k]);
             for_rows([&](Index w) FORCED {
                 sum_tile(n, [&](Index at) FORCED {
                     auto input = [&](int k) FORCED { return load_all(tiles[k] + at * GROUP + w); };
                     return spread<Vec<T>>(F::of(input, nullptr));
                 });
-                for (Index i = w; i < least(group->count, w + lanes<T>); i++)
-                    group->value[i] += sums[i - w];
+                for (Index i = w; i < least(group.count, w + lanes<T>); i++)
+                    group.value[i] += sums[i - w];
             });
         }
     }
@@ -312,8 +332,8 @@ struct Columns {
         const bool whole = call.classes <= BLOCK && !call.capped() && !call.state;
         aim();
         for (Index i = 0; i < GROUP; i++) {
-            factors[i] = (T) group->factor[i], scales[i] = (T) group->scale[i];
-            rests[i] = (T) group->rest[i], logs[i] = (T) group->log_s[i];
+            factors[i] = (T) group.factor[i], scales[i] = (T) group.scale[i];
+            rests[i] = (T) group.rest[i], logs[i] = (T) group.log_s[i];
         }
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
@@ -333,47 +353,50 @@ struct Columns {
                 multiply_block(out, slope, n * GROUP);
             if (call.labels)
                 write_labels(j, n);
-            scatter(call.out, *group, j, n, out);
+            scatter(call.out, group, j, n, out);
         }
     }
 
     void write_logarithms(const T *logits, Index n) {
         for_rows([&](Index w) FORCED {
             const Vec<T> tops = load_all(m + w), log_s = load_all(logs + w);
+            T *to = out;
             for (Index j = w; j < n * GROUP; j += GROUP)
-                store_all(out + j, log_probability(load_all(logits + j), tops, log_s));
+                store_all(to + j, log_probability(load_all(logits + j), tops, log_s));
         });
     }
 
     // `Rows::write_block_anew` for a tile.
     void write_probabilities(const T *logits, Index n) {
         for_rows([&](Index w) FORCED {
+            const References row = references(w);
             const Vec<T> factor = load_all(factors + w), scale = load_all(scales + w);
-            const Vec<T> rest = load_all(rests + w), peak = exponentials(load_all(m + w), w);
+            const Vec<T> rest = load_all(rests + w), peak = row.terms(row.m);
+            const bool tiny = group.tiny;
+            T *to = out;
             for (Index j = w; j < n * GROUP; j += GROUP) {
-                Vec<T> e = exponentials(load_all(logits + j), w);
-                Vec<T> p = probability(e, peak, factor, scale);
-                if (group->tiny)
+                Vec<T> e = row.terms(load_all(logits + j)), p = probability(e, peak, factor, scale);
+                if (tiny)
                     p = where_eq(e, peak, factor, p * rest);
-                store_all(out + j, p);
+                store_all(to + j, p);
             }
         });
-        for (Index i = 0; i < group->count; i++)
-            if (!usable(group->m[i]))
-                write_exactly(logits + i, GROUP, n, group->m[i], group->factor[i], out + i);
+        for (Index i = 0; i < group.count; i++)
+            if (!usable(group.m[i]))
+                write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
     }
 
     void complete() const {}
 
     // The gradients of ignored rows and at labels.
     void write_labels(Index j, Index n) {
-        for (Index i = 0; i < group->count; i++) {
-            Index y = group->label[i] - j;
-            if (group->kept[i] == 0)
+        for (Index i = 0; i < group.count; i++) {
+            Index y = group.label[i] - j;
+            if (group.kept[i] == 0)
                 for (Index c = 0; c < n; c++)
                     out[c * GROUP + i] = 0;
             else if (y >= 0 && y < n)
-                out[y * GROUP + i] = (T) group->g_y[i];
+                out[y * GROUP + i] = (T) group.g_y[i];
         }
     }
 };

@@ -94,17 +94,26 @@ INLINE void read_numbers(
     if (step == sizeof(S) && !swapped)
         for (Index i = done; i < n; i++)
             out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
+    else if (!swapped)
+        for (Index i = 0; i < n; i++)
+            out[i] = converted(element<S>(source + i * step, false));
     else
         for (Index i = 0; i < n; i++)
-            out[i] = converted(element<S>(source + i * step, swapped));
+            out[i] = converted(element<S>(source + i * step, true));
 }
 
 template <class S, class T, class F>
 INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F converted, Index done = 0) {
-    for (Index i = done; i < n; i++) {
+    auto write = [&](Index i, char *at) FORCED {
         S number = converted(numbers[i]);
-        memcpy(out + i * (step == sizeof(S) ? sizeof(S) : step), &number, sizeof number);
-    }
+        memcpy(at, &number, sizeof number);
+    };
+    if (step == sizeof(S))
+        for (Index i = done; i < n; i++)
+            write(i, out + i * (Index) sizeof(S));
+    else
+        for (Index i = 0; i < n; i++)
+            write(i, out + i * step);
 }
 
 // n numbers, `step` bytes apart, into the compute dtype.

@@ -38,14 +38,16 @@ template <class T>
 void load_labels(const Call &call, Group &group) {
     const T *weight = (const T *) call.weight.address;
     const char *at = call.labels.row(group.outer, group.inner);
-    for (Index i = 0; i < group.count; i++, at += call.labels.inner) {
-        int64_t y;
-        memcpy(&y, at, sizeof y);
-        group.kept[i] = y != call.options.ignore_index;
-        group.label[i] = group.kept[i] != 0 && y >= 0 && y < call.classes ? (Index) y : -1;
-        if (group.kept[i] != 0)
-            group.w_y[i] = group.label[i] < 0 ? NAN : weight ? weight[group.label[i]] : 1;
+    for (Index i = 0; i < group.count; i++) {
+        int64_t y = element<int64_t>(at + i * call.labels.inner, false);
+        bool kept = y != call.options.ignore_index, valid = kept & (y >= 0) & (y < call.classes);
+        group.kept[i] = kept;
+        group.label[i] = valid ? (Index) y : -1;
+        group.w_y[i] = kept & !valid ? NAN : 1;
     }
+    for (Index i = 0; i < group.count && weight; i++)
+        if (group.label[i] >= 0)
+            group.w_y[i] = weight[group.label[i]];
 }
 
 // A new group from `row` on, as it is before its first element.
@@ -83,10 +85,10 @@ void finish_group(const Call &call, Group &group) {
         return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i]; });
     finish_states(group);
     if (call.operation == CROSS_ENTROPY) {
-        finish_cross_entropy<T>(call, group);
+        finish_cross_entropy(call, group);
         put<T>(call.value, group, [&](Index i) { return group.value[i]; });
     } else if (call.operation != LOGSUMEXP)
-        finish_softmax<T>(group);
+        finish_softmax(call, group);
     else {
         if (call.second())
             finish_weighted(call, group);
@@ -106,7 +108,7 @@ int fold_groups(const Call &call, Index start, Index stop) {
     if (!pass.memory.start)
         return -1;
     for (Index row = start; row < stop;) {
-        Group &group = *pass.group;
+        Group &group = pass.current();
         load_group<T>(call, group, row, least(pass.most, stop - row));
         row += group.count;
         fold_group(call, pass);

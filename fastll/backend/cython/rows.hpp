@@ -75,6 +75,8 @@ struct Rows {
         groups[0].half = 0, groups[1].half = 1;
     }
 
+    Group &current() { return *group; }
+
     static bool keeps_of(const Call &call) {
         bool plain = call.out && !call.log() && !call.capped() && !call.state;
         return plain && call.classes * (Index) sizeof(T) <= ROW_SIZE;

@@ -135,10 +135,10 @@ void finish_states(Group &group) {
 }
 
 // The factor of exp(x - m) in the result of 16 rows, and those of `exponential`: the product
-// factor / lead * 2**-SHIFT, or where that would not be a normal number of T, both parts of it.
-template <class T>
-INLINE void set_factors(Group &group, Index i, Wide factor) {
-    constexpr double least = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960, unshift = Constants<double>::unshift;
+// factor / lead * 2**-SHIFT, or where terms times that would lose digits, one part of it after the other.
+INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
+    constexpr double unshift = Constants<double>::unshift;
+    const double least = call.single ? 0x1p-100 : 0x1p-960;
     Wide part = factor / load_all(&group.lead[i]), scale = part * unshift, size = absolute(scale);
     store_all(&group.factor[i], factor);
     store_all(&group.scale[i], where_gt(size, least, scale, part));
@@ -146,14 +146,12 @@ INLINE void set_factors(Group &group, Index i, Wide factor) {
     group.tiny |= largest(where_gt(size, least, 0.0, splat(1.0))) > 0;
 }
 
-template <class T>
-void finish_softmax(Group &group) {
+void finish_softmax(const Call &call, Group &group) {
     for (Index i = 0; i < group.count; i += lanes<double>)
-        set_factors<T>(group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
+        set_factors(call, group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
 }
 
 // Losses, gradients at the labels, and factors of the others.
-template <class T>
 void finish_cross_entropy(const Call &call, Group &group) {
     const Options &options = call.options;
     const Window<double> plain(SHIFT);  // not shifted
@@ -167,6 +165,8 @@ void finish_cross_entropy(const Call &call, Group &group) {
         if (call.classes > 0)
             loss = where_eq(m, -(double) INFINITY, (double) NAN, loss);
         store_all(&group.value[i], product(of(group.kept), loss));
+        if (!call.out)
+            continue;
         auto [q, t] = split(x_y - m, plain.floor, plain.magic);
         Wide u_y = w_y * (options.label_smoothing / (double) call.classes);
         auto [factor, g_y] = cross_entropy_gradient(
@@ -175,7 +175,7 @@ void finish_cross_entropy(const Call &call, Group &group) {
         );
         g_y = (g_y * options.scale) * of(group.slope_y);
         store_all(&group.g_y[i], where_gt((double) INFINITY, absolute(m), g_y, (double) NAN));
-        set_factors<T>(group, i, (factor * options.scale) / s);
+        set_factors(call, group, i, (factor * options.scale) / s);
     }
 }
 

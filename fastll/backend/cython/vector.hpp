@@ -464,7 +464,13 @@ INLINE void prefetch_vector(const void *address) {
     prefetch((const char *) address + 64);
 }
 
-// `load` in a walk through memory.
+// The same in a walk through memory.
+template <class T>
+INLINE Vec<T> load_ahead(const T *v) {
+    prefetch_vector((const char *) v + AHEAD);
+    return load_all(v);
+}
+
 template <class T>
 INLINE Vec<T> load_ahead(const T *v, Index count, T pad) {
     prefetch_vector((const char *) v + AHEAD);
