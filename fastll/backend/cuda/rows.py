@@ -1,442 +1,455 @@
-"""Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
-
-A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks
-of a cluster, each with a segment, or goes through a block in chunks, and is read once more to be
-written. Of a row whose length is no multiple of a vector, the vectors are those of the memory: the
-first and the last one are then read and written number by number.
-
-The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
-(lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
-another thread are exchanged before they fold.
-"""
+"""What a row is folded into, and what becomes of that: the same whatever the threads of a row are."""
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import numpy as np
 
-from fastll.backend.cuda import maths, state, team
-from fastll.backend.cuda.compiler import WORD, cuda, device, variants
+from fastll.backend.cuda import maths
+from fastll.backend.cuda.compiler import device
+from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import (
-    VECTOR,
-    cluster_barrier,
-    cluster_rank,
     compute_type,
-    fma,
     integer_reader,
-    lanes_of,
-    larger,
-    numba_type,
+    read_peer,
     reader,
     size_of,
-    vector_reader,
-    vector_writer,
+    value_format,
     writer,
 )
-
-WARPS = team.WARPS
-#: Places in shared memory: what the warps and then the teams have found, and what became of it.
-TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (WARPS * i for i in range(6))
-FINISHED = RESULTS + 2 * WARPS
-#: Numbers before those by which lanes are exchanged.
-SCRATCH = FINISHED + 4 * WARPS
+from fastll.formulas import TERMS
 
 
-@variants
-def kernel(
-    name,
-    vectors,
-    operation,
-    labels=None,
-    weights=None,
-    written=False,
-    smoothed=False,
-    capped=False,
-    cluster=1,
-    chunked=False,
-    aligned=False,
-    modern=False,
-):
-    """The kernel for rows of the format `name`, `vectors` to a thread.
+class Variant(NamedTuple):
+    """What a kernel is made for: the operation, and how its operands are stored (None: not there)."""
 
-    `operation` is "logsumexp", "softmax", "log_softmax", "sparse" or "dense". `labels` and `weights`
-    are the formats of the labels of a sparse one and of class weights, or None; `written` whether there
-    is an output in the shape of x (the gradient of a cross-entropy); `smoothed` and `capped` which of
-    its options are in force; `cluster` how many blocks share a row, `chunked` whether a block has more
-    than one chunk; `aligned` whether every row begins and ends with a vector; `modern` as in
-    `maths.of`.
-    """
-    real = compute_type(name)
-    lanes, size = lanes_of(name), size_of(name)
-    number = "float32" if real is np.float32 else "float64"  # format of a value
-    count = vectors * lanes
-    sparse, dense, logs = operation == "sparse", operation == "dense", operation == "log_softmax"
-    spread_out = dense or smoothed  # whether targets are more than a point
-    # the slope of the cap needs the numbers themselves once more
-    held = written and not capped and not chunked
-    clustered, weighted = cluster > 1, weights is not None
-    f, group = maths.of(real, approximate=size == 2, modern=modern), team.of(real)
-    zero, one, infinity, nan, unshift = f.zero, f.one, f.infinity, f.nan, f.unshift
-    exponential, reference, window, exp_minus_scaled = (
-        f.exponential,
-        f.reference,
-        f.window,
-        f.exp_minus_scaled,
+    operation: str
+    x: str
+    second: str | None = None  # weights of elements, a dense target or a second distribution
+    labels: str | None = None
+    weight: str | None = None  # of classes
+    out: str | None = None
+    state: bool = False  # whether there is a running state
+    signed: bool = False  # whether the sign of a log-sum-exp is asked for
+    smoothed: bool = False
+    capped: bool = False
+    modern: bool = False  # compute capability 8 or more
+    staged: bool = False  # for threads on their own: whether rows go through shared memory
+    # for teams, which have vectors:
+    vectors: int = 0  # of a thread
+    cluster: int = 1  # thread blocks that share a row
+    chunked: bool = False  # whether a block takes its part of a row in chunks
+    aligned: bool = False  # whether every row begins and ends with a vector
+
+
+class Kind(NamedTuple):
+    """A variant's operation, as the phases ask for it."""
+
+    real: type  # what is computed in
+    terms: bool  # a sum of terms
+    weighted: bool  # a log-sum-exp of weighted elements
+    exact: bool  # a log-sum-exp that is finished in float64: weighted, or of a running state
+    entropy: bool  # a cross-entropy
+    dense: bool
+    sparse: bool
+    targets: bool  # a cross-entropy with more than a point for a target
+    logs: bool
+    f: SimpleNamespace
+
+
+@functools.cache
+def kind(variant):
+    weighted = variant.operation == "logsumexp" and variant.second is not None
+    entropy = variant.operation == "cross_entropy"
+    dense, sparse = entropy and variant.second is not None, entropy and variant.labels is not None
+    # weights may cancel, and what is left of a sum must not be its rounding errors
+    real = np.float64 if weighted else compute_type(variant.x)
+    return Kind(
+        real=real,
+        terms=variant.operation in TERMS,
+        weighted=weighted,
+        exact=variant.operation == "logsumexp" and (weighted or variant.state or variant.signed),
+        entropy=entropy,
+        dense=dense,
+        sparse=sparse,
+        targets=dense or variant.smoothed,
+        logs=variant.operation == "log_softmax",
+        f=maths.of(real, size_of(variant.x) == 2 and not weighted, variant.modern),
     )
-    lead_of, softcap = f.lead_of, f.softcap
-    states = state.of(real, sparse, dense, spread_out)
-    identity, merged, finite, finish = states.identity, states.merged, states.finite, states.finish
-    put, take_from_peer = states.put, states.take_from_peer
-    maximum, post, collect = group.maximum, group.post, group.collect
-    read, write, read_number = reader(name), writer(name), reader(number)
-    write_number, read_weight = writer(number), reader(weights or number, real)
-    read_label = integer_reader(labels or "int64")
-    fetch_x, fetch_t = vector_reader(name, -np.inf), vector_reader(name, 0.0)
-    deliver = vector_writer(name, modern)
+
+
+class State(NamedTuple):
+    """The running state of a row, or of a part of it, with sums relative to the maximum.
+
+    With r = below + (count - 1), the sum without one of the largest, log1p(r) keeps its digits when one
+    element dominates.
+    """
+
+    maximum: float
+    below: Sum  # of exp(x - maximum) over the elements below the maximum
+    at_maximum: float  # the number of elements at the maximum, or the sum of their weights
+    distance: Sum  # of u (maximum - x), where u is a target that is more than a point
+    mass: Sum  # of u
+
+
+@functools.cache
+def states(real, targets):
+    """The functions of `State` for numbers of the type `real`; `targets`: with distance and mass."""
+    f = maths.of(real)
+    zero, infinity, unshift = f.constant.zero, f.constant.infinity, f.constant.unshift
+    add, exp_minus_scaled = f.add, f.exp_minus_scaled
 
     @device
-    def place(q, shift):
-        """Number in the chunk of the first element of the thread's vector q; below 0 before it."""
-        return np.int32(np.int32(cuda.threadIdx.x + q * cuda.blockDim.x) * lanes - shift)
+    def identity():
+        nothing = Sum(zero, zero)
+        return State(-infinity, nothing, zero, nothing, nothing)
 
     @device
-    def whole_below(address, length, shift):
-        """The place below which vectors are whole, in memory as well; 0 if the memory's are others."""
-        if not aligned and (address - shift * size) & (VECTOR - 1) != 0:
-            return np.uint32(0)
-        return np.uint32(max(length - (lanes - 1), 0))
+    def finite(m):
+        """A maximum as what distances are measured from."""
+        return m if m > -infinity else zero
 
     @device
-    def load(values, source, length, shift, target):
-        """The thread's part of a chunk; -inf, or of a target 0, where it has none."""
-        limit = whole_below(source, length, shift)
-        for q in range(vectors):
-            j = place(q, shift)
-            whole = np.uint32(j) < limit  # nor is one below 0
-            if target:
-                fetch_t(values, q * lanes, source + j * size, whole)
-            else:
-                fetch_x(values, q * lanes, source + j * size, whole)
-        if not aligned:
-            for q in range(vectors):
-                j = place(q, shift)
-                if j < length and not np.uint32(j) < limit:
-                    for i in range(lanes):
-                        if np.uint32(j + i) < np.uint32(length):
-                            values[q * lanes + i] = read(source + (j + i) * size)
+    def farther(distance, mass, m, top):
+        """Distances from a maximum m as those from another one, `top` >= m."""
+        if mass != zero and m != top:
+            return add(distance, Sum(mass * (finite(top) - finite(m)), zero))
+        return distance
 
     @device
-    def store(target, values, length, shift):
-        limit = whole_below(target, length, shift)
-        for q in range(vectors):
-            j = place(q, shift)
-            if np.uint32(j) < limit:
-                deliver(target + j * size, values, q * lanes)
-            elif not aligned and j < length:
-                for i in range(lanes):
-                    if np.uint32(j + i) < np.uint32(length):
-                        write(target + (j + i) * size, values[q * lanes + i])
+    def exponentials_merged(a, b):
+        """The maximum of two states, and the sums of exponentials relative to it."""
+        m, n = a.maximum, b.maximum
+        if m == n:
+            return m, add(a.below, b.below), a.at_maximum + b.at_maximum
+        upper, lower = a, b
+        if m < n:
+            upper, lower = b, a
+        if lower.maximum == -infinity:  # that of no elements; only a NaN counts
+            below = Sum(upper.below.high + lower.below.high, upper.below.low)
+            return upper.maximum, below, upper.at_maximum
+        # the product may be a normal number where the exponential is none
+        fall = exp_minus_scaled(lower.maximum, upper.maximum)
+        more = add(lower.below, Sum(lower.at_maximum, zero))
+        more = Sum((more.high * fall) * unshift, (more.low * fall) * unshift)
+        return upper.maximum, add(upper.below, more), upper.at_maximum
 
     @device
-    def in_order(lane, shift, memory, at):
-        """Lanes as they are without a shift, by way of shared memory."""
-        together = lanes * cuda.blockDim.x
-        first = lanes * cuda.threadIdx.x
-        for i in range(lanes):
-            moved = first + i - shift
-            memory[np.uint32(at + (moved if moved >= 0 else moved + together))] = lane[i]
-        cuda.syncthreads()
-        for i in range(lanes):
-            lane[i] = memory[np.uint32(at + first + i)]
-        cuda.syncthreads()
+    def merged(a, b):
+        """The state of two parts of a row."""
+        m, below, count = exponentials_merged(a, b)
+        distance, mass = a.distance, a.mass
+        if targets:
+            distance = farther(a.distance, a.mass.high, a.maximum, m)
+            distance = add(distance, farther(b.distance, b.mass.high, b.maximum, m))
+            mass = add(a.mass, b.mass)
+        return State(m, below, count, distance, mass)
+
+    return SimpleNamespace(
+        identity=identity, merged=merged, finite=finite, farther=farther, **_passing(real, targets)
+    )
+
+
+def _passing(real, targets):
+    """Functions that leave a state in shared memory, its numbers `step` apart, and take it from there."""
+    zero = real(0)
 
     @device
-    def folded(lane):
-        """The sum of a thread's lanes."""
-        value = lane[0]
-        for i in range(1, lanes):
-            value += lane[i]
+    def put(memory, at, step, state):
+        memory[np.uint32(at)], memory[np.uint32(at + step)] = state.maximum, state.below.high
+        memory[np.uint32(at + 2 * step)] = state.below.low
+        memory[np.uint32(at + 3 * step)] = state.at_maximum
+        if targets:
+            memory[np.uint32(at + 4 * step)] = state.distance.high
+            memory[np.uint32(at + 5 * step)] = state.distance.low
+            memory[np.uint32(at + 6 * step)] = state.mass.high
+            memory[np.uint32(at + 7 * step)] = state.mass.low
+
+    def taker(number):
+        @device
+        def take_sum(memory, at, step, peer):
+            return Sum(number(memory, at, peer), number(memory, at + step, peer))
+
+        @device
+        def take(memory, at, step, peer):
+            maximum, below = number(memory, at, peer), take_sum(memory, at + step, step, peer)
+            count, distance, mass = number(memory, at + 3 * step, peer), Sum(zero, zero), Sum(zero, zero)
+            if targets:
+                distance = take_sum(memory, at + 4 * step, step, peer)
+                mass = take_sum(memory, at + 6 * step, step, peer)
+            return State(maximum, below, count, distance, mass)
+
+        return take
+
+    own = device(lambda memory, at, peer: memory[np.uint32(at)])
+    of_peer = device(lambda memory, at, peer: read_peer(memory, at, peer))
+    return {"put": put, "take": taker(own), "take_from_peer": taker(of_peer)}
+
+
+@functools.cache
+def sums(real):
+    """What `states` has, of a fold whose state is one `Sum`."""
+    zero = real(0)
+
+    @device
+    def put(memory, at, step, state):
+        memory[np.uint32(at)], memory[np.uint32(at + step)] = state.high, state.low
+
+    return SimpleNamespace(
+        identity=device(lambda: Sum(zero, zero)),
+        merged=maths.of(real).add,
+        put=put,
+        take=device(
+            lambda memory, at, step, peer: Sum(memory[np.uint32(at)], memory[np.uint32(at + step)])
+        ),
+        take_from_peer=device(
+            lambda memory, at, step, peer: Sum(
+                read_peer(memory, at, peer), read_peer(memory, at + step, peer)
+            )
+        ),
+    )
+
+
+def folded_into(variant):
+    """The functions of what the rows of a variant are folded into."""
+    k = kind(variant)
+    return sums(k.real) if k.terms else states(k.real, k.targets)
+
+
+@functools.cache
+def term_maker(variant):
+    """Function (values, second, i) of the term of the element that a thread holds at i."""
+    formula = getattr(kind(variant).f, TERMS[variant.operation].formula.__name__)
+    if variant.second is None:
+        return device(lambda values, second, i: formula(values[i]))
+    return device(lambda values, second, i: formula(values[i], second[i]))
+
+
+#: Most numbers of a state.
+PARTS = 8
+
+
+class Label(NamedTuple):
+    """The label of a row, and what belongs to it."""
+
+    number: int  # -1: none of the classes
+    kept: bool  # whether it is not `ignore_index`
+    logit: float
+    weight: float
+    slope: float  # of the cap
+
+
+@functools.cache
+def labels(variant):
+    """Function (call, address of the label, pick, place) of a `Label`.
+
+    The class count is compared here, where the label is used. `pick` (call, place, index) is the logit.
+    """
+    k = kind(variant)
+    zero, one, capped, weighted = k.f.constant.zero, k.f.constant.one, variant.capped, variant.weight
+    read_label, softcap = integer_reader(variant.labels or "int64"), k.f.softcap
+    read_weight = reader(variant.weight or value_format(k.real), k.real)
+
+    def finder(pick):
+        @device
+        def find(call, address, place, memory):
+            y = read_label(address)
+            kept = y != call.ignore_index
+            if y < 0 or y >= call.classes:
+                return Label(np.int64(-1), kept, zero, one, one)
+            logit, slope, weight = pick(call, place, memory, y), one, one
+            if capped:
+                logit, slope = softcap(logit, call.softcap)
+            if weighted is not None:
+                weight = read_weight(call.weight.address + y * call.weight.step)
+            return Label(y, kept, logit, weight, slope)
+
+        return find
+
+    return finder
+
+
+class Finished(NamedTuple):
+    """What is known of a row when all of its elements are."""
+
+    value: float
+    lse: float
+    maximum: float
+    log_s: float
+    factor: float  # of exp(x - maximum) in what is written
+    at_label: float  # the gradient there
+
+
+@functools.cache
+def finishes(variant):
+    """Function (call, state, label) of what is `Finished` for the rows of a variant."""
+    k = kind(variant)
+    c, f = k.f.constant, k.f
+    one, zero, infinity, nan = c.one, c.zero, c.infinity, c.nan
+    add, log1p_sum, sparse, entropy = f.add, f.log1p_sum, k.sparse, k.entropy
+    cross_entropy = _cross_entropy(k)
+
+    @device
+    def sum_of_terms(call, state, label):
+        value = call.scale * (state.high + state.low)
+        return Finished(value, zero, zero, zero, zero, zero)
+
+    @device
+    def exponentials(call, state, label):
+        m = state.maximum
+        rest = add(state.below, Sum(state.at_maximum - one, zero))
+        if m == -infinity:
+            rest = Sum(state.below.high, rest.low)  # 0, or NaN
+        log_s = log1p_sum(rest)
+        above = rest.high + rest.low
+        lse, s = m + log_s, one + above
+        value, factor, at_label = lse, one / s, zero
+        if entropy:
+            value, factor, at_label = cross_entropy(call, state, label, log_s, above, s)
+        if abs(m) == infinity or (sparse and label.number < 0):
+            factor, at_label = nan, nan
+        return Finished(value, lse, m, log_s, factor, at_label)
+
+    return sum_of_terms if k.terms else exponentials
+
+
+@functools.cache
+def gradient_scales(real):
+    """Function (call) of the factor of a gradient."""
+    read = reader(value_format(real))
+
+    @device
+    def scale(call):
+        return call.scale * read(call.divisor) if call.divisor != 0 else call.scale
+
+    return scale
+
+
+def _cross_entropy(k):
+    """Function of (loss, factor of exp(x - m) in the gradient, gradient at the label)."""
+    c, f, sparse = k.f.constant, k.f, k.sparse
+    zero, one, infinity, nan = c.zero, c.one, c.infinity, c.nan
+    loss_of, gradient_of, exp_minus = f.cross_entropy_loss, f.cross_entropy_gradient, f.exp_minus
+    gradient_scale = gradient_scales(k.real)
+
+    @device
+    def cross_entropy(call, state, label, log_s, rest, s):
+        m, scale = state.maximum, gradient_scale(call)
+        mass, distance = state.mass.high + state.mass.low, state.distance.high + state.distance.low
+        at_point, u_y = zero, zero
+        if sparse:
+            at_point, u_y = call.keep * label.weight, call.spread * label.weight
+        loss = loss_of(m, log_s, at_point, label.logit, mass, distance, call.z_loss)
+        if (m == -infinity and call.classes > 0) or (sparse and label.number < 0):
+            loss = nan
+        if sparse and not label.kept:
+            loss = zero
+        e_y = exp_minus(label.logit, m) if sparse else zero
+        total, at_label = gradient_of(
+            m + log_s, s, rest, at_point, u_y, mass, call.z_loss, e_y, e_y - one
+        )
+        return loss, scale * total / s, scale * label.slope * at_label
+
+    return cross_entropy
+
+
+class Scales(NamedTuple):
+    """What exponentials are multiplied with to become what is written."""
+
+    peak: float  # and what that of the maximum becomes, before `second`
+    first: float
+    second: float
+
+
+@functools.cache
+def writes(variant):
+    """The functions that make what is written of the elements of a row."""
+    k = kind(variant)
+    c, f = k.f.constant, k.f
+    one, infinity, nan = c.one, c.infinity, c.nan
+    least, unshift = c.least, c.unshift
+    shifted = one / unshift
+    probability, less_target, log_probability = f.probability, f.less_target, f.log_probability
+    softcap, relative = f.softcap, f.relative
+    capped, targets = variant.capped, k.targets
+    twice = k.entropy or variant.cluster > 1
+
+    @device
+    def scales(factor, fall, lead):
+        """The `Scales` of a factor of exp(x - m), with exponentials relative to another maximum.
+
+        `fall` is 2**SHIFT exp(that maximum - m). The product of all factors may be no normal number
+        where results are: then it is applied in two steps, of which the second one is exact.
+        """
+        down, whole = fall * unshift, factor * fall
+        peak = factor * down if down >= least else whole * unshift
+        first = peak / lead
+        if abs(first) >= least:
+            return Scales(peak, first, one)
+        return Scales(whole * shifted, whole / (lead * unshift), unshift * unshift)
+
+    @device
+    def term(x, ref, cap):
+        """The exponential of an element, and the slope of its cap."""
+        slope = one
+        if capped:
+            x, slope = softcap(x, cap)
+        return relative(x, ref), slope
+
+    @device
+    def written(e, slope, u, scale, ref, row):
+        """An element of the output, by its exponential."""
+        g = probability(e, ref.lead, row.peak, row.first)
+        if twice:
+            g *= row.second
+        if targets:
+            g = less_target(g, u, scale)
+        if capped:
+            g *= slope
+        return g
+
+    @device
+    def log_written(x, m, log_s):
+        """An element of a log-softmax."""
+        value = log_probability(x, m, log_s)
+        if abs(m) == infinity and (value > -infinity or m < c.zero):
+            value = nan
         return value
 
-    @device
-    def cap_all(values, length, shift, cap):
-        for q in range(vectors):
-            j = place(q, shift)
-            for i in range(lanes):
-                if 0 <= j + i < length:
-                    values[q * lanes + i] = softcap(values[q * lanes + i], cap)[0]
+    return SimpleNamespace(scales=scales, term=term, written=written, log_written=log_written)
+
+
+@functools.cache
+def target_maker(variant):
+    """Function (call, target of class j, j) of u = w ((1 - eps) t + eps / C)."""
+    k = kind(variant)
+    smoothed, dense, weighted = k.f.smoothed, k.dense, variant.weight is not None
+    read_weight = reader(variant.weight or value_format(k.real), k.real)
 
     @device
-    def find_targets(u, source, weight, weight_step, length, shift, keep, spread):
-        """The thread's targets u = w (keep t + spread), 0 where it has none.
+    def target(call, t, j):
+        u = smoothed(t, call.keep, call.spread) if dense else call.spread
+        if weighted:
+            u *= read_weight(call.weight.address + j * call.weight.step)
+        return u
 
-        `source` and `weight` are those of the chunk's first element.
-        """
-        if dense:
-            load(u, source, length, shift, True)
-        for q in range(vectors):
-            j = place(q, shift)
-            for i in range(lanes):
-                value = zero
-                if 0 <= j + i < length:
-                    value = fma(u[q * lanes + i], keep, spread) if dense else spread
-                    if weighted:
-                        value *= read_weight(weight + (j + i) * weight_step)
-                u[q * lanes + i] = value
+    return target
 
-    def reduce(
-        x,
-        x_step,
-        rows,
-        classes,
-        segment,
-        capacity,
-        value,
-        value_step,
-        lse,
-        lse_step,
-        out,
-        out_step,
-        target,
-        target_step,
-        weight,
-        weight_step,
-        divisor,
-        ignore_index,
-        keep,
-        spread,
-        z_loss,
-        cap,
-        scale,
-    ):
-        memory = cuda.shared.array(0, real)
-        values = cuda.local.array(count, real)
-        u = cuda.local.array(count, real)
-        lane = cuda.local.array(lanes, real)
-        exchange = SCRATCH + cuda.threadIdx.y * lanes * cuda.blockDim.x
-        teams = cuda.blockDim.y
-        rank, group = 0, np.int64(cuda.blockIdx.x)
-        if clustered:
-            rank, group = cluster_rank(), group // cluster
-        row = group * teams + cuda.threadIdx.y
-        source = x + row * x_step
-        ragged = not aligned and (classes & (lanes - 1)) != 0
-        shift = np.int32((source & (VECTOR - 1)) // size) if ragged else np.int32(0)
-        first = rank * segment
-        last = min(classes, first + segment) if row < rows else first
 
-        # one thread a team, all of them of one warp, keeps its state and finishes it
-        member = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-        own_row = group * teams + member
-        finisher = member < teams and own_row < rows
-        y, kept = np.int64(-1), True
-        x_y, w_y, slope_y = zero, one, one
-        if sparse and finisher:
-            y = read_label(target + own_row * target_step)
-            kept = y != ignore_index
-            if y < 0 or y >= classes:
-                y = np.int64(-1)
-            else:
-                x_y = read(x + own_row * x_step + y * size)
-                if capped:
-                    x_y, slope_y = softcap(x_y, cap)
-                if weighted:
-                    w_y = read_weight(weight + y * weight_step)
+def results(variant):
+    """Function (call, place, finished) that stores the value and the lse of a row."""
+    write = writer(value_format(compute_type(variant.x)), kind(variant).real)
 
-        row_state = identity()
-        top, lead = -infinity, zero
-        begin = first
-        while True:
-            length = np.int32(min(capacity, last - begin))
-            load(values, source + begin * size, length, shift, False)
-            if capped:
-                cap_all(values, length, shift, cap)
-            top = values[0]
-            for i in range(1, count):
-                top = larger(top, values[i])
-            top = maximum(top, memory, TOPS)
-            n, offset = reference(top)
-            floor, magic = window(n)
-            lead = lead_of(top, offset, floor, magic)
-            if spread_out:
-                t = target + row * target_step + begin * size if dense else np.int64(0)
-                find_targets(
-                    u, t, weight + begin * weight_step, weight_step, length, shift, keep, spread
-                )
-                for i in range(lanes):
-                    lane[i] = zero
-                base = finite(top)
-                for i in range(count):
-                    lane[i % lanes] += zero if u[i] == zero else u[i] * (base - values[i])
-                if ragged:
-                    in_order(lane, shift, memory, exchange)
-                post(folded(lane), memory, DISTANCES)
-                for i in range(lanes):
-                    lane[i] = zero
-                for i in range(count):
-                    lane[i % lanes] += u[i]
-                if ragged:
-                    in_order(lane, shift, memory, exchange)
-                post(folded(lane), memory, MASSES)
-            equal, level = zero, top
-            if offset != zero:
-                level = top - offset
-                if not logs:
-                    for i in range(count):
-                        values[i] -= offset
-            for i in range(lanes):
-                lane[i] = zero
-            for i in range(count):
-                v = values[i] - offset if logs else values[i]
-                term = exponential(v, floor, magic)
-                if v == level:
-                    equal += one
-                else:
-                    lane[i % lanes] += term
-                if held and not logs:
-                    values[i] = term
-            if ragged:
-                in_order(lane, shift, memory, exchange)
-            post(folded(lane), memory, SUMS)
-            post(equal, memory, EQUALS)
-            if teams > 1 and cuda.threadIdx.x == 0:
-                memory[np.uint32(RESULTS + cuda.threadIdx.y)] = top
-                memory[np.uint32(RESULTS + WARPS + cuda.threadIdx.y)] = lead
-            cuda.syncthreads()
-            if finisher:
-                part_top, part_lead = top, lead
-                if teams > 1:
-                    part_top = memory[np.uint32(RESULTS + member)]
-                    part_lead = memory[np.uint32(RESULTS + WARPS + member)]
-                e, low = collect(memory, SUMS, member)
-                k, _ = collect(memory, EQUALS, member)
-                if part_top == -infinity:
-                    k = zero
-                d, d_low, w, w_low = zero, zero, zero, zero
-                if spread_out:
-                    d, d_low = collect(memory, DISTANCES, member)
-                    w, w_low = collect(memory, MASSES, member)
-                part = part_top, e / part_lead, low / part_lead, k, d, d_low, w, w_low
-                row_state = merged(row_state, part)
-            if not chunked:
-                break
-            begin += capacity
-            if begin >= last:
-                break
+    @device
+    def store(call, value_address, lse_address, finished):
+        if call.value.address != 0:
+            write(value_address, finished.value)
+        if call.lse.address != 0:
+            write(lse_address, finished.lse)
 
-        if clustered:
-            if finisher:
-                put(memory, RESULTS, 1, row_state)
-            cluster_barrier()
-            if finisher:
-                row_state = identity()
-                for peer in range(np.int64(cluster)):
-                    row_state = merged(row_state, take_from_peer(memory, RESULTS, peer))
-
-        gradient = scale * read_number(divisor) if divisor != 0 else scale
-        if finisher:
-            m = row_state[0]
-            result, row_lse, log_s, factor, g_y = finish(
-                row_state,
-                classes,
-                y,
-                kept,
-                x_y,
-                w_y,
-                slope_y,
-                keep,
-                spread,
-                z_loss,
-                gradient,
-            )
-            if rank == 0:
-                if value != 0:
-                    write_number(value + own_row * value_step, result)
-                if lse != 0:
-                    write_number(lse + own_row * lse_step, row_lse)
-            if written:
-                at = FINISHED + member
-                memory[np.uint32(at)], memory[np.uint32(at + WARPS)] = m, factor
-                memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)] = log_s, g_y
-        if clustered:
-            cluster_barrier()  # before a block is gone whose memory another one reads
-        if not written:
-            return
-        if not clustered:
-            cuda.syncthreads()
-
-        if row >= rows:
-            return
-        at = FINISHED + cuda.threadIdx.y
-        m, factor = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
-        log_s, g_y = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
-        if sparse:
-            y = read_label(target + row * target_step)
-            kept = y != ignore_index
-        destination = out + row * out_step
-        # what the block's largest becomes, and for a block of a cluster that times 2**SHIFT
-        peak = factor
-        if clustered and held and not logs:
-            factor *= exp_minus_scaled(top, m)
-            peak = factor * unshift
-        begin = first
-        while True:
-            length = np.int32(min(capacity, last - begin))
-            if not held:
-                load(values, source + begin * size, length, shift, False)
-                n, offset = reference(m)
-                floor, magic = window(n)
-                lead = lead_of(m, offset, floor, magic)
-                if spread_out:
-                    t = target + row * target_step + begin * size if dense else np.int64(0)
-                    find_targets(
-                        u, t, weight + begin * weight_step, weight_step, length, shift, keep, spread
-                    )
-            if logs:
-                for i in range(count):
-                    # both parts are at most 0: nothing cancels
-                    values[i] = (values[i] - m) - log_s
-                    if abs(m) == infinity and (values[i] > -infinity or m < zero):
-                        values[i] = nan
-            else:
-                ratio = factor / lead
-                if clustered and held:
-                    ratio = factor / (lead * unshift)
-                for i in range(count):
-                    v, slope = values[i], one
-                    if not held:
-                        if capped:
-                            v, slope = softcap(v, cap)
-                        v = exponential(v - offset, floor, magic)
-                    g = v * ratio
-                    if clustered and held:  # in two steps: the ratio may be no normal number
-                        g *= unshift * unshift
-                    if v == lead:
-                        g = peak
-                    if spread_out:
-                        g -= gradient * u[i]
-                    if capped:
-                        g *= slope
-                    values[i] = g
-                if sparse and not kept:
-                    for i in range(count):
-                        values[i] = zero
-            store(destination + begin * size, values, length, shift)
-            if sparse and kept and 0 <= y - begin < length:
-                at_label = np.int32(y - begin)
-                for q in range(vectors):
-                    j = place(q, shift)
-                    if j <= at_label and at_label < j + lanes:
-                        write(destination + y * size, g_y)
-            if not chunked:
-                break
-            begin += capacity
-            if begin >= last:
-                break
-
-    reduce.cluster = cluster
-    numbers = (numba_type(real),) * 5
-    reduce.signature = (WORD,) * 18 + numbers
-    reduce.real = real
-    return reduce
+    return store

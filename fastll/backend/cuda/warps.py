@@ -1,8 +1,7 @@
-"""What the threads of a row find together: maxima and sums over a warp, a team, a block.
+"""What the threads of a row find together: maxima and sums over a warp, a team, a thread block.
 
-A team is the threads of a block with one `threadIdx.y`: one warp or several. A warp folds by halves;
-what the warps of a team have found adds up in their order, in two parts, the second of which holds
-what rounding took from the first.
+A team is the threads of a thread block with one `threadIdx.y`: one warp or several. A warp folds by
+halves; what the warps of a team have found adds up in their order, in two parts.
 """
 
 # mypy: ignore-errors
@@ -16,16 +15,17 @@ import numpy as np
 
 from fastll.backend.cuda import maths
 from fastll.backend.cuda.compiler import cuda, device
+from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import WARP, larger, shuffle
 
-#: Most warps of a block, and so the numbers of one kind that they leave in shared memory.
+#: Most warps of a thread block, and so the numbers of one kind that they leave in shared memory.
 WARPS = 32
 
 
 @functools.cache
 def of(real):
     """The functions for numbers of the type `real`; `memory` is shared, and `at` a place in it."""
-    two_part_sum = maths.of(real).add
+    add = maths.of(real).add
     infinity, zero = real(float("inf")), real(0)
     shuffled = device(shuffle)
 
@@ -43,7 +43,7 @@ def of(real):
 
     @device
     def warp():
-        """Number of the warp in its block."""
+        """Number of the warp in its thread block."""
         return np.uint32(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x) >> np.uint32(5)
 
     @device
@@ -79,11 +79,11 @@ def of(real):
 
     @device
     def collect(memory, at, member):
-        """The sum of a team, by its number in the block."""
-        high, low = zero, zero
+        """The sum of a team, by its number in the thread block."""
+        total = Sum(zero, zero)
         first = np.uint32(at + member * warps_of_team())
         for i in range(warps_of_team()):
-            high, low = two_part_sum(high, low, memory[np.uint32(first + i)], zero)
-        return high, low
+            total = add(total, Sum(memory[np.uint32(first + i)], zero))
+        return total
 
     return SimpleNamespace(maximum=maximum, post=post, collect=collect)
