@@ -15,9 +15,9 @@ import fastll
 
 pytest.importorskip("numba_cuda")
 device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
-compiler, elementwise, geometry, launch, primitives, rows, strided = (
+compiler, folds, geometry, launch, maps, primitives, rows, teams = (
     import_module(f"fastll.backend.cuda.{name}")
-    for name in ("compiler", "elementwise", "geometry", "launch", "primitives", "rows", "strided")
+    for name in ("compiler", "folds", "geometry", "launch", "maps", "primitives", "rows", "teams")
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -31,50 +31,55 @@ def gpu(monkeypatch):
     return gpu
 
 
-def kernels():
-    """Kernels as they are launched, by name: (kernel, threads of a block)."""
-    over_rows = {"modern": True, "written": True}
+def variants():
+    """Kernels as they are launched, by name: (what each is made for, threads of a thread block)."""
+    entropy, single = "cross_entropy", {"modern": True, "aligned": True, "vectors": 8}
+    half = maps.Operand("bfloat16", vectors=True)
+    whole = maps.Operand("float32", vectors=True)
+    rows_of = rows.Variant
     return {
-        "softmax float32": (rows.kernel("float32", 8, "softmax", aligned=True, **over_rows), 768),
-        "softmax float32 of any length": (rows.kernel("float32", 8, "softmax", **over_rows), 768),
-        "logsumexp float32": (rows.kernel("float32", 8, "logsumexp", aligned=True), 768),
+        "softmax float32": (rows_of("softmax", "float32", out="float32", **single), 768),
+        "softmax float32 of any length": (
+            rows_of("softmax", "float32", out="float32", modern=True, vectors=8),
+            768,
+        ),
+        "logsumexp float32": (rows_of("logsumexp", "float32", aligned=True, vectors=8), 768),
         "labels float32 in a cluster": (
-            rows.kernel("float32", 8, "sparse", labels="int64", aligned=True, cluster=8, **over_rows),
+            rows_of(entropy, "float32", labels="int64", out="float32", cluster=8, **single),
             768,
         ),
         "labels bfloat16": (
-            rows.kernel("bfloat16", 4, "sparse", labels="int64", aligned=True, **over_rows),
+            rows_of(entropy, "bfloat16", labels="int64", out="bfloat16", **(single | {"vectors": 4})),
             768,
         ),
-        "dense float16": (rows.kernel("float16", 2, "dense", aligned=True, **over_rows), 768),
+        "dense float16": (
+            rows_of(entropy, "float16", second="float16", out="float16", **(single | {"vectors": 2})),
+            768,
+        ),
         "short rows": (
-            strided.kernel("float32", "cross_entropy", labels="int64", written="float32", staged=True),
+            rows_of(entropy, "float32", labels="int64", out="float32", staged=True),
             geometry.BLOCK,
         ),
-        "columns": (strided.kernel("float32", "softmax", written="float32"), geometry.BLOCK),
-        "sigmoid": (elementwise.sigmoid("float32", "float32", False, True), elementwise.THREADS),
+        "columns": (rows_of("softmax", "float32", out="float32"), geometry.BLOCK),
+        "sigmoid": (maps.Variant("sigmoid", (whole,), value=whole, modern=True), maps.THREADS),
         "binary cross-entropy": (
-            elementwise.binary_cross_entropy(
-                "bfloat16", "bfloat16", None, None, "bfloat16", True, True
-            ),
-            elementwise.THREADS,
+            maps.Variant("binary_cross_entropy", (half, half), partial=True, slope=half, modern=True),
+            maps.THREADS,
         ),
     }
 
 
-KERNELS = list(kernels())
+def kernel_of(variant):
+    return (folds if isinstance(variant, rows.Variant) else maps).kernel(variant)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", list(variants()))
 def test_ptx(name, capability):
     """Vectors of 16 bytes, no double in float32 kernels, and no memory of a thread's own."""
-    kernel, threads = kernels()[name]
-    if capability < (8, 0):  # the variant without the newer instructions
-        options = eval(kernel.key)
-        if options[0].endswith(".rows"):
-            kernel = rows.kernel(*options[2], **(dict(options[3]) | {"modern": False}))
-    if capability < (9, 0) and getattr(kernel, "cluster", 1) > 1:
+    variant, threads = variants()[name]
+    kernel = kernel_of(variant._replace(modern=variant.modern and capability >= (8, 0)))
+    if capability < (9, 0) and kernel.cluster > 1:
         pytest.skip("cards before capability 9 have no clusters")
     code, _ = compiler.ptx(kernel, capability, threads)
     assert f".target sm_{capability[0]}{capability[1]}" in code
@@ -195,7 +200,7 @@ def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
         assert_close(grad, expected[2], np.float32)
     kernel = gpu.launches[0].kernel
     assert kernel.cluster == cluster
-    assert "('chunked', True)" in kernel.key
+    assert "chunked=True" in kernel.key
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6)], ids=str)
@@ -262,10 +267,7 @@ def test_streaming(gpu, rng):
     first.update(x[:, :100]).update(x[:, 100:150])
     second.update(x[:, 150:])
     assert_close(first.merge(second).value, oracle.logsumexp(x, 1)[0], np.float32)
-    assert {launched.kernel.key.split("'")[1] for launched in gpu.launches} == {
-        "fastll.backend.cuda.strided",
-        "fastll.backend.cuda.totals",
-    }
+    assert {launched.kernel.key.split(".")[3] for launched in gpu.launches} == {"folds", "totals"}
     everything = fastll.logsumexp(x[:, ::-1], axis=(0, 1))
     assert_close(everything, oracle.logsumexp(x.reshape(-1), 0)[0], np.float32)
 
@@ -286,7 +288,7 @@ class TestGeometry:
             assert plan.capacity + slack <= plan.threads * plan.vectors * lanes
             assert plan.chunked == (plan.capacity < plan.segment)
             assert plan.segment % lanes == 0 or plan.cluster == 1
-            memory = rows.SCRATCH + plan.threads * plan.teams * lanes
+            memory = teams.SCRATCH + plan.threads * plan.teams * lanes
             assert memory * (8 if name == "float64" else 4) <= geometry.SHARED
 
     def test_what_stays_on_the_chip(self):
@@ -302,7 +304,8 @@ def test_machine_code_on_disk(monkeypatch, tmp_path):
     from numba.core import config
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    kernel, threads = kernels()["sigmoid"]
+    variant, threads = variants()["sigmoid"]
+    kernel = kernel_of(variant)
     first = compiler.machine_code(kernel, (9, 0), threads)
     assert first[0].startswith(b"\x7fELF")
     (entry,) = tmp_path.rglob("*.cubin")

@@ -4,14 +4,13 @@ An entry is one file, named after all that its code depends on, and written whol
 of one version of fastll and the packages below it share a folder.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -24,7 +23,7 @@ KEPT = 8
 _DIGEST = hashlib.sha256().digest_size
 
 
-def root():
+def root() -> Path:
     """Where Numba's user wants caches, or else where the system does."""
     if config.CACHE_DIR:
         return Path(config.CACHE_DIR, "fastll")
@@ -35,11 +34,11 @@ def root():
     return Path.home() / (os.environ.get("XDG_CACHE_HOME") or ".cache") / "fastll"
 
 
-def digest(data):
+def digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def read(path):
+def read(path: Path) -> bytes:
     """The contents of an entry; `OSError` if they are damaged, or could be someone else's."""
     with open(path, "rb") as file:
         if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
@@ -52,7 +51,7 @@ def read(path):
     return data
 
 
-def write(path, data):
+def write(path: Path, data: bytes) -> None:
     """Make an entry. Whoever opens it finds all of it or none."""
     new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +66,14 @@ def write(path, data):
         _prune(path.parents[1])
 
 
-def _prune(root):
+def _prune(root: Path) -> None:
     """Delete the versions that were not used for the longest time."""
     folders = [f for f in root.iterdir() if len(f.name) == 32 and f.is_dir()]
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime)[:-KEPT]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def version(sources, packages):
+def version(sources: Iterable[Path], packages: Mapping[str, str]) -> str | None:
     """A name for these source files and the packages they are compiled by; None: no cache."""
     if os.environ.get("FASTLL_CACHE") == "0" or not sources:
         return None

@@ -1,0 +1,394 @@
+"""CUDA kernels by Numba, launched on the caller's stream: every operation on NVIDIA GPUs.
+
+An operation's kernel is made for the formats and options it meets, when it first meets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
+from math import nan
+from typing import Any, cast
+
+import numpy as np
+
+from fastll import contract
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, rows, teams, totals
+from fastll.backend.cuda.calls import Array, address, format_of, full, line, row
+from fastll.backend.cuda.compiler import Kernel
+from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
+from fastll.contract import bad_label
+
+Empty = Callable[[tuple[int, ...], Any], Array]
+
+
+def bind(index: int, stream: int, empty: Empty) -> Backend:
+    """The backend for a device and a stream; `empty` (shape, dtype) makes arrays there."""
+    try:
+        gpu = launch.gpu(index)
+    except Exception as error:
+        raise RuntimeError(f"an array is on cuda:{index}, but {why_not() or error}") from error
+    return Backend(gpu, stream, empty)
+
+
+def why_not() -> str | None:
+    """Why there is no GPU to use, in a line; None if there is one."""
+    try:
+        return None if launch.count() else "the NVIDIA driver sees no GPU"
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return f"there is no GPU, or no NVIDIA driver for it: install one ({reason})"
+
+
+class Backend:
+    """See `fastll.contract.Backend`."""
+
+    name = "cuda"
+    partial_dtype = None  # that which is computed in
+    unit = maps.UNIT
+
+    def __init__(self, gpu: launch.Gpu, stream: int, empty: Empty) -> None:
+        self._gpu = gpu
+        self._stream = stream
+        self._empty = empty
+
+    def run(self, kernel: contract.Kernel, units: int, elements: int) -> None:
+        if units:
+            kernel(0, units)  # does all of them at once
+
+    def map(self, call: contract.Map) -> contract.Kernel:
+        x, modern = call.inputs[0], self._gpu.capability >= (8, 0)
+        vectors = _in_vectors(x, x)
+
+        def operand(a: Array | None) -> maps.Operand | None:
+            return None if a is None else maps.Operand(_format(a), vectors and _in_vectors(a, x))
+
+        inputs = cast("tuple[maps.Operand, ...]", tuple(operand(a) for a in call.inputs))
+        variant = maps.Variant(
+            call.operation,
+            inputs,
+            weight=operand(call.weight),
+            value=operand(call.value),
+            partial=call.partial is not None,
+            slope=operand(call.slope),
+            modern=modern,
+        )
+        outer, length = x.shape
+        units = contract.units_of(length, maps.UNIT)
+        told = calls.Map(
+            length,
+            units,
+            tuple(row(a) for a in call.inputs),
+            weight=row(call.weight),
+            value=row(call.value),
+            partial=row(call.partial),
+            slope=row(call.slope),
+            parameters=tuple(map(float, call.parameters)),
+            scale=float(call.scale),
+        )
+        return self._bound(maps.kernel(variant), outer * units, maps.THREADS, told, maps.SHARED)
+
+    def fold(self, call: contract.Fold) -> contract.Kernel:
+        steps = _team_steps(call)
+        return self._by_threads(call) if steps is None else self._by_teams(call, steps)
+
+    def _by_teams(self, call: contract.Fold, steps: list[int]) -> contract.Kernel:
+        """Rows of contiguous classes, whose entries are `steps` apart."""
+        name, (outer, classes, inner) = _format(call.x), call.x.shape
+        places = (call.x, call.second, call.out, call.labels, call.value, call.lse)
+        step = dict(zip(map(id, places), steps, strict=True))
+        aligned = classes % lanes_of(name) == 0 and not any(
+            (address(a) | step[id(a)]) % VECTOR for a in places[:3] if a is not None
+        )
+        inputs = 1 if call.second is None else 2
+        plan = geometry.team(classes, name, inputs, self._gpu.capability)
+        kernel, shared = _team_kernel(_variant(call, self._gpu), plan, aligned, classes)
+
+        def whole(a: Array | None) -> calls.Full:
+            return calls.Full() if a is None else calls.Full(address(a), step[id(a)], size_of(name), 0)
+
+        def entry(a: Array | None) -> calls.Row:
+            return calls.Row() if a is None else calls.Row(address(a), step[id(a)], 0)
+
+        told = _fold(call, plan.segment, plan.capacity, 1, False)._replace(
+            rows=outer * inner,
+            inner=1,
+            x=whole(call.x),
+            second=whole(call.second),
+            out=whole(call.out),
+            labels=entry(call.labels),
+            value=entry(call.value),
+            lse=entry(call.lse),
+        )
+        blocks = -(-outer * inner // plan.teams) * plan.cluster
+        threads = (plan.threads, plan.teams)
+        return self._bound(kernel, blocks, threads, told, shared, bound=plan.bound)
+
+    def _by_threads(self, call: contract.Fold) -> contract.Kernel:
+        """Rows of any strides, and short ones."""
+        name, (outer, classes, inner) = _format(call.x), call.x.shape
+        size, lanes = size_of(name), geometry.lanes_of_row(classes)
+        weights = call.operation == "logsumexp" and call.second is not None
+        # rows that are short and lie one after the other go through shared memory
+        staged = (
+            (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
+            and not weights
+            and all(
+                _format(a) == name and a.strides[:2] == (classes * size, size)
+                for a in (call.x, call.out)
+                if a is not None
+            )
+        )
+        kernel = folds.kernel(_variant(call, self._gpu)._replace(staged=staged))
+        real_size = np.dtype(kernel.real).itemsize
+        per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
+        if staged:
+            per_block = threads = geometry.staged_rows(classes, real_size)
+            shared = threads * (classes | 1) * real_size
+        elif lanes > 1:
+            shared = rows.PARTS * threads * real_size
+        across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
+        told = _fold(call, 0, 0, lanes, across)
+        return self._bound(kernel, -(-outer * inner // per_block), threads, told, shared)
+
+    def _bound(
+        self,
+        kernel: Kernel,
+        blocks: int,
+        threads: int | tuple[int, int],
+        told: tuple[Any, ...],
+        shared: int,
+        bound: int = geometry.BLOCK,
+    ) -> contract.Kernel:
+        """A `Kernel` of the contract; `bound` is the most threads the kernel is compiled for."""
+        block = threads if isinstance(threads, tuple) else (threads, 1)
+        words = calls.words(told, kernel.real)
+        go = partial(
+            self._gpu.launch, kernel, self._stream, blocks, block, words, bound=bound, shared=shared
+        )
+        return lambda start, stop: go()
+
+    def _total(self, kernel: Kernel, blocks: int, told: tuple[Any, ...]) -> None:
+        """Launch a kernel of `totals`."""
+        threads = totals.THREADS
+        self._bound(kernel, blocks, threads, told, totals.SHARED, bound=threads)(0, blocks)
+
+    def labels(
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
+    ) -> tuple[Array, Weight]:
+        kept = Weight(partial(self._weigh, labels, classes, ignore_index, weight))
+        if check:
+            kept.words = self._weigh(labels, classes, ignore_index, weight, check=True)
+        return labels, kept
+
+    def _weigh(
+        self,
+        labels: Array,
+        classes: int,
+        ignore_index: int,
+        weight: Array | None,
+        check: bool = False,
+    ) -> Array:
+        """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
+        flat = labels.reshape(-1) if labels.flags.c_contiguous else labels
+        blocks = max(1, -(-labels.size // totals.UNIT))
+        words = self._empty((totals.WEIGHT_WORDS,), np.float64)
+        sums = words if blocks == 1 else self._empty((blocks,), np.float64)
+        bad = self._empty((blocks,), np.float64) if check else None
+        kernel = totals.weigh(totals.Weigh(_format(labels), flat.ndim, format_of(weight)))
+        told = calls.Weigh(
+            labels=address(labels),
+            sizes=flat.shape,
+            steps=flat.strides,
+            size=labels.size,
+            classes=classes,
+            ignore_index=ignore_index,
+            weight=line(weight),
+            out=address(sums),
+            bad=address(bad),
+        )
+        self._total(kernel, blocks, told)
+        if bad is not None:
+            self._raise_bad(labels, bad, classes, ignore_index)
+        if blocks > 1:
+            self._add_up(sums, words, reciprocals=address(words) + 8)
+        return words
+
+    def _raise_bad(self, labels: Array, bad: Array, classes: int, ignore_index: int) -> None:
+        """`IndexError` for the first label outside of the classes: waits for the device."""
+        first = self._gpu.read(address(bad), bad.size, np.float64, self._stream).min()
+        if first < np.inf:
+            at = tuple(int(i) for i in np.unravel_index(int(first), labels.shape))
+            place = address(labels) + sum(i * step for i, step in zip(at, labels.strides, strict=True))
+            (label,) = self._gpu.read(place, 1, labels.dtype, self._stream)
+            raise bad_label(label, at, classes, ignore_index)
+
+    def factor(self, kept: Any) -> Any:
+        """What a gradient is multiplied with: a number, or where on the device there is one."""
+        if isinstance(kept, Weight):
+            return kept
+        return 1.0 / kept if kept else nan
+
+    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
+        result = self._empty((), dtype)
+        self._add_up(values, result, denominator)
+        return result
+
+    def _add_up(self, values: Array, out: Array, denominator: Any = None, reciprocals: int = 0) -> None:
+        """A tree of sums of contiguous numbers, the last of which goes to `out`."""
+        place, divisor = 0, 1.0
+        if isinstance(denominator, Weight):
+            place = address(denominator.words)
+        elif denominator is not None:
+            divisor = float(denominator)
+        while values.size > totals.UNIT:
+            blocks = -(-values.size // totals.UNIT)
+            sums = self._empty((blocks,), np.float64)
+            kernel = totals.add_up(totals.AddUp(_format(values), "float64"))
+            told = calls.Total(values.size, address(values), address(sums), 0, 0, 1.0)
+            self._total(kernel, blocks, told)
+            values = sums
+        kernel = totals.add_up(totals.AddUp(_format(values), _format(out)))
+        told = calls.Total(values.size, address(values), address(out), place, reciprocals, divisor)
+        self._total(kernel, 1, told)
+
+    def fill_identity(self, state: contract.Floats) -> None:
+        self._merge(state, 0)
+
+    def merge(self, state: contract.Floats, other: contract.Floats) -> None:
+        self._merge(state, address(other))
+
+    def _merge(self, state: contract.Floats, other: int) -> None:
+        count = state.size // 3
+        if count:
+            told = calls.Merge(count, address(state), other)
+            self._total(totals.merge(totals.Merge()), -(-count // totals.THREADS), told)
+
+
+class Weight:
+    """The weight of the kept labels, on the device, for when a mean asks for it.
+
+    Its words are the weight, 1 / itself, and that in float32.
+    """
+
+    def __init__(self, weigh: Callable[[], Array]) -> None:
+        self._weigh = weigh
+
+    @cached_property
+    def words(self) -> Array:
+        return self._weigh()
+
+
+def _format(a: Array) -> str:
+    return cast(str, format_of(a))
+
+
+def _in_vectors(a: Array, x: Array) -> bool:
+    """Whether an operand (outer, n) can be read and written by vectors, as one in the format of x."""
+    name = _format(a)
+    return name in FLOATS and (
+        name == _format(x)
+        and a.strides[1] == size_of(name)
+        and address(a) % VECTOR == 0
+        and (a.shape[0] == 1 or a.strides[0] % VECTOR == 0)
+    )
+
+
+def _variant(call: contract.Fold, gpu: launch.Gpu) -> rows.Variant:
+    """What the kernel of a fold is made for, whatever its rows are like."""
+    return rows.Variant(
+        call.operation,
+        _format(call.x),
+        second=format_of(call.second),
+        labels=format_of(call.labels),
+        weight=format_of(call.weight),
+        out=format_of(call.out),
+        state=call.state is not None,
+        signed=call.sign is not None,
+        smoothed=call.options.label_smoothing != 0.0,
+        capped=call.options.softcap != 0.0,
+        modern=gpu.capability >= (8, 0),
+    )
+
+
+@lru_cache(1024)
+def _team_kernel(
+    variant: rows.Variant, plan: geometry.Team, aligned: bool, classes: int
+) -> tuple[Kernel, int]:
+    """The kernel for rows in teams, and bytes of shared memory."""
+    kernel = folds.kernel(
+        variant._replace(
+            vectors=plan.vectors, cluster=plan.cluster, chunked=plan.chunked, aligned=aligned
+        )
+    )
+    lanes = lanes_of(variant.x)
+    exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
+    return kernel, (teams.SCRATCH + exchanged) * np.dtype(kernel.real).itemsize
+
+
+def _team_steps(call: contract.Fold) -> list[int] | None:
+    """Bytes from row to row of x, second, out, labels, value, lse; None if teams do not take them."""
+    classes, name = call.x.shape[1], _format(call.x)
+    if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
+        return None
+    weights = call.operation == "logsumexp" and call.second is not None
+    if weights or call.state is not None or call.sign is not None:
+        return None
+    steps = []
+    for a in (call.x, call.second, call.out):
+        if a is not None and (_format(a) != name or a.strides[1] != size_of(name)):
+            return None
+        steps.append(_step(a))
+    steps += [_step(a) for a in (call.labels, call.value, call.lse)]
+    return None if None in steps else cast("list[int]", steps)
+
+
+def _step(a: Array | None) -> int | None:
+    """Bytes from row to row of (outer, [classes,] inner); None where no one number is that."""
+    if a is None:
+        return 0
+    outer, inner = a.shape[0], a.shape[-1]
+    if inner == 1:
+        return a.strides[0]
+    if outer == 1 or a.strides[0] == inner * a.strides[-1]:
+        return a.strides[-1]
+    return None
+
+
+def _fold(call: contract.Fold, segment: int, capacity: int, lanes: int, across: bool) -> calls.Fold:
+    """What a kernel is told of a fold whose operands are as they are."""
+    outer, classes, inner = call.x.shape
+    options = call.options
+    scale, divisor = options.scale, 0
+    if isinstance(scale, Weight):
+        single = compute_type(_format(call.x)) is np.float32
+        divisor, scale = address(scale.words) + (16 if single else 8), 1.0
+    state = calls.Full()
+    if call.state is not None:
+        by_outer, by_inner, by_part = call.state.strides
+        state = calls.Full(address(call.state), by_outer, by_part, by_inner)
+    return calls.Fold(
+        rows=outer * inner,
+        classes=classes,
+        inner=inner,
+        x=full(call.x),
+        second=full(call.second),
+        out=full(call.out),
+        state=state,
+        labels=row(call.labels),
+        value=row(call.value),
+        lse=row(call.lse),
+        sign=row(call.sign),
+        weight=line(call.weight),
+        divisor=divisor,
+        ignore_index=options.ignore_index,
+        segment=segment,
+        capacity=capacity,
+        lanes=lanes,
+        across=int(across),
+        keep=1.0 - options.label_smoothing,
+        spread=options.label_smoothing / max(classes, 1),
+        z_loss=float(options.z_loss),
+        softcap=float(options.softcap),
+        scale=float(scale),
+    )

@@ -93,7 +93,9 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
     signature = types.void(kernel.argument)
     with _lock, _without_device(capability), _without_fusing():
         code, _ = cuda.compile_ptx(kernel.function, signature, cc=capability, launch_bounds=threads)
-    (entry,) = re.findall(r"\.visible \.entry (\w+)", code)
+    (mangled,) = re.findall(r"\.visible \.entry (\w+)", code)
+    entry = f"fastll_{kernel.function.__name__}"
+    code = code.replace(mangled, entry)
     if kernel.cluster > 1:
         required = f".explicitcluster\n.reqnctapercluster {kernel.cluster}, 1, 1"
         code = re.sub(r"(\.maxntid.*)", rf"\1\n{required}", code)

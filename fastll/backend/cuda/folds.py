@@ -9,7 +9,7 @@ and short ones a few threads or one (`threads`).
 
 from __future__ import annotations
 
-from fastll.backend.cuda import calls, rows, teams
+from fastll.backend.cuda import calls, rows, teams, threads
 from fastll.backend.cuda.compiler import Kernel, cuda, kernels
 
 
@@ -17,7 +17,7 @@ from fastll.backend.cuda.compiler import Kernel, cuda, kernels
 def kernel(variant):
     """The kernel of a `rows.Variant`."""
     real = rows.kind(variant).real
-    phases = teams.phases(variant)
+    phases = (teams if variant.vectors else threads).phases(variant)
     locate, find_label, fold, merge = phases.locate, phases.find_label, phases.fold, phases.merge
     finish, write, held = phases.finish, phases.write, phases.held
 
@@ -30,6 +30,6 @@ def kernel(variant):
         state, reference = fold(call, place, values, second, memory)
         state = merge(call, place, state, memory)
         row = finish(call, place, label, state, memory)
-        write(call, place, row, reference, values, second, memory)
+        write(call, place, label, row, reference, values, second, memory)
 
     return Kernel(reduce, calls.Fold, real, cluster=variant.cluster)

@@ -1,4 +1,4 @@
-"""Element-wise operations: a thread block takes `UNIT` elements of an outer row, in vectors where it can."""
+"""Element-wise operations: a thread block takes `UNIT` elements of a row, in vectors where possible."""
 
 # mypy: ignore-errors
 

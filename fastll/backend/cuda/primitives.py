@@ -27,12 +27,12 @@ FLOATS = tuple(_SIZES)
 _SIZES |= {name: size for name, (_, size) in _INTEGERS.items()}
 
 
-def size_of(name):
+def size_of(name: str) -> int:
     """Bytes of an element of a format."""
     return _SIZES[name]
 
 
-def compute_type(name):
+def compute_type(name: str) -> type:
     """The NumPy type that the elements of a format are computed in."""
     return np.float32 if name in ("float32", "float16", "bfloat16") else np.float64
 
@@ -41,7 +41,7 @@ def numba_type(real):
     return types.float32 if real is np.float32 else types.float64
 
 
-def value_format(real):
+def value_format(real: type) -> str:
     """The format of values (losses, log-sum-exp) that are computed in a type."""
     return "float32" if real is np.float32 else "float64"
 
@@ -145,7 +145,7 @@ def integer_reader(name):
     return read
 
 
-def lanes_of(name):
+def lanes_of(name: str) -> int:
     """Elements of a vector."""
     return VECTOR // _SIZES[name]
 

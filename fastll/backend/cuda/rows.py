@@ -156,7 +156,7 @@ def states(real, targets):
 
 
 def _passing(real, targets):
-    """Functions that leave a state in shared memory, its numbers `step` apart, and take it from there."""
+    """Functions that leave a state in shared memory, its numbers `step` apart, and take it back."""
     zero = real(0)
 
     @device
@@ -178,7 +178,8 @@ def _passing(real, targets):
         @device
         def take(memory, at, step, peer):
             maximum, below = number(memory, at, peer), take_sum(memory, at + step, step, peer)
-            count, distance, mass = number(memory, at + 3 * step, peer), Sum(zero, zero), Sum(zero, zero)
+            count = number(memory, at + 3 * step, peer)
+            distance, mass = Sum(zero, zero), Sum(zero, zero)
             if targets:
                 distance = take_sum(memory, at + 4 * step, step, peer)
                 mass = take_sum(memory, at + 6 * step, step, peer)
@@ -283,11 +284,12 @@ class Finished(NamedTuple):
     log_s: float
     factor: float  # of exp(x - maximum) in what is written
     at_label: float  # the gradient there
+    scale: float  # of the gradient
 
 
 @functools.cache
 def finishes(variant):
-    """Function (call, state, label) of what is `Finished` for the rows of a variant."""
+    """Function (call, state, label, scale of the gradient) of what is `Finished` of a row."""
     k = kind(variant)
     c, f = k.f.constant, k.f
     one, zero, infinity, nan = c.one, c.zero, c.infinity, c.nan
@@ -295,12 +297,12 @@ def finishes(variant):
     cross_entropy = _cross_entropy(k)
 
     @device
-    def sum_of_terms(call, state, label):
+    def sum_of_terms(call, state, label, scale):
         value = call.scale * (state.high + state.low)
-        return Finished(value, zero, zero, zero, zero, zero)
+        return Finished(value, zero, zero, zero, zero, zero, scale)
 
     @device
-    def exponentials(call, state, label):
+    def exponentials(call, state, label, scale):
         m = state.maximum
         rest = add(state.below, Sum(state.at_maximum - one, zero))
         if m == -infinity:
@@ -310,18 +312,17 @@ def finishes(variant):
         lse, s = m + log_s, one + above
         value, factor, at_label = lse, one / s, zero
         if entropy:
-            value, factor, at_label = cross_entropy(call, state, label, log_s, above, s)
+            value, factor, at_label = cross_entropy(call, state, label, scale, log_s, above, s)
         if abs(m) == infinity or (sparse and label.number < 0):
             factor, at_label = nan, nan
-        return Finished(value, lse, m, log_s, factor, at_label)
+        return Finished(value, lse, m, log_s, factor, at_label, scale)
 
     return sum_of_terms if k.terms else exponentials
 
 
-@functools.cache
-def gradient_scales(real):
+def gradient_scales(variant):
     """Function (call) of the factor of a gradient."""
-    read = reader(value_format(real))
+    read = reader(value_format(kind(variant).real))
 
     @device
     def scale(call):
@@ -335,11 +336,10 @@ def _cross_entropy(k):
     c, f, sparse = k.f.constant, k.f, k.sparse
     zero, one, infinity, nan = c.zero, c.one, c.infinity, c.nan
     loss_of, gradient_of, exp_minus = f.cross_entropy_loss, f.cross_entropy_gradient, f.exp_minus
-    gradient_scale = gradient_scales(k.real)
 
     @device
-    def cross_entropy(call, state, label, log_s, rest, s):
-        m, scale = state.maximum, gradient_scale(call)
+    def cross_entropy(call, state, label, scale, log_s, rest, s):
+        m = state.maximum
         mass, distance = state.mass.high + state.mass.low, state.distance.high + state.distance.low
         at_point, u_y = zero, zero
         if sparse:
@@ -402,13 +402,13 @@ def writes(variant):
         return relative(x, ref), slope
 
     @device
-    def written(e, slope, u, scale, ref, row):
+    def written(e, slope, u, ref, row, scales):
         """An element of the output, by its exponential."""
-        g = probability(e, ref.lead, row.peak, row.first)
+        g = probability(e, ref.lead, scales.peak, scales.first)
         if twice:
-            g *= row.second
+            g *= scales.second
         if targets:
-            g = less_target(g, u, scale)
+            g = less_target(g, u, row.scale)
         if capped:
             g *= slope
         return g

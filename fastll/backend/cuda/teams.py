@@ -1,9 +1,9 @@
 """Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
 
-A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the thread
-blocks of a cluster, each with a segment, or goes through a thread block in chunks, and is read once more
-to be written. If a row's length is no multiple of a vector, vectors are aligned to memory, not to the
-row: the first and the last one are then read and written element by element.
+A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks of
+a cluster, each with a segment; or a thread block takes it in chunks, and reads it once more to write. If
+a row's length is no multiple of a vector, vectors are aligned to memory, not to the row: the first and
+the last one are then read and written element by element.
 
 The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
 (lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
@@ -34,7 +34,7 @@ from fastll.backend.cuda.primitives import (
     vector_writer,
     writer,
 )
-from fastll.backend.cuda.rows import Finished
+from fastll.backend.cuda.rows import Finished, State, Sum
 
 WARPS = warps.WARPS
 #: Places in shared memory: what the warps and then the teams have found, and what became of it.
@@ -229,7 +229,7 @@ def _fold(variant, vectors, fold_part, collected):
     k, chunked = rows.kind(variant), variant.chunked
     state_of = rows.folded_into(variant)
     identity, merged, reference = state_of.identity, state_of.merged, k.f.reference
-    load, infinity, size = vectors.load, k.f.constant.infinity, size_of(variant.x)
+    load, infinity = vectors.load, k.f.constant.infinity
     real, lanes = k.real, lanes_of(variant.x)
 
     @device
@@ -257,12 +257,7 @@ def _fold(variant, vectors, fold_part, collected):
 
 def _targets(variant, vectors):
     """Function (call, place, part, u) that finds the thread's targets u, 0 where it has none."""
-    k, lanes, count, size = (
-        rows.kind(variant),
-        lanes_of(variant.x),
-        variant.vectors,
-        size_of(variant.x),
-    )
+    k, lanes, count = rows.kind(variant), lanes_of(variant.x), variant.vectors
     dense, target, zero = k.dense, rows.target_maker(variant), k.f.constant.zero
     place_of, load_second = vectors.place, vectors.load_second
 
@@ -284,15 +279,13 @@ def _targets(variant, vectors):
 def _exponentials(variant, vectors):
     """Functions that fold the elements of a chunk into sums, and collect these."""
     k, lanes = rows.kind(variant), lanes_of(variant.x)
-    count, targets, logs, capped = variant.vectors * lanes, k.targets, k.logs, variant.capped
-    held = _held(variant)
+    count, targets, logs, held = variant.vectors * lanes, k.targets, k.logs, _held(variant)
     f, zero, one, infinity = k.f, k.f.constant.zero, k.f.constant.one, k.f.constant.infinity
     states, group = rows.states(k.real, targets), warps.of(k.real)
     maximum, post, collect = group.maximum, group.post, group.collect
-    reference, exponential, below_maximum = f.reference, f.exponential, f.below_maximum
-    distance, at_maximum, finite = f.distance, f.at_maximum, states.finite
+    reference, exponential, distance, finite = f.reference, f.exponential, f.distance, states.finite
     find_targets, post_lanes = _targets(variant, vectors), vectors.post_lanes
-    cap_all, State, Sum = _cap(variant, vectors), rows.State, rows.Sum
+    cap_all = _cap(variant, vectors)
 
     @device
     def post_targets(call, part, values, u, top, lane, memory):
@@ -321,8 +314,10 @@ def _exponentials(variant, vectors):
         for i in range(count):
             v = values[i] - ref.offset if logs else values[i]
             e = exponential(v, ref.floor, ref.magic)
-            lane[i % lanes] += below_maximum(v, level, e)
-            equal += at_maximum(v, level, one)
+            if v == level:  # not by selects: with these it takes 8 registers more
+                equal += one
+            else:
+                lane[i % lanes] += e
             if held and not logs:
                 values[i] = e
         post_lanes(lane, call, part.shift, memory, SUMS)
@@ -427,15 +422,16 @@ def _merge(variant):
 
 
 def _finish(variant):
-    """Function (call, place, label, state, memory) that finishes rows and tells every thread of them."""
+    """Function (call, place, label, state, memory) that finishes rows, for every thread."""
     finished, store = rows.finishes(variant), rows.results(variant)
     clustered, written = variant.cluster > 1, variant.out is not None
-    zero = rows.kind(variant).f.constant.zero
+    zero, gradient_scale = rows.kind(variant).f.constant.zero, rows.gradient_scales(variant)
 
     @device
     def finish(call, place, label, state, memory):
+        scale = gradient_scale(call)
         if place.finisher:
-            row = finished(call, state, label)
+            row = finished(call, state, label, scale)
             if place.rank == 0:
                 value = call.value.address + place.own_row * call.value.outer
                 store(call, value, call.lse.address + place.own_row * call.lse.outer, row)
@@ -448,30 +444,31 @@ def _finish(variant):
             cluster_barrier()  # before a block is gone whose memory another one reads
         elif written:
             cuda.syncthreads()
-        if not written:
-            return Finished(zero, zero, zero, zero, zero, zero)
+        if not written or place.row >= call.rows:
+            return Finished(zero, zero, zero, zero, zero, zero, scale)
         at = FINISHED + cuda.threadIdx.y
         m, factor = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
         log_s, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
-        return Finished(zero, zero, m, log_s, factor, at_label)
+        return Finished(zero, zero, m, log_s, factor, at_label, scale)
 
     return finish
 
 
 def _write(variant, vectors):
-    """Function (call, place, row, ref, values, second, memory) that writes what has the shape of a row."""
+    """Function (call, place, label, row, ref, values, second, memory) that writes a row's output."""
     if variant.out is None:
-        return device(lambda call, place, row, ref, values, second, memory: None)
+        return device(lambda call, place, label, row, ref, values, second, memory: None)
     k, chunked, held, size = rows.kind(variant), variant.chunked, _held(variant), size_of(variant.x)
     make, load, store, sparse = _made(variant), vectors.load, vectors.store, k.sparse
     read_label, scales = integer_reader(variant.labels or "int64"), rows.writes(variant).scales
     put_label, targets = _label_writer(variant, vectors), k.targets
-    find_targets, gradient_scale = _targets(variant, vectors), rows.gradient_scales(k.real)
-    f, shifted = k.f, k.f.constant.one / k.f.constant.unshift
+    find_targets = _targets(variant, vectors)
+    exp_minus_scaled, reference = k.f.exp_minus_scaled, k.f.reference
+    shifted = k.f.constant.one / k.f.constant.unshift
     apart = variant.cluster > 1 and held and not k.logs  # relative to the block's own maximum
 
     @device
-    def write(call, place, row, ref, values, second, memory):
+    def write(call, place, label, row, ref, values, second, memory):
         if place.row >= call.rows:
             return
         y, kept = np.int64(-1), True
@@ -480,10 +477,10 @@ def _write(variant, vectors):
             kept = y != call.ignore_index
         fall = shifted
         if apart:
-            fall = f_exp_minus_scaled(ref.maximum, row.maximum)
+            fall = exp_minus_scaled(ref.maximum, row.maximum)
         if not held:
-            ref = f_reference(row.maximum)
-        factors, scale = scales(row.factor, fall, ref.lead), gradient_scale(call)
+            ref = reference(row.maximum)
+        factors = scales(row.factor, fall, ref.lead)
         begin = np.int64(place.first)
         while True:
             length = np.int32(min(call.capacity, place.last - begin))
@@ -492,7 +489,7 @@ def _write(variant, vectors):
                 load(values, call.x.address + place.row * call.x.outer, part)
                 if targets:
                     find_targets(call, place, part, second)
-            make(values, second, call.softcap, scale, ref, row, factors, kept)
+            make(values, second, call.softcap, ref, row, factors, kept)
             target = call.out.address + place.row * call.out.outer
             store(target, values, part)
             if sparse and kept and 0 <= y - begin < length:
@@ -503,7 +500,6 @@ def _write(variant, vectors):
             if begin >= place.last:
                 break
 
-    f_exp_minus_scaled, f_reference = f.exp_minus_scaled, f.reference
     return write
 
 
@@ -514,17 +510,17 @@ def _made(variant):
     log_written, written, term, sparse = w.log_written, w.written, w.term, k.sparse
 
     @device
-    def logs(values, u, cap, scale, ref, row, factors, kept):
+    def logs(values, u, cap, ref, row, factors, kept):
         for i in range(count):
             values[i] = log_written(values[i], row.maximum, row.log_s)
 
     @device
-    def products(values, u, cap, scale, ref, row, factors, kept):
+    def products(values, u, cap, ref, row, factors, kept):
         for i in range(count):
             e, slope = values[i], one
             if not held:
                 e, slope = term(e, ref, cap)
-            values[i] = written(e, slope, u[i], scale, ref, factors)
+            values[i] = written(e, slope, u[i], ref, row, factors)
         if sparse and not kept:
             for i in range(count):
                 values[i] = zero
@@ -533,7 +529,7 @@ def _made(variant):
 
 
 def _label_writer(variant, vectors):
-    """Function (address, place of the label in the chunk, shift, value): the thread that has it stores."""
+    """Function (address, place in the chunk, shift, value) that stores the element of the label."""
     lanes, count, place_of = lanes_of(variant.x), variant.vectors, vectors.place
     write = writer(variant.x)
 
