@@ -1,9 +1,9 @@
 """Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
 
-A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks of
-a cluster, each with a segment; or a thread block takes it in chunks, and reads it once more to write. If
-a row's length is no multiple of a vector, vectors are aligned to memory, not to the row: the first and
-the last one are then read and written element by element.
+A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks
+of a cluster, each with a segment; or a thread block takes it in chunks, and reads it once more to
+write. If a row's length is no multiple of a vector, vectors are aligned to memory, not to the row: the
+first and the last one are then read and written element by element.
 
 The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
 (lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
