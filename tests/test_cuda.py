@@ -15,9 +15,18 @@ import fastll
 
 pytest.importorskip("numba_cuda")
 device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
-compiler, folds, geometry, launch, maps, primitives, rows, teams = (
+compiler, folds, geometry, launch, maps, primitives, teams, variants = (
     import_module(f"fastll.backend.cuda.{name}")
-    for name in ("compiler", "folds", "geometry", "launch", "maps", "primitives", "rows", "teams")
+    for name in (
+        "compiler",
+        "folds",
+        "geometry",
+        "launch",
+        "maps",
+        "primitives",
+        "teams",
+        "variants",
+    )
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -31,12 +40,12 @@ def gpu(monkeypatch):
     return gpu
 
 
-def variants():
+def launched():
     """Kernels as they are launched, by name: (what each is made for, threads of a thread block)."""
     entropy, single = "cross_entropy", {"modern": True, "aligned": True, "vectors": 8}
     half = maps.Operand("bfloat16", vectors=True)
     whole = maps.Operand("float32", vectors=True)
-    rows_of = rows.Variant
+    rows_of = variants.Variant
     return {
         "softmax float32": (rows_of("softmax", "float32", out="float32", **single), 768),
         "softmax float32 of any length": (
@@ -70,14 +79,14 @@ def variants():
 
 
 def kernel_of(variant):
-    return (folds if isinstance(variant, rows.Variant) else maps).kernel(variant)
+    return (folds if isinstance(variant, variants.Variant) else maps).kernel(variant)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
-@pytest.mark.parametrize("name", list(variants()))
+@pytest.mark.parametrize("name", list(launched()))
 def test_ptx(name, capability):
     """Vectors of 16 bytes, no double in float32 kernels, and no memory of a thread's own."""
-    variant, threads = variants()[name]
+    variant, threads = launched()[name]
     kernel = kernel_of(variant._replace(modern=variant.modern and capability >= (8, 0)))
     if capability < (9, 0) and kernel.cluster > 1:
         pytest.skip("cards before capability 9 have no clusters")
@@ -304,7 +313,7 @@ def test_machine_code_on_disk(monkeypatch, tmp_path):
     from numba.core import config
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    variant, threads = variants()["sigmoid"]
+    variant, threads = launched()["sigmoid"]
     kernel = kernel_of(variant)
     first = compiler.machine_code(kernel, (9, 0), threads)
     assert first[0].startswith(b"\x7fELF")

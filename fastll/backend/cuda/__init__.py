@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastll import contract
-from fastll.backend.cuda import calls, folds, geometry, launch, maps, rows, teams, totals
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, rows, teams, totals, variants
 from fastll.backend.cuda.calls import Array, address, format_of, full, line, row
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
@@ -294,9 +294,9 @@ def _in_vectors(a: Array, x: Array) -> bool:
     )
 
 
-def _variant(call: contract.Fold, gpu: launch.Gpu) -> rows.Variant:
+def _variant(call: contract.Fold, gpu: launch.Gpu) -> variants.Variant:
     """What the kernel of a fold is made for, whatever its rows are like."""
-    return rows.Variant(
+    return variants.Variant(
         call.operation,
         _format(call.x),
         second=format_of(call.second),
@@ -313,7 +313,7 @@ def _variant(call: contract.Fold, gpu: launch.Gpu) -> rows.Variant:
 
 @lru_cache(1024)
 def _team_kernel(
-    variant: rows.Variant, plan: geometry.Team, aligned: bool, classes: int
+    variant: variants.Variant, plan: geometry.Team, aligned: bool, classes: int
 ) -> tuple[Kernel, int]:
     """The kernel for rows in teams, and bytes of shared memory."""
     kernel = folds.kernel(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, maths, warps
+from fastll.backend.cuda import calls, folds, maths, variants, warps
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import (
@@ -126,9 +126,9 @@ def _all(steps):
     return both
 
 
-def _evaluator(f, row, count):
+def _evaluator(f, real, row, count):
     """Function (call, held, i) of (value, e, slope), as `Element.log1p` says, for any formula."""
-    formula, take, zero = getattr(f, row.formula.__name__), _TAKE[count], f.constant.zero
+    formula, take, zero = getattr(f, row.formula.__name__), _TAKE[count], real(0)
     if row.log1p:
         return device(lambda call, held, i: formula(*(take(held, i) + call.parameters)))
     if row.slope:
@@ -152,12 +152,13 @@ def kernel(variant):
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
     real, lanes = compute_type(x.format), lanes_of(x.format) if x.vectors else 4
     f = maths.of(real, approximate=size_of(x.format) == 2, modern=variant.modern)
-    zero, log1p, log1p_sum = f.constant.zero, f.log1p, f.log1p_sum
-    post, collect = warps.of(real).post, warps.of(real).collect
+    zero, log1p, log1p_sum = real(0), f.log1p, f.log1p_sum
+    group = folds.bound(variants.names(variants.Variant("logsumexp", x.format)), warps)
+    post, collect = group.post, group.collect
     weighted, valued, summed = variant.weight is not None, variant.value is not None, variant.partial
     together = row.log1p and summed and not valued and not weighted
     log1p_left = row.log1p and not together
-    evaluate, write_sum = _evaluator(f, row, count), writer(value_format(real))
+    evaluate, write_sum = _evaluator(f, real, row, count), writer(value_format(real))
     loads = [
         _loader(operand, lanes, real, k * HELD, device(lambda call, k=k: call.inputs[k]))
         for k, operand in enumerate(variant.inputs)

@@ -1,4 +1,4 @@
-"""The formulas on a GPU, one number at a time, and what only its reductions need.
+"""The formulas on a GPU, one number at a time, and what only its reductions need, as further texts.
 
 For half-precision input, `exponential` is the machine's own approximation of 2**x, right to 2 ulp of
 float32: that input has 8 or 11 bits, and its results no more.
@@ -8,28 +8,30 @@ float32: that input has 8 or 11 bits, and its results no more.
 
 from __future__ import annotations
 
-import functools
 import math
+import sys
+from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from fastll import formulas
+from fastll.backend.cuda import primitives
 from fastll.backend.cuda.compiler import device
 from fastll.backend.cuda.primitives import (
     approximate_exp2,
     exponent,
     exponent_bits,
     fma,
-    horner,
     larger_or_nan,
     power_of_two,
-    where_eq,
-    where_ge,
     where_gt,
 )
-from fastll.formulas import constants
+from fastll.formulas import bind, texts
+from fastll.formulas.constants import LIMIT, SHIFT
+from fastll.formulas.constants import of as constants_of
+from fastll.formulas.maths import exponential, series, split
+from fastll.formulas.vocabulary import constants
 
 
 class Sum(NamedTuple):
@@ -49,32 +51,120 @@ class Reference(NamedTuple):
     lead: float  # `exponential` of the maximum; 1 where that is infinite
 
 
-@functools.cache
-def of(real, approximate=False, modern=False):
-    """The formulas for numbers of the type `real`, and the functions of `_reductions` and `_sums`.
+class Bounds(NamedTuple):
+    """Further constants of a type."""
+
+    limit: float  # of maxima that have an exponent
+    largest: float
+    whole: float  # what a sum with it is rounded to is whole
+    shifted: float  # 2**SHIFT
+
+
+def bounds(x):
+    """The `Bounds` in the type of x."""
+
+
+def reference(m):
+    """The `Reference` of a maximum. An enormous or infinite one has no exponent, but an offset."""
+    c, b = constants(m), bounds(m)
+    n, offset = c.zero, c.zero
+    if abs(m) < b.limit:
+        n = fma(m, c.log2e, b.whole) - b.whole
+    elif abs(m) <= b.largest:
+        offset = m
+    elif m > c.zero:
+        offset = b.largest
+    floor, magic = fma(n, c.ln2, c.scaled_floor), c.scaled_magic - n
+    lead = exponential(m - offset, floor, magic) if abs(m) <= b.largest else c.one
+    return Reference(m, offset, floor, magic, lead)
+
+
+def relative(x, ref):
+    """The `exponential` of an element."""
+    return exponential(x - ref.offset, ref.floor, ref.magic)
+
+
+def exp_minus_scaled(x, m):
+    """exp(x - m) 2**SHIFT, x <= m, right to an ulp also where x - m is not a number of the type.
+
+    The rounding error of the difference, found as in Knuth's two-sum, corrects the exponential:
+    otherwise a difference of d would cost d roundoffs.
+    """
+    c = constants(x)
+    if x == m:
+        return bounds(x).shifted
+    d = x - m
+    if not d > -c.infinity:
+        return d - d if d != d else c.zero
+    back = d - x
+    error = (x - (d - back)) - (m + back)
+    q, s = split(d, c.scaled_floor, c.scaled_magic)
+    e = fma(q, s, s)
+    return fma(e, error, e)
+
+
+def add(a, b):
+    """The sum of two `Sum`, the same in either order: Knuth."""
+    c = constants(a.high)
+    s = a.high + b.high
+    back = s - a.high
+    error = (a.high - (s - back)) + (b.high - back)
+    if not abs(s) < c.infinity:  # the error of an infinity is NaN
+        error = c.zero
+    return Sum(s, (a.low + b.low) + error)
+
+
+def plus(a, number):
+    """The sum of a `Sum` and a number."""
+    return add(a, Sum(number, constants(number).zero))
+
+
+def log1p_sum(r):
+    """log(1 + r) of a `Sum`, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
+
+    What rounding takes from s is known, by Knuth's two-sum, and comes back in f.
+    """
+    c = constants(r.high)
+    s = r.high + c.one
+    if not (s > c.zero and s < c.infinity):
+        return -c.infinity if s == c.zero else s
+    back = s - c.one
+    error = ((r.high - back) + (c.one - (s - back))) + r.low
+    n = exponent(s)
+    down = power_of_two(-n)
+    fraction = series(fma(error, down, fma(s, down, -c.one)))
+    return fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
+
+
+_TEXTS = texts(sys.modules[__name__])
+_OPERATIONS = ("fma", "where_eq", "where_gt", "where_ge", "horner", "exponent_bits", "exponent")
+
+
+@cache
+def of(real, approximate=False, modern=False) -> SimpleNamespace:
+    """The formulas, and the texts above, for numbers of the type `real`.
 
     `approximate`: for half-precision input; `modern`: for compute capability 8 or more.
     """
-    c = constants.of(np.dtype(real).name)
-    operations = {
+    c, single = constants_of(np.dtype(real).name), real is np.float32
+    b = Bounds(
+        real(LIMIT), np.finfo(real).max, real(1.5 * 2 ** (23 if single else 52)), real(2.0**SHIFT)
+    )
+    names = {name: getattr(primitives, name) for name in _OPERATIONS} | {
         "constants": device(lambda x: c),
-        "fma": fma,
+        "bounds": device(lambda x: b),
         "maximum": device(lambda a, b: where_gt(a, b, a, b)),
         "absolute": device(lambda a: abs(a)),
-        "where_eq": where_eq,
-        "where_gt": where_gt,
-        "where_ge": where_ge,
-        "horner": horner,
-        "exponent_bits": exponent_bits,
-        "exponent": exponent,
         "downscale": device(lambda x: power_of_two(-exponent(x))),
+        "power_of_two": power_of_two,
+        "Sum": Sum,
+        "Reference": Reference,
     }
-    if modern and real is np.float32:
-        operations["maximum"] = larger_or_nan
+    if modern and single:
+        names["maximum"] = larger_or_nan
     if approximate:
-        operations["exponential"] = _approximation(c, operations["maximum"])
-    f = formulas.bind(operations, device)
-    return SimpleNamespace(constant=c, **vars(f), **_references(f, c, real), **_sums(f, c))
+        names["exponential"] = _approximation(c, names["maximum"])
+    return bind(names, device, [*texts(), *_TEXTS])
 
 
 def _approximation(c, maximum):
@@ -89,92 +179,3 @@ def _approximation(c, maximum):
         return approximate_exp2(f) * exponent_bits(z)
 
     return exponential
-
-
-def _references(f, c, real):
-    """Exponentials relative to a maximum."""
-    exponential, split = f.exponential, f.split
-    limit, largest = real(constants.LIMIT), np.finfo(real).max
-    whole = real(1.5 * 2 ** (23 if real is np.float32 else 52))  # what a sum with it rounds to
-    zero, one, infinity, unshift = c.zero, c.one, c.infinity, c.unshift
-    floor_0, magic_0, log2e, ln2 = c.scaled_floor, c.scaled_magic, c.log2e, c.ln2
-    shifted = real(2.0**constants.SHIFT)
-
-    @device
-    def reference(m):
-        """The `Reference` of a maximum. An enormous or infinite one has no exponent, but an offset."""
-        n, offset = zero, zero
-        if abs(m) < limit:
-            n = fma(m, log2e, whole) - whole
-        elif abs(m) <= largest:
-            offset = m
-        elif m > zero:
-            offset = largest
-        floor, magic = fma(n, ln2, floor_0), magic_0 - n
-        lead = exponential(m - offset, floor, magic) if abs(m) <= largest else one
-        return Reference(m, offset, floor, magic, lead)
-
-    @device
-    def relative(x, ref):
-        """The `exponential` of an element."""
-        return exponential(x - ref.offset, ref.floor, ref.magic)
-
-    @device
-    def exp_minus_scaled(x, m):
-        """exp(x - m) 2**SHIFT, x <= m, right to an ulp also where x - m is not a number of the type.
-
-        The rounding error of the difference, found as in Knuth's two-sum, corrects the exponential:
-        otherwise a difference of d would cost d roundoffs.
-        """
-        if x == m:
-            return shifted
-        d = x - m
-        if not d > -infinity:
-            return d - d if d != d else zero
-        back = d - x
-        error = (x - (d - back)) - (m + back)
-        q, s = split(d, floor_0, magic_0)
-        e = fma(q, s, s)
-        return fma(e, error, e)
-
-    @device
-    def exp_minus(x, m):
-        """exp(x - m), x <= m."""
-        return exp_minus_scaled(x, m) * unshift
-
-    functions = reference, relative, exp_minus_scaled, exp_minus
-    return {function.__name__: function for function in functions}
-
-
-def _sums(f, c):
-    """Sums in two parts."""
-    series, zero, one, infinity = f.series, c.zero, c.one, c.infinity
-    ln2_high, ln2_low = c.ln2_high, c.ln2_low
-
-    @device
-    def add(a, b):
-        """The sum of two `Sum`, the same in either order: Knuth."""
-        s = a.high + b.high
-        back = s - a.high
-        error = (a.high - (s - back)) + (b.high - back)
-        if not abs(s) < infinity:  # the error of an infinity is NaN
-            error = zero
-        return Sum(s, (a.low + b.low) + error)
-
-    @device
-    def log1p_sum(r):
-        """log(1 + r) of a `Sum`, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
-
-        What rounding takes from s is known, by Knuth's two-sum, and comes back in f.
-        """
-        s = r.high + one
-        if not (s > zero and s < infinity):
-            return -infinity if s == zero else s
-        back = s - one
-        error = ((r.high - back) + (one - (s - back))) + r.low
-        n = exponent(s)
-        down = power_of_two(-n)
-        fraction = series(fma(error, down, fma(s, down, -one)))
-        return fma(n, ln2_high, fma(n, ln2_low, fraction))
-
-    return {"add": add, "log1p_sum": log1p_sum}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from fastll.backend.cuda.compiler import cuda, intrinsic, types
+from fastll.backend.cuda.compiler import cuda, device, intrinsic, types
 
 WARP = 32
 #: Bytes of the widest access.
@@ -394,6 +394,7 @@ def read_peer(typing_context, array, index, rank):
     return array.dtype(array, index, rank), codegen
 
 
+@device
 def shuffle(value, mask):
-    """Of a device function: the number that the lane with number `lane ^ mask` has."""
+    """The number that the lane with number `lane ^ mask` has."""
     return cuda.shfl_xor_sync(0xFFFFFFFF, value, mask)

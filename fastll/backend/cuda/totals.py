@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, rows, warps
+from fastll.backend.cuda import calls, folds, warps
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
-from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import integer_reader, reader, size_of, writer
 
 THREADS = 1024
@@ -25,9 +24,8 @@ WEIGHT_WORDS = 3
 SHARED = 2 * 8 * warps.WARPS
 
 _read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
-_group, _states = warps.of(np.float64), rows.states(np.float64, False)
-_post, _collect, _maximum = _group.post, _group.collect, _group.maximum
-_merged, _identity = _states.merged, _states.identity
+_post, _collect = folds.doubles().post, folds.doubles().collect
+_maximum, _joined = folds.doubles().maximum_of_team, folds.doubles().joined
 
 
 @device
@@ -133,19 +131,17 @@ def merge(variant):
 
     @device
     def read_state(address):
-        nothing = Sum(0.0, 0.0)
-        below = Sum(_read(address + 8), 0.0)
-        return rows.State(_read(address), below, _read(address + 16), nothing, nothing)
+        return _read(address), _read(address + 8), _read(address + 16)
 
     def run(call):
         row = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if row >= call.rows:
             return
-        at, state = call.state + row * 24, _identity()
+        at, m, below, at_maximum = call.state + row * 24, -np.inf, 0.0, 0.0
         if call.other != 0:
-            state = _merged(read_state(at), read_state(call.other + row * 24))
-        _write(at, state.maximum)
-        _write(at + 8, state.below.high + state.below.low)
-        _write(at + 16, state.at_maximum)
+            m, below, at_maximum = _joined(read_state(at), read_state(call.other + row * 24))
+        _write(at, m)
+        _write(at + 8, below)
+        _write(at + 16, at_maximum)
 
     return Kernel(run, calls.Merge, np.float64)
