@@ -3,7 +3,9 @@
 import re
 import shutil
 import subprocess
+from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +14,12 @@ import pytest
 from table import assert_close
 
 import fastll
+from fastll import formulas
+from fastll.api import losses, reductions
+from fastll.contract import Fold, Map, Options
+from fastll.formulas.maths import log
+from fastll.formulas.rows import product
+from fastll.formulas.vocabulary import constants, fma, where_gt
 
 pytest.importorskip("numba_cuda")
 device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
@@ -334,3 +342,153 @@ def test_without_a_gpu(monkeypatch):
     assert "GPU" in status.reason
     with pytest.raises(RuntimeError, match=r"'cuda' was asked for but is not available: .*GPU"):
         fastll.warmup(backend="cuda")
+
+
+def trial_value(x, t, w, a, b):
+    """An element-wise formula of three inputs and two parameters."""
+    return fma(x, t, a) * b + w, where_gt(x, t, a, b) * x
+
+
+def trial_terms(p):
+    return constants(p).zero - product(p, log(p))
+
+
+def trial_pairs(p, q):
+    return product(p, log(p) - log(q))
+
+
+@pytest.fixture
+def trial(monkeypatch, gpu):
+    """Rows of the tables of formulas that nobody else knows, and a backend for them."""
+    maths = import_module("fastll.backend.cuda.maths")
+    added = {
+        "trial_value": (
+            formulas.ELEMENTS,
+            formulas.elements,
+            formulas.Element(trial_value, 3, 2, True),
+        ),
+        "trial_terms": (formulas.TERMS, formulas.rows, formulas.Terms(trial_terms)),
+        "trial_pairs": (formulas.TERMS, formulas.rows, formulas.Terms(trial_pairs, 2)),
+    }
+    for name, (table, module, row) in added.items():
+        monkeypatch.setattr(row.formula, "__module__", module.__name__)
+        monkeypatch.setattr(module, name, row.formula, raising=False)
+        monkeypatch.setitem(table, name, row)
+    monkeypatch.setattr(maths, "of", cache(maths.of.__wrapped__))
+    return SimpleNamespace(
+        gpu=gpu,
+        backend=cuda.Backend(gpu, 7, None),
+        there=lambda x: gpu.view(gpu.to_device(x), "x"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16], ids=str)
+def test_a_new_element_wise_row(trial, rng, dtype):
+    """Values, sums, slopes and a weight, in vectors and one by one."""
+    for lay_out in (np.ascontiguousarray, lambda x: np.repeat(x, 2, axis=1)[:, ::2]):
+        x, t, w, weight = (lay_out(rng.standard_normal((2, 9001)).astype(dtype)) for _ in range(4))
+        value, slope = np.empty(x.shape, "f4" if dtype != np.float64 else "f8"), np.empty_like(x)
+        partial = np.empty((2, -(-x.shape[1] // cuda.Backend.unit)), value.dtype)
+        there = [trial.there(a) for a in (x, t, w, weight, value, slope, partial)]
+        call = Map(
+            "trial_value",
+            tuple(there[:3]),
+            weight=there[3],
+            value=there[4],
+            slope=there[5],
+            partial=there[6],
+            parameters=(0.5, 3.0),
+            scale=2.0,
+        )
+        trial.backend.run(trial.backend.map(call), partial.size, x.size)
+        value, slope, partial = (trial.gpu.contents(a.owner) for a in there[4:])
+        x, t, w, weight = (a.astype(float) for a in (x, t, w, weight))
+        expected = ((x * t + 0.5) * 3 + w) * weight
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-5} if dtype != np.float64 else {"rtol": 1e-13, "atol": 1e-13}
+        )
+        np.testing.assert_allclose(value, expected, **tolerance)
+        sums = [
+            row[i : i + cuda.Backend.unit].sum() for row in expected for i in (0, cuda.Backend.unit)
+        ]
+        np.testing.assert_allclose(partial.reshape(-1), sums, rtol=1e-3)
+        expected = 2 * np.where(x > t, 0.5, 3) * x * weight
+        np.testing.assert_allclose(
+            slope.astype(float), expected, rtol=1e-2 if dtype == BFLOAT16 else tolerance["rtol"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "plan"),
+    [
+        (np.float32, (3, 1000, 1), "team"),
+        (BFLOAT16, (2, 1001, 1), "team"),
+        (np.float32, (2, 17000, 1), "cluster"),
+        (np.float64, (40, 7, 1), "thread"),
+        (np.float32, (3, 300, 5), "threads"),
+    ],
+    ids=str,
+)
+def test_a_new_sum_of_terms(trial, rng, dtype, shape, plan):
+    """One input or two, in teams, in clusters, by threads alone; a 0 is no NaN."""
+    p, q = (rng.random(shape).astype(dtype) for _ in range(2))
+    p[:, ::7] = 0
+    exact_p, exact_q = p.astype(float), q.astype(float)
+    with np.errstate(all="ignore"):
+        log_p = np.where(exact_p > 0, np.log(exact_p), 0)
+        entropies = -(exact_p * log_p).sum(axis=1)
+        divergences = (exact_p * (log_p - np.log(exact_q))).sum(axis=1)
+    for name, second, expected in (
+        ("trial_terms", None, entropies),
+        ("trial_pairs", trial.there(q), divergences),
+    ):
+        value = trial.there(np.empty(expected.shape, "f8" if dtype == np.float64 else "f4"))
+        call = Fold(name, trial.there(p), second=second, value=value, options=Options(scale=0.5))
+        trial.backend.run(trial.backend.fold(call), value.size, p.size)
+        tolerance = 1e-13 if dtype == np.float64 else 2e-6
+        np.testing.assert_allclose(
+            trial.gpu.contents(value.owner), 0.5 * expected, rtol=tolerance, atol=tolerance
+        )
+        kernel = trial.gpu.launches[-1].kernel
+        assert ("vectors=0" in kernel.key) == plan.startswith("thread")
+        assert (kernel.cluster > 1) == (plan == "cluster")
+
+
+def test_elements_equal_those_of_the_cpu(gpu, rng):
+    """To the bit: the formulas are the same, and nothing is fused that they do not fuse."""
+    tiny = np.finfo(np.float32).smallest_subnormal
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, tiny, -tiny, 1e-40, -1e-40, 3e38, -3e38]
+    edges = np.concatenate([np.linspace(-120, 120, 481), special])
+    x = np.concatenate([edges, 6 * rng.standard_normal(2000), rng.uniform(-110, 110, 800)])
+    x = x.astype(np.float32)
+    t = rng.choice([0, 1, 0.5, 0.1, 0.9, 1e-30], x.size).astype(np.float32)
+
+    pos_weight = np.linspace(0.1, 3, x.size).astype(np.float32)
+    finite = x[np.isfinite(x)][:, None]
+    labels = np.zeros(len(finite), int)
+
+    def results(sigmoid, log_sigmoid, bce, cross_entropy):
+        options = {"reduction": "none", "return_grad": True}
+        _, *capped = cross_entropy(
+            finite, labels, softcap=30.0, z_loss=0.25, return_lse=True, **options
+        )
+        weighted = bce(x, t, pos_weight=pos_weight, **options)
+        return [sigmoid(x), log_sigmoid(x), *bce(x, t, **options), *weighted, *capped]
+
+    found = results(
+        fastll.sigmoid,
+        fastll.log_sigmoid,
+        fastll.binary_cross_entropy_with_logits,
+        fastll.cross_entropy,
+    )
+    with fastll.use_backend("numba"):
+        expected = results(
+            reductions.sigmoid,
+            reductions.log_sigmoid,
+            losses.binary_cross_entropy_with_logits,
+            losses.cross_entropy,
+        )
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == wanted.dtype == np.float32
+        actual, wanted = (np.where(np.isnan(a), np.nan, a).reshape(-1) for a in (actual, wanted))
+        np.testing.assert_array_equal(actual.view(np.uint32), wanted.view(np.uint32))
