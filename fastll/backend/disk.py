@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -73,7 +73,7 @@ def _prune(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def version(sources: Iterable[Path], packages: Mapping[str, str]) -> str | None:
+def version(sources: Collection[Path], packages: object) -> str | None:
     """A name for these source files and the packages they are compiled by; None: no cache."""
     if os.environ.get("FASTLL_CACHE") == "0" or not sources:
         return None
