@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastll import contract
-from fastll.backend.cuda import calls, folds, geometry, launch, maps, rows, teams, totals, variants
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals, variants
 from fastll.backend.cuda.calls import Array, address, format_of, full, line, row
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
@@ -146,7 +146,7 @@ class Backend:
             per_block = threads = geometry.staged_rows(classes, real_size)
             shared = threads * (classes | 1) * real_size
         elif lanes > 1:
-            shared = rows.PARTS * threads * real_size
+            shared = states.PARTS * threads * real_size
         across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
         told = _fold(call, 0, 0, lanes, across)
         return self._bound(kernel, -(-outer * inner // per_block), threads, told, shared)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, folds, maths, variants, warps
+from fastll.backend.cuda import calls, variants, warps
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import (
@@ -151,10 +151,8 @@ def kernel(variant):
     """
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
     real, lanes = compute_type(x.format), lanes_of(x.format) if x.vectors else 4
-    f = maths.of(real, approximate=size_of(x.format) == 2, modern=variant.modern)
-    zero, log1p, log1p_sum = real(0), f.log1p, f.log1p_sum
-    group = folds.bound(variants.names(variants.Variant("logsumexp", x.format)), warps)
-    post, collect = group.post, group.collect
+    f = variants.shared(real, size_of(x.format) == 2, variant.modern)
+    zero, log1p, log1p_sum, post, collect = real(0), f.log1p, f.log1p_sum, f.post, f.collect
     weighted, valued, summed = variant.weight is not None, variant.value is not None, variant.partial
     together = row.log1p and summed and not valued and not weighted
     log1p_left = row.log1p and not together

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, folds, warps
+from fastll.backend.cuda import calls, variants, warps
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.primitives import integer_reader, reader, size_of, writer
 
@@ -24,8 +24,9 @@ WEIGHT_WORDS = 3
 SHARED = 2 * 8 * warps.WARPS
 
 _read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
-_post, _collect = folds.doubles().post, folds.doubles().collect
-_maximum, _joined = folds.doubles().maximum_of_team, folds.doubles().joined
+_shared = variants.shared(np.float64)
+_post, _collect, _maximum = _shared.post, _shared.collect, _shared.maximum_of_team
+_joined = _shared.joined
 
 
 @device

@@ -1,19 +1,20 @@
 """What the kernels of folds are made for, and the names that their texts are bound to.
 
-The phases of a fold are plain functions of the modules `warps`, `rows`, `teams`, `threads`, `terms`.
-Their texts are bound to the names of one variant, as formulas are to the operations of one target. So
-they share one namespace: formulas, the texts of `maths`, and what `names` has.
+The phases of a fold are plain functions, and so is what they call, in `maths`, `warps`, `states`,
+`rows`, `teams`, `threads` and `terms`. Their texts are bound to the names of one variant, as formulas
+are to the operations of one target: all of them, the formulas and what `names` has share one namespace.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import maths
+from fastll.backend.cuda import maths, states, warps
 from fastll.backend.cuda.compiler import device
 from fastll.backend.cuda.primitives import (
     compute_type,
@@ -26,7 +27,7 @@ from fastll.backend.cuda.primitives import (
     vector_writer,
     writer,
 )
-from fastll.formulas import TERMS, constants
+from fastll.formulas import TERMS, bind, constants, texts
 
 
 class Variant(NamedTuple):
@@ -51,28 +52,44 @@ class Variant(NamedTuple):
     aligned: bool = False  # whether every row begins and ends with a vector
 
 
+def bound(names, *modules):
+    """The texts of modules bound to names. Of two texts of one name, the later module's is taken; what
+    else the modules have goes by the earlier ones."""
+    found = {text.__name__: text for module in modules for text in texts(module)}
+    known = {name: value for module in reversed(modules) for name, value in vars(module).items()}
+    known = {name: value for name, value in (known | names).items() if name not in found}
+    return bind(known, device, list(found.values()))
+
+
+@cache
+def shared(real, approximate=False, modern=False, targets=False, clustered=False):
+    """What many variants share: formulas, and the texts of `maths`, `warps` and `states`."""
+    names = {"c": constants.of(np.dtype(real).name), "targets": targets, "clustered": clustered}
+    return bound(vars(maths.of(real, approximate, modern)) | names, warps, states)
+
+
 def names(v):
     """The names of a variant."""
     x, out = v.x, v.out or v.x
     terms, weighted = v.operation in TERMS, v.operation == "logsumexp" and v.second is not None
     entropy = v.operation == "cross_entropy"
     dense, sparse = entropy and v.second is not None, entropy and v.labels is not None
+    # `targets`: a cross-entropy with a target that is more than a point
     targets, logs = dense or v.smoothed, v.operation == "log_softmax"
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(x)
-    f, value = maths.of(real, size_of(x) == 2 and not weighted, v.modern), value_format(compute_type(x))
+    f = shared(real, size_of(x) == 2 and not weighted, v.modern, targets, v.cluster > 1)
+    value = value_format(compute_type(x))
     # the slope of the cap needs the elements themselves once more
     held = v.out is not None and not v.capped and not v.chunked
     floating = x if v.vectors or v.staged else "float32"
     return vars(f) | {
         "real": real,  # the type that is computed in
-        "c": constants.of(np.dtype(real).name),
         "paired": v.second is not None,  # whether there is a second full operand
         "weighted": weighted,  # a log-sum-exp of weighted elements
         "entropy": entropy,  # a cross-entropy
         "dense": dense,
         "sparse": sparse,
-        "targets": targets,  # a cross-entropy with a target that is more than a point
         "logs": logs,  # a log-softmax
         # a log-sum-exp that is finished in float64: weighted, or of a running state
         "exact": v.operation == "logsumexp" and (weighted or v.state or v.signed),
@@ -89,7 +106,6 @@ def names(v):
         "held": held,  # exponentials stay in registers until they are written
         "aligned": v.aligned,
         "chunked": v.chunked,
-        "clustered": v.cluster > 1,
         # what is held is relative to the maximum of one thread block of a cluster
         "apart": v.cluster > 1 and held and not logs,
         "cluster": v.cluster,
@@ -108,6 +124,7 @@ def names(v):
         "write_value": writer(value, real),
         "write_double": writer(value, np.float64),  # the same of a double
         "write_state": writer("float64"),
+        "joined": shared(np.float64).joined,
         "fetch_x": vector_reader(floating, -np.inf if v.vectors else 0.0),
         "fetch_second": vector_reader(floating, 0.0),
         "deliver": vector_writer(floating, v.modern),
