@@ -26,11 +26,12 @@ from fastll.backend.cuda.primitives import VECTOR, cluster_barrier, cluster_rank
 from fastll.backend.cuda.rows import *
 from fastll.backend.cuda.warps import *
 
-#: Places in shared memory: what the warps and then the teams have found, and what became of it.
-TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (WARPS * i for i in range(6))
+#: Places in shared memory: what the warps and then the teams have found, and what became of it. (Each
+#: Python integer would make further versions of the functions that take it.)
+TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(WARPS * i) for i in range(6))
 FINISHED = RESULTS + 2 * WARPS
 #: Numbers before those by which lanes are exchanged.
-SCRATCH = FINISHED + 4 * WARPS
+SCRATCH = int(FINISHED) + 4 * WARPS
 
 
 class Place(NamedTuple):
@@ -39,6 +40,7 @@ class Place(NamedTuple):
     row: int  # of the thread's team
     first: int  # class of the thread block, and the end of its classes
     last: int
+    ragged: bool  # whether rows are no multiple of a vector
     shift: int  # elements from the vector in memory that the row begins in to its beginning
     rank: int  # of the thread block in its cluster
     member: int  # the team whose row the thread finishes
@@ -52,6 +54,7 @@ class Part(NamedTuple):
     begin: int
     length: int
     shift: int
+    ragged: bool
 
 
 def locate(call, memory):
@@ -61,19 +64,15 @@ def locate(call, memory):
     if clustered:
         rank, group = cluster_rank(), group // cluster
     row, shift = group * teams + cuda.threadIdx.y, np.int32(0)
-    if ragged(call):
+    ragged = not aligned and (call.classes & (lanes - 1)) != 0
+    if ragged:
         shift = np.int32((start_of(call.x, row) & (VECTOR - 1)) // size)
     first = rank * call.segment
     last = min(call.classes, first + call.segment) if row < call.rows else first
     member = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     own_row = group * teams + member
     finisher = member < teams and own_row < call.rows
-    return Place(row, first, last, shift, rank, member, own_row, finisher)
-
-
-def ragged(call):
-    """Whether rows are no multiple of a vector."""
-    return not aligned and (call.classes & (lanes - 1)) != 0
+    return Place(row, first, last, ragged, shift, rank, member, own_row, finisher)
 
 
 def start_of(operand, row):
@@ -88,6 +87,11 @@ def find_label(call, place, memory):
             return label_of(call, y, kept, read_x(start_of(call.x, place.own_row) + y * size))
         return no_label(kept)
     return no_label(True)
+
+
+def part_of(call, place, begin):
+    length = np.int32(min(call.capacity, place.last - begin))
+    return Part(begin, length, place.shift, place.ragged)
 
 
 # load
@@ -166,7 +170,7 @@ def fold(call, place, values, second, memory):
     lane = cuda.local.array(lanes, real)
     state, ref, begin = identity(), reference(-c.infinity), np.int64(place.first)
     while True:
-        part = Part(begin, np.int32(min(call.capacity, place.last - begin)), place.shift)
+        part = part_of(call, place, begin)
         load(values, start_of(call.x, place.row), part)
         ref = fold_part(call, place, part, values, second, lane, memory)
         cuda.syncthreads()
@@ -191,27 +195,27 @@ def fold_part(call, place, part, values, u, lane, memory):
     ref = reference(maximum_of_team(top, memory, TOPS))
     if targets:
         find_targets(call, place, part, u)
-        post_targets(call, part, values, u, ref.maximum, lane, memory)
-    post_exponentials(call, part, values, ref, lane, memory)
+        post_targets(part, values, u, ref.maximum, lane, memory)
+    post_exponentials(part, values, ref, lane, memory)
     if cuda.blockDim.y > 1 and cuda.threadIdx.x == 0:
         memory[np.uint32(RESULTS + cuda.threadIdx.y)] = ref.maximum
         memory[np.uint32(RESULTS + WARPS + cuda.threadIdx.y)] = ref.lead
     return ref
 
 
-def post_targets(call, part, values, u, top, lane, memory):
+def post_targets(part, values, u, top, lane, memory):
     base = finite(top)
     clear(lane)
     for i in range(count):
         lane[i % lanes] += distance(values[i], u[i], base)
-    post_lanes(lane, call, part.shift, memory, DISTANCES)
+    post_lanes(lane, part, memory, DISTANCES)
     clear(lane)
     for i in range(count):
         lane[i % lanes] += u[i]
-    post_lanes(lane, call, part.shift, memory, MASSES)
+    post_lanes(lane, part, memory, MASSES)
 
 
-def post_exponentials(call, part, values, ref, lane, memory):
+def post_exponentials(part, values, ref, lane, memory):
     equal, level = c.zero, ref.maximum
     if ref.offset != c.zero:
         level = ref.maximum - ref.offset
@@ -228,7 +232,7 @@ def post_exponentials(call, part, values, ref, lane, memory):
             lane[i % lanes] += e
         if held and not logs:
             values[i] = e
-    post_lanes(lane, call, part.shift, memory, SUMS)
+    post_lanes(lane, part, memory, SUMS)
     post(equal, memory, EQUALS)
 
 
@@ -237,10 +241,10 @@ def clear(lane):
         lane[i] = c.zero
 
 
-def post_lanes(lane, call, shift, memory, at):
+def post_lanes(lane, part, memory, at):
     """Leave the sum of the team's lanes for `collect`."""
-    if ragged(call):
-        in_order(lane, shift, memory)
+    if part.ragged:
+        in_order(lane, part.shift, memory)
     value = lane[0]
     for i in range(1, lanes):
         value += lane[i]
@@ -281,12 +285,12 @@ def merge(call, place, state, memory):
     """The state of a whole row, for who finishes it."""
     if clustered:
         if place.finisher:
-            put(memory, RESULTS, 1, state)
+            put(memory, RESULTS, np.int64(1), state)
         cluster_barrier()
         if place.finisher:
-            state = take(memory, RESULTS, 1, np.int64(0))
+            state = take(memory, RESULTS, np.int64(1), np.int64(0))
             for peer in range(np.int64(1), np.int64(cluster)):
-                state = merged(state, take(memory, RESULTS, 1, peer))
+                state = merged(state, take(memory, RESULTS, np.int64(1), peer))
     return state
 
 
@@ -333,7 +337,7 @@ def write(call, place, label, row, ref, values, second, memory):
         ref = reference(row.maximum)
     scales = scales_of(row.factor, fall, ref.lead)
     while True:
-        part = Part(begin, np.int32(min(call.capacity, place.last - begin)), place.shift)
+        part = part_of(call, place, begin)
         if not held:
             load(values, start_of(call.x, place.row), part)
             if targets:

@@ -40,7 +40,7 @@ def fold_part(call, place, part, values, second, lane, memory):
         for i in range(lanes):
             found = term(values, second, q * lanes + i)
             lane[i] += found if 0 <= j + i < part.length else c.zero
-    post_lanes(lane, call, part.shift, memory, SUMS)
+    post_lanes(lane, part, memory, SUMS)
     return reference(-c.infinity)
 
 
