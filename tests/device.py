@@ -112,7 +112,6 @@ class Emulated(Library):
 
     def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
         module = compiled(kernel, self.capability, bound)
-        cluster = getattr(kernel, "cluster", 1)
         stats = module.launch(
             None,
             blocks,
@@ -120,7 +119,7 @@ class Emulated(Library):
             list(arguments),
             self.memory,
             shared=shared,
-            cluster=cluster,
+            cluster=kernel.cluster,
             **self.options,
         )
         self.launches.append(SimpleNamespace(kernel=kernel, stream=stream, stats=stats))

@@ -3,7 +3,9 @@
 import re
 import shutil
 import subprocess
+from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +14,27 @@ import pytest
 from table import assert_close
 
 import fastll
+from fastll import formulas
+from fastll.api import losses, reductions
+from fastll.contract import Fold, Map, Options
+from fastll.formulas.maths import log
+from fastll.formulas.rows import product
+from fastll.formulas.vocabulary import constants, fma, where_gt
 
 pytest.importorskip("numba_cuda")
 device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
-compiler, elementwise, geometry, launch, primitives, rows, strided = (
+compiler, folds, geometry, launch, maps, primitives, teams, variants = (
     import_module(f"fastll.backend.cuda.{name}")
-    for name in ("compiler", "elementwise", "geometry", "launch", "primitives", "rows", "strided")
+    for name in (
+        "compiler",
+        "folds",
+        "geometry",
+        "launch",
+        "maps",
+        "primitives",
+        "teams",
+        "variants",
+    )
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -31,50 +48,55 @@ def gpu(monkeypatch):
     return gpu
 
 
-def kernels():
-    """Kernels as they are launched, by name: (kernel, threads of a block)."""
-    over_rows = {"modern": True, "written": True}
+def launched():
+    """Kernels as they are launched, by name: (what each is made for, threads of a thread block)."""
+    entropy, single = "cross_entropy", {"modern": True, "aligned": True, "vectors": 8}
+    half = maps.Operand("bfloat16", vectors=True)
+    whole = maps.Operand("float32", vectors=True)
+    rows_of = variants.Variant
     return {
-        "softmax float32": (rows.kernel("float32", 8, "softmax", aligned=True, **over_rows), 768),
-        "softmax float32 of any length": (rows.kernel("float32", 8, "softmax", **over_rows), 768),
-        "logsumexp float32": (rows.kernel("float32", 8, "logsumexp", aligned=True), 768),
+        "softmax float32": (rows_of("softmax", "float32", out="float32", **single), 768),
+        "softmax float32 of any length": (
+            rows_of("softmax", "float32", out="float32", modern=True, vectors=8),
+            768,
+        ),
+        "logsumexp float32": (rows_of("logsumexp", "float32", aligned=True, vectors=8), 768),
         "labels float32 in a cluster": (
-            rows.kernel("float32", 8, "sparse", labels="int64", aligned=True, cluster=8, **over_rows),
+            rows_of(entropy, "float32", labels="int64", out="float32", cluster=8, **single),
             768,
         ),
         "labels bfloat16": (
-            rows.kernel("bfloat16", 4, "sparse", labels="int64", aligned=True, **over_rows),
+            rows_of(entropy, "bfloat16", labels="int64", out="bfloat16", **(single | {"vectors": 4})),
             768,
         ),
-        "dense float16": (rows.kernel("float16", 2, "dense", aligned=True, **over_rows), 768),
+        "dense float16": (
+            rows_of(entropy, "float16", second="float16", out="float16", **(single | {"vectors": 2})),
+            768,
+        ),
         "short rows": (
-            strided.kernel("float32", "cross_entropy", labels="int64", written="float32", staged=True),
+            rows_of(entropy, "float32", labels="int64", out="float32", staged=True),
             geometry.BLOCK,
         ),
-        "columns": (strided.kernel("float32", "softmax", written="float32"), geometry.BLOCK),
-        "sigmoid": (elementwise.sigmoid("float32", "float32", False, True), elementwise.THREADS),
+        "columns": (rows_of("softmax", "float32", out="float32"), geometry.BLOCK),
+        "sigmoid": (maps.Variant("sigmoid", (whole,), value=whole, modern=True), maps.THREADS),
         "binary cross-entropy": (
-            elementwise.binary_cross_entropy(
-                "bfloat16", "bfloat16", None, None, "bfloat16", True, True
-            ),
-            elementwise.THREADS,
+            maps.Variant("binary_cross_entropy", (half, half), partial=True, slope=half, modern=True),
+            maps.THREADS,
         ),
     }
 
 
-KERNELS = list(kernels())
+def kernel_of(variant):
+    return (folds if isinstance(variant, variants.Variant) else maps).kernel(variant)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", list(launched()))
 def test_ptx(name, capability):
     """Vectors of 16 bytes, no double in float32 kernels, and no memory of a thread's own."""
-    kernel, threads = kernels()[name]
-    if capability < (8, 0):  # the variant without the newer instructions
-        options = eval(kernel.key)
-        if options[0].endswith(".rows"):
-            kernel = rows.kernel(*options[2], **(dict(options[3]) | {"modern": False}))
-    if capability < (9, 0) and getattr(kernel, "cluster", 1) > 1:
+    variant, threads = launched()[name]
+    kernel = kernel_of(variant._replace(modern=variant.modern and capability >= (8, 0)))
+    if capability < (9, 0) and kernel.cluster > 1:
         pytest.skip("cards before capability 9 have no clusters")
     code, _ = compiler.ptx(kernel, capability, threads)
     assert f".target sm_{capability[0]}{capability[1]}" in code
@@ -195,7 +217,7 @@ def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
         assert_close(grad, expected[2], np.float32)
     kernel = gpu.launches[0].kernel
     assert kernel.cluster == cluster
-    assert "('chunked', True)" in kernel.key
+    assert "chunked=True" in kernel.key
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6)], ids=str)
@@ -262,10 +284,7 @@ def test_streaming(gpu, rng):
     first.update(x[:, :100]).update(x[:, 100:150])
     second.update(x[:, 150:])
     assert_close(first.merge(second).value, oracle.logsumexp(x, 1)[0], np.float32)
-    assert {launched.kernel.key.split("'")[1] for launched in gpu.launches} == {
-        "fastll.backend.cuda.strided",
-        "fastll.backend.cuda.totals",
-    }
+    assert {launched.kernel.key.split(".")[3] for launched in gpu.launches} == {"folds", "totals"}
     everything = fastll.logsumexp(x[:, ::-1], axis=(0, 1))
     assert_close(everything, oracle.logsumexp(x.reshape(-1), 0)[0], np.float32)
 
@@ -286,7 +305,7 @@ class TestGeometry:
             assert plan.capacity + slack <= plan.threads * plan.vectors * lanes
             assert plan.chunked == (plan.capacity < plan.segment)
             assert plan.segment % lanes == 0 or plan.cluster == 1
-            memory = rows.SCRATCH + plan.threads * plan.teams * lanes
+            memory = teams.SCRATCH + plan.threads * plan.teams * lanes
             assert memory * (8 if name == "float64" else 4) <= geometry.SHARED
 
     def test_what_stays_on_the_chip(self):
@@ -302,7 +321,8 @@ def test_machine_code_on_disk(monkeypatch, tmp_path):
     from numba.core import config
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    kernel, threads = kernels()["sigmoid"]
+    variant, threads = launched()["sigmoid"]
+    kernel = kernel_of(variant)
     first = compiler.machine_code(kernel, (9, 0), threads)
     assert first[0].startswith(b"\x7fELF")
     (entry,) = tmp_path.rglob("*.cubin")
@@ -322,3 +342,153 @@ def test_without_a_gpu(monkeypatch):
     assert "GPU" in status.reason
     with pytest.raises(RuntimeError, match=r"'cuda' was asked for but is not available: .*GPU"):
         fastll.warmup(backend="cuda")
+
+
+def trial_value(x, t, w, a, b):
+    """An element-wise formula of three inputs and two parameters."""
+    return fma(x, t, a) * b + w, where_gt(x, t, a, b) * x
+
+
+def trial_terms(p):
+    return constants(p).zero - product(p, log(p))
+
+
+def trial_pairs(p, q):
+    return product(p, log(p) - log(q))
+
+
+@pytest.fixture
+def trial(monkeypatch, gpu):
+    """Rows of the tables of formulas that nobody else knows, and a backend for them."""
+    maths = import_module("fastll.backend.cuda.maths")
+    added = {
+        "trial_value": (
+            formulas.ELEMENTS,
+            formulas.elements,
+            formulas.Element(trial_value, 3, 2, True),
+        ),
+        "trial_terms": (formulas.TERMS, formulas.rows, formulas.Terms(trial_terms)),
+        "trial_pairs": (formulas.TERMS, formulas.rows, formulas.Terms(trial_pairs, 2)),
+    }
+    for name, (table, module, row) in added.items():
+        monkeypatch.setattr(row.formula, "__module__", module.__name__)
+        monkeypatch.setattr(module, name, row.formula, raising=False)
+        monkeypatch.setitem(table, name, row)
+    monkeypatch.setattr(maths, "of", cache(maths.of.__wrapped__))
+    return SimpleNamespace(
+        gpu=gpu,
+        backend=cuda.Backend(gpu, 7, None),
+        there=lambda x: gpu.view(gpu.to_device(x), "x"),
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16], ids=str)
+def test_a_new_element_wise_row(trial, rng, dtype):
+    """Values, sums, slopes and a weight, in vectors and one by one."""
+    for lay_out in (np.ascontiguousarray, lambda x: np.repeat(x, 2, axis=1)[:, ::2]):
+        x, t, w, weight = (lay_out(rng.standard_normal((2, 9001)).astype(dtype)) for _ in range(4))
+        value, slope = np.empty(x.shape, "f4" if dtype != np.float64 else "f8"), np.empty_like(x)
+        partial = np.empty((2, -(-x.shape[1] // cuda.Backend.unit)), value.dtype)
+        there = [trial.there(a) for a in (x, t, w, weight, value, slope, partial)]
+        call = Map(
+            "trial_value",
+            tuple(there[:3]),
+            weight=there[3],
+            value=there[4],
+            slope=there[5],
+            partial=there[6],
+            parameters=(0.5, 3.0),
+            scale=2.0,
+        )
+        trial.backend.run(trial.backend.map(call), partial.size, x.size)
+        value, slope, partial = (trial.gpu.contents(a.owner) for a in there[4:])
+        x, t, w, weight = (a.astype(float) for a in (x, t, w, weight))
+        expected = ((x * t + 0.5) * 3 + w) * weight
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-5} if dtype != np.float64 else {"rtol": 1e-13, "atol": 1e-13}
+        )
+        np.testing.assert_allclose(value, expected, **tolerance)
+        sums = [
+            row[i : i + cuda.Backend.unit].sum() for row in expected for i in (0, cuda.Backend.unit)
+        ]
+        np.testing.assert_allclose(partial.reshape(-1), sums, rtol=1e-3)
+        expected = 2 * np.where(x > t, 0.5, 3) * x * weight
+        np.testing.assert_allclose(
+            slope.astype(float), expected, rtol=1e-2 if dtype == BFLOAT16 else tolerance["rtol"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "plan"),
+    [
+        (np.float32, (3, 1000, 1), "team"),
+        (BFLOAT16, (2, 1001, 1), "team"),
+        (np.float32, (2, 17000, 1), "cluster"),
+        (np.float64, (40, 7, 1), "thread"),
+        (np.float32, (3, 300, 5), "threads"),
+    ],
+    ids=str,
+)
+def test_a_new_sum_of_terms(trial, rng, dtype, shape, plan):
+    """One input or two, in teams, in clusters, by threads alone; a 0 is no NaN."""
+    p, q = (rng.random(shape).astype(dtype) for _ in range(2))
+    p[:, ::7] = 0
+    exact_p, exact_q = p.astype(float), q.astype(float)
+    with np.errstate(all="ignore"):
+        log_p = np.where(exact_p > 0, np.log(exact_p), 0)
+        entropies = -(exact_p * log_p).sum(axis=1)
+        divergences = (exact_p * (log_p - np.log(exact_q))).sum(axis=1)
+    for name, second, expected in (
+        ("trial_terms", None, entropies),
+        ("trial_pairs", trial.there(q), divergences),
+    ):
+        value = trial.there(np.empty(expected.shape, "f8" if dtype == np.float64 else "f4"))
+        call = Fold(name, trial.there(p), second=second, value=value, options=Options(scale=0.5))
+        trial.backend.run(trial.backend.fold(call), value.size, p.size)
+        tolerance = 1e-13 if dtype == np.float64 else 2e-6
+        np.testing.assert_allclose(
+            trial.gpu.contents(value.owner), 0.5 * expected, rtol=tolerance, atol=tolerance
+        )
+        kernel = trial.gpu.launches[-1].kernel
+        assert ("vectors=0" in kernel.key) == plan.startswith("thread")
+        assert (kernel.cluster > 1) == (plan == "cluster")
+
+
+def test_elements_equal_those_of_the_cpu(gpu, rng):
+    """To the bit: the formulas are the same, and nothing is fused that they do not fuse."""
+    tiny = np.finfo(np.float32).smallest_subnormal
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, tiny, -tiny, 1e-40, -1e-40, 3e38, -3e38]
+    edges = np.concatenate([np.linspace(-120, 120, 481), special])
+    x = np.concatenate([edges, 6 * rng.standard_normal(2000), rng.uniform(-110, 110, 800)])
+    x = x.astype(np.float32)
+    t = rng.choice([0, 1, 0.5, 0.1, 0.9, 1e-30], x.size).astype(np.float32)
+
+    pos_weight = np.linspace(0.1, 3, x.size).astype(np.float32)
+    finite = x[np.isfinite(x)][:, None]
+    labels = np.zeros(len(finite), int)
+
+    def results(sigmoid, log_sigmoid, bce, cross_entropy):
+        options = {"reduction": "none", "return_grad": True}
+        _, *capped = cross_entropy(
+            finite, labels, softcap=30.0, z_loss=0.25, return_lse=True, **options
+        )
+        weighted = bce(x, t, pos_weight=pos_weight, **options)
+        return [sigmoid(x), log_sigmoid(x), *bce(x, t, **options), *weighted, *capped]
+
+    found = results(
+        fastll.sigmoid,
+        fastll.log_sigmoid,
+        fastll.binary_cross_entropy_with_logits,
+        fastll.cross_entropy,
+    )
+    with fastll.use_backend("numba"):
+        expected = results(
+            reductions.sigmoid,
+            reductions.log_sigmoid,
+            losses.binary_cross_entropy_with_logits,
+            losses.cross_entropy,
+        )
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == wanted.dtype == np.float32
+        actual, wanted = (np.where(np.isnan(a), np.nan, a).reshape(-1) for a in (actual, wanted))
+        np.testing.assert_array_equal(actual.view(np.uint32), wanted.view(np.uint32))

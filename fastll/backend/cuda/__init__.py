@@ -3,27 +3,26 @@
 An operation's kernel is made for the formats and options it meets, when it first meets them.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
+from math import nan
+from typing import Any, cast
 
 import numpy as np
 
-from fastll import layout
-from fastll.backend.cuda import elementwise, geometry, launch, rows, strided, team, totals
-from fastll.backend.cuda.primitives import FLOATS, VECTOR, lanes_of, size_of
-from fastll.backend.cuda.state import PARTS
-from fastll.backend.shim import Old
-from fastll.contract import Options, bad_label
-from fastll.dtypes import FORMATS, kind_of
+from fastll import contract
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals, variants
+from fastll.backend.cuda.calls import Array, address, format_of, full, line, row
+from fastll.backend.cuda.compiler import Kernel
+from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
+from fastll.contract import bad_label
 
-#: Where there is no operand.
-_NO_STRIDES = (0, 0, 0)
+Empty = Callable[[tuple[int, ...], Any], Array]
 
 
-def bind(index, stream, empty):
+def bind(index: int, stream: int, empty: Empty) -> Backend:
     """The backend for a device and a stream; `empty` (shape, dtype) makes arrays there."""
     try:
         gpu = launch.gpu(index)
@@ -32,7 +31,7 @@ def bind(index, stream, empty):
     return Backend(gpu, stream, empty)
 
 
-def why_not():
+def why_not() -> str | None:
     """Why there is no GPU to use, in a line; None if there is one."""
     try:
         return None if launch.count() else "the NVIDIA driver sees no GPU"
@@ -41,399 +40,310 @@ def why_not():
         return f"there is no GPU, or no NVIDIA driver for it: install one ({reason})"
 
 
-class Backend(Old):
+class Backend:
     """See `fastll.contract.Backend`."""
 
     name = "cuda"
     partial_dtype = None  # that which is computed in
-    unit = elementwise.UNIT
+    unit = maps.UNIT
 
-    def __init__(self, gpu, stream, empty):
+    def __init__(self, gpu: launch.Gpu, stream: int, empty: Empty) -> None:
         self._gpu = gpu
         self._stream = stream
         self._empty = empty
 
-    def run(self, kernel, units, elements):
+    def run(self, kernel: contract.Kernel, units: int, elements: int) -> None:
         if units:
-            kernel(0, units)
+            kernel(0, units)  # does all of them at once
 
-    def _logsumexp(self, x, b, state, out, sign):
-        if b is None and state is None and sign is None:
-            return self._over_rows("logsumexp", x, value=out)
-        return self._over_strides("logsumexp", x, t=b, state=state, value=out, other=sign)
+    def map(self, call: contract.Map) -> contract.Kernel:
+        x, modern = call.inputs[0], self._gpu.capability >= (8, 0)
+        vectors = _in_vectors(x, x)
 
-    def _softmax(self, x, state, out, log):
-        operation = "log_softmax" if log else "softmax"
-        if state is None:
-            return self._over_rows(operation, x, out=out)
-        return self._over_strides(operation, x, state=state, out=out)
+        def operand(a: Array | None) -> maps.Operand | None:
+            return None if a is None else maps.Operand(_format(a), vectors and _in_vectors(a, x))
 
-    def _cross_entropy(self, x, target, labels, weight, options, loss, lse, grad):
-        return self._over_rows(
-            "cross_entropy",
-            x,
-            out=grad,
-            t=target,
-            labels=labels,
-            weight=weight,
-            options=options,
-            value=loss,
-            other=lse,
+        inputs = cast("tuple[maps.Operand, ...]", tuple(operand(a) for a in call.inputs))
+        variant = maps.Variant(
+            call.operation,
+            inputs,
+            weight=operand(call.weight),
+            value=operand(call.value),
+            partial=call.partial is not None,
+            slope=operand(call.slope),
+            modern=modern,
         )
+        outer, length = x.shape
+        units = contract.units_of(length, maps.UNIT)
+        told = calls.Map(
+            length,
+            units,
+            tuple(row(a) for a in call.inputs),
+            weight=row(call.weight),
+            value=row(call.value),
+            partial=row(call.partial),
+            slope=row(call.slope),
+            parameters=tuple(map(float, call.parameters)),
+            scale=float(call.scale),
+        )
+        return self._bound(maps.kernel(variant), outer * units, maps.THREADS, told, maps.SHARED)
 
-    def _over_rows(self, operation, x, *, out=None, t=None, labels=None, **operands):
-        """The kernel for rows that lie in memory as they are, or else the one for all strides."""
-        name = _format(x)
-        classes = x.shape[1]
-        steps = [_row_step(a, name) for a in (x, out, t) if a is not None]
-        small = [a for a in (labels, operands.get("value"), operands.get("other")) if a is not None]
-        steps += [_step(a) for a in small]
-        if None in steps or classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
-            return self._over_strides(operation, x, out=out, t=t, state=labels, **operands)
-        return self._over_teams(operation, x, out, t, labels, **operands)
+    def fold(self, call: contract.Fold) -> contract.Kernel:
+        steps = _team_steps(call)
+        return self._by_threads(call) if steps is None else self._by_teams(call, steps)
 
-    def _over_teams(
-        self, operation, x, out, t, labels, weight=None, options=None, value=None, other=None
-    ):
-        name, (outer, classes, inner) = _format(x), x.shape
-        options = options or _NO_OPTIONS
-        target = t if t is not None else labels
-        places = [(_address(a), _step(a)) for a in (x, value, other, out, target)]
-        whole = places[0][0] | places[0][1] | places[3][0] | places[3][1]
-        if t is not None:
-            whole |= places[4][0] | places[4][1]
-        kernel, plan, shared = _team_kernel(
-            name,
-            classes,
-            "dense" if t is not None else "sparse" if labels is not None else operation,
-            None if labels is None else _format(labels),
-            None if weight is None else _format(weight),
-            out is not None,
-            options.label_smoothing != 0.0,
-            options.softcap != 0.0,
-            whole % VECTOR == 0,
-            self._gpu.capability,
+    def _by_teams(self, call: contract.Fold, steps: list[int]) -> contract.Kernel:
+        """Rows of contiguous classes, whose entries are `steps` apart."""
+        name, (outer, classes, inner) = _format(call.x), call.x.shape
+        places = (call.x, call.second, call.out, call.labels, call.value, call.lse)
+        step = dict(zip(map(id, places), steps, strict=True))
+        aligned = classes % lanes_of(name) == 0 and not any(
+            (address(a) | step[id(a)]) % VECTOR for a in places[:3] if a is not None
         )
-        arguments = (
-            *places[0],
-            outer * inner,
-            classes,
-            plan.segment,
-            plan.capacity,
-            *places[1],
-            *places[2],
-            *places[3],
-            *places[4],
-            _address(weight),
-            0 if weight is None else weight.strides[0],
-            _divisor(options, kernel),
-            options.ignore_index,
-            *_numbers(options, classes, kernel),
-        )
-        return self._launch(
-            kernel,
-            -(-outer * inner // plan.teams) * plan.cluster,
-            (plan.threads, plan.teams),
-            arguments,
-            bound=plan.bound,
-            shared=shared,
-        )
+        inputs = 1 if call.second is None else 2
+        plan = geometry.team(classes, name, inputs, self._gpu.capability)
+        kernel, shared = _team_kernel(_variant(call, self._gpu), plan, aligned, classes)
 
-    def _over_strides(
-        self,
-        operation,
-        x,
-        *,
-        out=None,
-        t=None,
-        state=None,
-        weight=None,
-        options=None,
-        value=None,
-        other=None,
-    ):
-        name, (outer, classes, inner) = _format(x), x.shape
-        count = outer * inner
-        entropy = operation == "cross_entropy"
-        running = state is not None and not entropy
-        options = options or _NO_OPTIONS
-        size = size_of(name)
-        lanes = geometry.lanes_of_row(classes)
-        packed = (inner == 1 and classes) and all(
-            a is None or (_format(a) == name and a.strides[:2] == (classes * size, size))
-            for a in (x, out)
+        def whole(a: Array | None) -> calls.Full:
+            return calls.Full() if a is None else calls.Full(address(a), step[id(a)], size_of(name), 0)
+
+        def entry(a: Array | None) -> calls.Row:
+            return calls.Row() if a is None else calls.Row(address(a), step[id(a)], 0)
+
+        told = _fold(call, plan.segment, plan.capacity, 1, False)._replace(
+            rows=outer * inner,
+            inner=1,
+            x=whole(call.x),
+            second=whole(call.second),
+            out=whole(call.out),
+            labels=entry(call.labels),
+            value=entry(call.value),
+            lse=entry(call.lse),
         )
-        per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
-        staged = packed and lanes == 1 and name in FLOATS and (t is None or entropy)
-        kernel = strided.kernel(
-            name,
-            operation,
-            labels=_format(state) if state is not None and entropy else None,
-            dense=_format(t) if t is not None and entropy else None,
-            factors=_format(t) if t is not None and not entropy else None,
-            weights=None if weight is None else _format(weight),
-            running=running,
-            written=None if out is None else _format(out),
-            smoothed=options.label_smoothing != 0.0,
-            capped=options.softcap != 0.0,
-            staged=bool(staged),
+        blocks = -(-outer * inner // plan.teams) * plan.cluster
+        threads = (plan.threads, plan.teams)
+        return self._bound(kernel, blocks, threads, told, shared, bound=plan.bound)
+
+    def _by_threads(self, call: contract.Fold) -> contract.Kernel:
+        """Rows of any strides, and short ones."""
+        name, (outer, classes, inner) = _format(call.x), call.x.shape
+        size, lanes = size_of(name), geometry.lanes_of_row(classes)
+        weights = call.operation == "logsumexp" and call.second is not None
+        # rows that are short and lie one after the other go through shared memory
+        staged = (
+            (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
+            and not weights
+            and all(
+                _format(a) == name and a.strides[:2] == (classes * size, size)
+                for a in (call.x, call.out)
+                if a is not None
+            )
         )
+        kernel = folds.kernel(_variant(call, self._gpu)._replace(staged=staged))
         real_size = np.dtype(kernel.real).itemsize
+        per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
         if staged:
             per_block = threads = geometry.staged_rows(classes, real_size)
             shared = threads * (classes | 1) * real_size
         elif lanes > 1:
-            shared = PARTS * threads * real_size
-        arguments = (
-            count,
-            classes,
-            inner,
-            lanes,
-            int(abs(x.strides[2]) < abs(x.strides[1]) and inner > 1),
-            _address(x),
-            *x.strides,
-            _address(out),
-            *_strides(out, 3),
-            _address(t),
-            *_strides(t, 3),
-            _address(state),
-            *_strides(state, 3),
-            _address(value),
-            *_strides(value, 2),
-            _address(other),
-            *_strides(other, 2),
-            _address(weight),
-            0 if weight is None else weight.strides[0],
-            _divisor(options, kernel),
-            options.ignore_index,
-            *_numbers(options, classes, kernel),
-        )
-        return self._launch(
-            kernel, -(-count // per_block), (threads, 1), arguments, bound=geometry.BLOCK, shared=shared
-        )
+            shared = states.PARTS * threads * real_size
+        across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
+        told = _fold(call, 0, 0, lanes, across)
+        return self._bound(kernel, -(-outer * inner // per_block), threads, told, shared)
 
-    def labels(self, labels, classes, ignore_index, weight, check):
-        kept = _Weight(partial(self._weigh, labels, classes, ignore_index, weight))
+    def _bound(
+        self,
+        kernel: Kernel,
+        blocks: int,
+        threads: int | tuple[int, int],
+        told: tuple[Any, ...],
+        shared: int,
+        bound: int = geometry.BLOCK,
+    ) -> contract.Kernel:
+        """A `Kernel` of the contract; `bound` is the most threads the kernel is compiled for."""
+        block = threads if isinstance(threads, tuple) else (threads, 1)
+        words = calls.words(told, kernel.real)
+        go = partial(
+            self._gpu.launch, kernel, self._stream, blocks, block, words, bound=bound, shared=shared
+        )
+        return lambda start, stop: go()
+
+    def _total(self, kernel: Kernel, blocks: int, told: tuple[Any, ...]) -> None:
+        """Launch a kernel of `totals`."""
+        threads = totals.THREADS
+        self._bound(kernel, blocks, threads, told, totals.SHARED, bound=threads)(0, blocks)
+
+    def labels(
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
+    ) -> tuple[Array, Weight]:
+        kept = Weight(partial(self._weigh, labels, classes, ignore_index, weight))
         if check:
-            kept.words = self._weigh(labels, classes, ignore_index, weight, debugging=True)
+            kept.words = self._weigh(labels, classes, ignore_index, weight, check=True)
         return labels, kept
 
-    def _weigh(self, labels, classes, ignore_index, weight, debugging=False):
-        """The words of a `_Weight`; `IndexError` for a label that is none if asked for, which waits."""
-        pieces = [inputs for inputs, *_ in layout.elements((labels,), None, None, None)]
-        blocks = [-(-piece.size // totals.UNIT) for (piece,) in pieces]
-        alone = len(blocks) == 1 and blocks[0] == 1
+    def _weigh(
+        self,
+        labels: Array,
+        classes: int,
+        ignore_index: int,
+        weight: Array | None,
+        check: bool = False,
+    ) -> Array:
+        """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
+        flat = labels.reshape(-1) if labels.flags.c_contiguous else labels
+        blocks = max(1, -(-labels.size // totals.UNIT))
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
-        sums = words if alone else self._empty((max(1, sum(blocks)),), np.float64)
-        bad = self._empty((max(1, sum(blocks)),), np.float64) if debugging else None
-        kernel = totals.weigh(_format(labels), None if weight is None else _format(weight))
-        done = 0
-        for (piece,), count in zip(pieces, blocks, strict=True):
-            arguments = (
-                piece.size,
-                piece.shape[1],
-                _address(piece),
-                *piece.strides,
-                classes,
-                ignore_index,
-                _address(weight),
-                0 if weight is None else weight.strides[0],
-                _address(sums) + 8 * done,
-                _address(bad) + 8 * done if debugging else 0,
-            )
-            if count:
-                self._start(kernel, count, totals.THREADS, arguments)
-            done += count
-        if debugging:
-            self._raise_bad(labels, pieces, blocks, bad, classes, ignore_index)
-        if not alone:
-            self._add_up(sums[:done], words, reciprocals=_address(words) + 8)
+        sums = words if blocks == 1 else self._empty((blocks,), np.float64)
+        bad = self._empty((blocks,), np.float64) if check else None
+        kernel = totals.weigh(totals.Weigh(_format(labels), flat.ndim, format_of(weight)))
+        told = calls.Weigh(
+            labels=address(labels),
+            sizes=flat.shape,
+            steps=flat.strides,
+            size=labels.size,
+            classes=classes,
+            ignore_index=ignore_index,
+            weight=line(weight),
+            out=address(sums),
+            bad=address(bad),
+        )
+        self._total(kernel, blocks, told)
+        if bad is not None:
+            self._raise_bad(labels, bad, classes, ignore_index)
+        if blocks > 1:
+            self._add_up(sums, words, reciprocals=address(words) + 8)
         return words
 
-    def factor(self, kept):
-        """What a gradient is multiplied with: a number, or where on the device there is one."""
-        if isinstance(kept, _Weight):
-            return kept
-        return 1.0 / kept if kept else np.nan
+    def _raise_bad(self, labels: Array, bad: Array, classes: int, ignore_index: int) -> None:
+        """`IndexError` for the first label outside of the classes: waits for the device."""
+        first = self._gpu.read(address(bad), bad.size, np.float64, self._stream).min()
+        if first < np.inf:
+            at = tuple(int(i) for i in np.unravel_index(int(first), labels.shape))
+            place = address(labels) + sum(i * step for i, step in zip(at, labels.strides, strict=True))
+            (label,) = self._gpu.read(place, 1, labels.dtype, self._stream)
+            raise bad_label(label, at, classes, ignore_index)
 
-    def total(self, values, denominator, dtype):
+    def factor(self, kept: Any) -> Any:
+        """What a gradient is multiplied with: a number, or where on the device there is one."""
+        if isinstance(kept, Weight):
+            return kept
+        return 1.0 / kept if kept else nan
+
+    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
         result = self._empty((), dtype)
-        self._add_up(values, result, denominator=denominator)
+        self._add_up(values, result, denominator)
         return result
 
-    def _add_up(self, values, out, denominator=None, reciprocals=0):
+    def _add_up(self, values: Array, out: Array, denominator: Any = None, reciprocals: int = 0) -> None:
         """A tree of sums of contiguous numbers, the last of which goes to `out`."""
-        divisor = 1.0
-        if isinstance(denominator, _Weight):
-            denominator = _address(denominator.words)
+        place, divisor = 0, 1.0
+        if isinstance(denominator, Weight):
+            place = address(denominator.words)
         elif denominator is not None:
-            denominator, divisor = 0, float(denominator)
-        else:
-            denominator = 0
+            divisor = float(denominator)
         while values.size > totals.UNIT:
-            count = -(-values.size // totals.UNIT)
-            sums = self._empty((count,), np.float64)
-            kernel = totals.add_up(_format(values), "float64")
-            arguments = (values.size, _address(values), _address(sums), 0, 0, 1.0)
-            self._start(kernel, count, totals.THREADS, arguments)
+            blocks = -(-values.size // totals.UNIT)
+            sums = self._empty((blocks,), np.float64)
+            kernel = totals.add_up(totals.AddUp(_format(values), "float64"))
+            told = calls.Total(values.size, address(values), address(sums), 0, 0, 1.0)
+            self._total(kernel, blocks, told)
             values = sums
-        kernel = totals.add_up(_format(values), _format(out))
-        arguments = (values.size, _address(values), _address(out), denominator, reciprocals, divisor)
-        self._start(kernel, 1, totals.THREADS, arguments)
+        kernel = totals.add_up(totals.AddUp(_format(values), _format(out)))
+        told = calls.Total(values.size, address(values), address(out), place, reciprocals, divisor)
+        self._total(kernel, 1, told)
 
-    def _raise_bad(self, labels, pieces, blocks, bad, classes, ignore_index):
-        """`IndexError` for the first label outside of the classes: waits for the device."""
-        found = self._gpu.read(_address(bad), sum(blocks), np.float64, self._stream)
-        start = 0
-        for (piece,), count in zip(pieces, blocks, strict=True):
-            first = found[start : start + count].min(initial=np.inf)
-            start += count
-            if np.isfinite(first):
-                row, column = divmod(int(first), piece.shape[1])
-                address = _address(piece) + row * piece.strides[0] + column * piece.strides[1]
-                (label,) = self._gpu.read(address, 1, labels.dtype, self._stream)
-                position = _position(labels, address)
-                raise bad_label(label, position, classes, ignore_index)
-
-    def fill_identity(self, state):
+    def fill_identity(self, state: contract.Floats) -> None:
         self._merge(state, 0)
 
-    def merge(self, state, other):
-        self._merge(state, _address(other))
+    def merge(self, state: contract.Floats, other: contract.Floats) -> None:
+        self._merge(state, address(other))
 
-    def _merge(self, state, other):
+    def _merge(self, state: contract.Floats, other: int) -> None:
         count = state.size // 3
         if count:
-            blocks = -(-count // geometry.BLOCK)
-            arguments = (count, _address(state), other)
-            self._start(totals.merge(), blocks, geometry.BLOCK, arguments)
-
-    def _sigmoid(self, x, out, log):
-        name, written = _format(x), _format(out)
-        whole = name == written and _vectors(name, x, out)
-        kernel = elementwise.sigmoid(name, written, log, whole)
-        length, units, blocks = _units(x)
-        arguments = (length, units, _address(x), *x.strides, _address(out), *out.strides)
-        return self._launch(kernel, blocks, (elementwise.THREADS, 1), arguments, bound=geometry.BLOCK)
-
-    def _binary_cross_entropy(self, x, target, weight, pos_weight, scale, loss, partial, grad):
-        name = _format(x)
-        result = loss if partial is None else partial
-        whole = _format(target) == name and _vectors(name, x, target, grad)
-        kernel = elementwise.binary_cross_entropy(
-            name,
-            _format(target),
-            None if weight is None else _format(weight),
-            None if pos_weight is None else _format(pos_weight),
-            None if grad is None else _format(grad),
-            whole,
-            partial is not None,
-        )
-        length, units, blocks = _units(x)
-        arguments = [length, units]
-        for a in (x, target, weight, pos_weight, result, grad):
-            arguments += [_address(a), *_strides(a, 2)]
-        arguments.append(kernel.real(scale))
-        shared = 2 * team.WARPS * np.dtype(kernel.real).itemsize
-        return self._launch(
-            kernel,
-            blocks,
-            (elementwise.THREADS, 1),
-            arguments,
-            bound=geometry.BLOCK,
-            shared=shared,
-        )
-
-    def _launch(self, kernel, blocks, block, arguments, *, bound, shared=0):
-        """A `Kernel` of the contract, which does all of its units at once."""
-        return partial(self._go, kernel, blocks, block, arguments, bound, shared)
-
-    def _go(self, kernel, blocks, block, arguments, bound, shared, start, stop):
-        self._gpu.launch(kernel, self._stream, blocks, block, arguments, bound=bound, shared=shared)
-
-    def _start(self, kernel, blocks, threads, arguments):
-        """A kernel of `totals`, at once."""
-        shared = 2 * team.WARPS * 8
-        self._gpu.launch(
-            kernel, self._stream, blocks, (threads, 1), arguments, bound=threads, shared=shared
-        )
+            told = calls.Merge(count, address(state), other)
+            self._total(totals.merge(totals.Merge()), -(-count // totals.THREADS), told)
 
 
-class _Weight:
-    """The weight of the kept labels, on the device, where a mean asks for it.
+class Weight:
+    """The weight of the kept labels, on the device, for when a mean asks for it.
 
     Its words are the weight, 1 / itself, and that in float32.
     """
 
-    def __init__(self, weigh):
+    def __init__(self, weigh: Callable[[], Array]) -> None:
         self._weigh = weigh
 
     @cached_property
-    def words(self):
+    def words(self) -> Array:
         return self._weigh()
 
 
-_NO_OPTIONS = Options()
+def _format(a: Array) -> str:
+    return cast(str, format_of(a))
+
+
+def _in_vectors(a: Array, x: Array) -> bool:
+    """Whether an operand (outer, n) can be read and written by vectors, as one in the format of x."""
+    name = _format(a)
+    return name in FLOATS and (
+        name == _format(x)
+        and a.strides[1] == size_of(name)
+        and address(a) % VECTOR == 0
+        and (a.shape[0] == 1 or a.strides[0] % VECTOR == 0)
+    )
+
+
+def _variant(call: contract.Fold, gpu: launch.Gpu) -> variants.Variant:
+    """What the kernel of a fold is made for, whatever its rows are like."""
+    return variants.Variant(
+        call.operation,
+        _format(call.x),
+        second=format_of(call.second),
+        labels=format_of(call.labels),
+        weight=format_of(call.weight),
+        out=format_of(call.out),
+        state=call.state is not None,
+        signed=call.sign is not None,
+        smoothed=call.options.label_smoothing != 0.0,
+        capped=call.options.softcap != 0.0,
+        modern=gpu.capability >= (8, 0),
+    )
 
 
 @lru_cache(1024)
 def _team_kernel(
-    name, classes, operation, labels, weights, written, smoothed, capped, aligned, capability
-):
-    """The kernel of `rows` for a call, the team of each row, and bytes of shared memory."""
-    plan = geometry.team(classes, name, 2 if operation == "dense" else 1, capability)
-    ragged = classes % lanes_of(name) != 0
-    kernel = rows.kernel(
-        name,
-        plan.vectors,
-        operation,
-        labels=labels,
-        weights=weights,
-        written=written,
-        smoothed=smoothed,
-        capped=capped,
-        cluster=plan.cluster,
-        chunked=plan.chunked,
-        aligned=aligned and not ragged,
-        modern=capability >= (8, 0),
+    variant: variants.Variant, plan: geometry.Team, aligned: bool, classes: int
+) -> tuple[Kernel, int]:
+    """The kernel for rows in teams, and bytes of shared memory."""
+    kernel = folds.kernel(
+        variant._replace(
+            vectors=plan.vectors, cluster=plan.cluster, chunked=plan.chunked, aligned=aligned
+        )
     )
-    shared = rows.SCRATCH + (plan.teams * plan.threads * lanes_of(name) if ragged else 0)
-    return kernel, plan, shared * np.dtype(kernel.real).itemsize
+    lanes = lanes_of(variant.x)
+    exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
+    return kernel, (teams.SCRATCH + exchanged) * np.dtype(kernel.real).itemsize
 
 
-def _numbers(options, classes, kernel):
-    """keep, spread, z_loss, cap and scale in the kernel's compute type."""
-    eps = options.label_smoothing
-    scale = 1.0 if isinstance(options.scale, _Weight) else options.scale
-    numbers = (1.0 - eps, eps / max(classes, 1), options.z_loss, options.softcap, scale)
-    return [kernel.real(number) for number in numbers]
+def _team_steps(call: contract.Fold) -> list[int] | None:
+    """Bytes from row to row of x, second, out, labels, value, lse; None if teams do not take them."""
+    classes, name = call.x.shape[1], _format(call.x)
+    if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
+        return None
+    weights = call.operation == "logsumexp" and call.second is not None
+    if weights or call.state is not None or call.sign is not None:
+        return None
+    steps = []
+    for a in (call.x, call.second, call.out):
+        if a is not None and (_format(a) != name or a.strides[1] != size_of(name)):
+            return None
+        steps.append(_step(a))
+    steps += [_step(a) for a in (call.labels, call.value, call.lse)]
+    return None if None in steps else cast("list[int]", steps)
 
 
-def _divisor(options, kernel):
-    """Address of the factor of the gradient, where that is on the device."""
-    if not isinstance(options.scale, _Weight):
-        return 0
-    return _address(options.scale.words) + (16 if kernel.real is np.float32 else 8)
-
-
-def _format(a):
-    return _named(a.dtype)
-
-
-@lru_cache(64)
-def _named(dtype):
-    return FORMATS[kind_of(dtype).code]
-
-
-def _address(a):
-    return 0 if a is None else a.__array_interface__["data"][0]
-
-
-def _strides(a, count):
-    return (*a.strides, *_NO_STRIDES)[:count] if a is not None else _NO_STRIDES[:count]
-
-
-def _step(a):
+def _step(a: Array | None) -> int | None:
     """Bytes from row to row of (outer, [classes,] inner); None where no one number is that."""
     if a is None:
         return 0
@@ -445,43 +355,40 @@ def _step(a):
     return None
 
 
-def _row_step(a, name):
-    """`_step` of an array over (outer, classes, inner) whose classes are contiguous and of a format."""
-    if _format(a) != name or (a.shape[1] > 1 and a.strides[1] != size_of(name)):
-        return None
-    return _step(a)
-
-
-def _vectors(name, *arrays):
-    """Whether rows (outer, n) of a format can be read and written by vectors."""
-    size = size_of(name)
-    return name in FLOATS and all(
-        a is None
-        or (
-            _format(a) == name
-            and a.strides[1] == size
-            and _address(a) % 16 == 0
-            and (a.shape[0] == 1 or a.strides[0] % 16 == 0)
-        )
-        for a in arrays
+def _fold(call: contract.Fold, segment: int, capacity: int, lanes: int, across: bool) -> calls.Fold:
+    """What a kernel is told of a fold whose operands are as they are."""
+    outer, classes, inner = call.x.shape
+    options = call.options
+    scale, divisor = options.scale, 0
+    if isinstance(scale, Weight):
+        single = compute_type(_format(call.x)) is np.float32
+        divisor, scale = address(scale.words) + (16 if single else 8), 1.0
+    state = calls.Full()
+    if call.state is not None:
+        by_outer, by_inner, by_part = call.state.strides
+        state = calls.Full(address(call.state), by_outer, by_part, by_inner)
+    return calls.Fold(
+        rows=outer * inner,
+        classes=classes,
+        inner=inner,
+        x=full(call.x),
+        second=full(call.second),
+        out=full(call.out),
+        state=state,
+        labels=row(call.labels),
+        value=row(call.value),
+        lse=row(call.lse),
+        sign=row(call.sign),
+        weight=line(call.weight),
+        divisor=divisor,
+        ignore_index=options.ignore_index,
+        segment=segment,
+        capacity=capacity,
+        lanes=lanes,
+        across=int(across),
+        keep=1.0 - options.label_smoothing,
+        spread=options.label_smoothing / max(classes, 1),
+        z_loss=float(options.z_loss),
+        softcap=float(options.softcap),
+        scale=float(scale),
     )
-
-
-def _units(x):
-    """Elements of a row of (outer, n), units of it, and blocks of all."""
-    outer, length = x.shape
-    units = -(-length // elementwise.UNIT)
-    return length, units, outer * units
-
-
-def _position(a, address):
-    """Index of the element at an address."""
-    offset = address - _address(a)
-    order = sorted(range(a.ndim), key=lambda axis: -abs(a.strides[axis]))
-    index = [0] * a.ndim
-    for axis in order:
-        step = a.strides[axis]
-        if a.shape[axis] > 1 and step:
-            index[axis] = min(max(int(offset / step), 0), a.shape[axis] - 1)
-            offset -= index[axis] * step
-    return tuple(index)

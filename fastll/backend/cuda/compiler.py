@@ -4,115 +4,171 @@ Numba makes PTX of a kernel, for which it needs no GPU, and nvJitLink, which com
 of that. The code is kept on disk, under a name made of all that it depends on.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
 import re
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 from numba import cuda, types
 from numba.cuda import dispatcher as _dispatcher
-from numba.cuda.extending import intrinsic  # noqa: F401  for `primitives`
+from numba.cuda.cudadrv import nvvm as _nvvm
+from numba.cuda.extending import intrinsic as intrinsic
 
+from fastll import formulas
 from fastll.backend import disk
 
-#: Kernels take integers (addresses, strides, counts) and numbers of the compute dtype.
-WORD = types.int64
+Capability = tuple[int, int]
+_Variant = TypeVar("_Variant", bound=tuple[Any, ...])
 
 _lock = threading.RLock()
 
 
-def device(function):
-    """A function that vanishes into the kernels that call it."""
-    return cuda.jit(device=True, forceinline=True)(function)
+class Kernel:
+    """A function of one argument, a structure of `fastll.backend.cuda.calls`; made by `kernels`."""
+
+    key: str  # names it among all kernels
+
+    def __init__(
+        self, function: Callable[[Any], None], call: type, real: type, cluster: int = 1, **lengths: int
+    ) -> None:
+        self.function = function
+        self.real = real  # the NumPy type of the numbers in the call
+        self.cluster = cluster  # thread blocks that work together
+        self.argument = _argument(call, real, lengths)
 
 
-def variants(factory):
-    """A factory of kernels, each of which is made once and has a `key` that names it."""
+def _argument(call: type, real: type, lengths: dict[str, int]) -> Any:
+    """The Numba type of a structure, where `lengths` are those of its tuples."""
+    number = types.float32 if real is np.float32 else types.float64
+
+    def member(hint: Any) -> Any:
+        return {int: types.int64, float: number}.get(hint) or _argument(hint, real, lengths)
+
+    members = []
+    for name, hint in get_type_hints(call).items():
+        if get_origin(hint) is not tuple:
+            members.append(member(hint))
+        elif lengths[name]:
+            members.append(types.UniTuple(member(get_args(hint)[0]), lengths[name]))
+        else:
+            members.append(types.Tuple(()))
+    if all(kind == members[0] for kind in members):
+        found = types.NamedUniTuple(members[0], len(members), call)
+    else:
+        found = types.NamedTuple(tuple(members), call)
+    found.name = call.__name__  # all others' names contain it: the full one costs a tenth of the time
+    return found
+
+
+def kernels(factory: Callable[[_Variant], Kernel]) -> Callable[[_Variant], Kernel]:
+    """A factory that makes the kernel of a variant, a named tuple, once."""
 
     @functools.cache
-    def made(*args, **options):
-        kernel = factory(*args, **options)
-        kernel.key = repr((factory.__module__, factory.__name__, args, sorted(options.items())))
+    def made(variant: _Variant) -> Kernel:
+        kernel = factory(variant)
+        kernel.key = f"{factory.__module__}.{variant!r}"
         return kernel
 
     return made
 
 
-def ptx(kernel, capability, threads):
+def device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that vanishes into the kernels that call it."""
+    compiled: Callable[..., Any] = cuda.jit(device=True, forceinline=True)(function)
+    return compiled
+
+
+def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]:
     """PTX of a kernel for a compute capability, and the name of its entry.
 
-    `kernel` has its argument types as `signature`; `threads` is the most that a block will have, and so
-    what its registers must suffice for.
+    `threads` is the most that a thread block will have, and so what its registers must suffice for.
+    Products and sums are not fused where the source does not say so: a formula has one value, here
+    and on the CPU.
     """
-    with _lock, _without_device(capability):
-        code, _ = cuda.compile_ptx(
-            kernel, types.void(*kernel.signature), cc=capability, launch_bounds=threads
-        )
-    (entry,) = re.findall(r"\.visible \.entry (\w+)", code)
-    blocks = getattr(kernel, "cluster", 1)
-    if blocks > 1:
-        code = re.sub(
-            r"(\.maxntid.*)", rf"\1\n.explicitcluster\n.reqnctapercluster {blocks}, 1, 1", code
-        )
+    signature = types.void(kernel.argument)
+    with _lock, _without_device(capability), _without_fusing():
+        code, _ = cuda.compile_ptx(kernel.function, signature, cc=capability, launch_bounds=threads)
+    (mangled,) = re.findall(r"\.visible \.entry (\w+)", code)
+    entry = f"fastll_{kernel.function.__name__}"
+    code = code.replace(mangled, entry)
+    if kernel.cluster > 1:
+        required = f".explicitcluster\n.reqnctapercluster {kernel.cluster}, 1, 1"
+        code = re.sub(r"(\.maxntid.*)", rf"\1\n{required}", code)
     return code, entry
+
+
+def _without_device(capability: Capability) -> Any:
+    """Numba asks the driver for the device's capability when a kernel calls a function of ours."""
+    device = SimpleNamespace(compute_capability=capability)
+    return _replaced(_dispatcher, "get_current_device", lambda: device)
+
+
+def _without_fusing() -> Any:
+    """Numba has no option for what NVVM fuses, which nvJitLink cannot undo."""
+    return _replaced(_nvvm, "compile_ir", functools.partial(_nvvm.compile_ir, fma=False))
 
 
 @contextmanager
-def _without_device(capability):
-    """Numba asks the driver for the device's capability when a kernel calls a function of ours."""
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Another function in a module for a while, for the calling thread only."""
+    original, thread = getattr(module, name), threading.get_ident()
 
-    class Device:
-        compute_capability = capability
+    def chosen(*args: Any, **options: Any) -> Any:
+        return (function if threading.get_ident() == thread else original)(*args, **options)
 
-    asked = _dispatcher.get_current_device
-    _dispatcher.get_current_device = lambda: Device
+    setattr(module, name, chosen)
     try:
         yield
     finally:
-        _dispatcher.get_current_device = asked
+        setattr(module, name, original)
 
 
-def machine_code(kernel, capability, threads):
+def machine_code(kernel: Kernel, capability: Capability, threads: int) -> tuple[bytes, str]:
     """A cubin of a kernel for a compute capability, and the name of its entry; from disk if there."""
     key = repr((kernel.key, capability, threads)).encode()
-    try:
-        path = disk.root() / _VERSION / f"{disk.digest(key).hex()}.cubin"
-        entry, _, code = disk.read(path).partition(b"\n")
-        return code, entry.decode()
-    except Exception:
-        code, entry = _compiled(kernel, capability, threads)
+    path = None
     with suppress(Exception):
-        disk.write(path, entry.encode() + b"\n" + code)
-    return code, entry
+        path = disk.root() / str(_VERSION) / f"{disk.digest(key).hex()}.cubin" if _VERSION else None
+        if path is not None:
+            entry, _, code = disk.read(path).partition(b"\n")
+            return code, entry.decode()
+    code, name = _compiled(kernel, capability, threads)
+    if path is not None:
+        with suppress(Exception):
+            disk.write(path, name.encode() + b"\n" + code)
+    return code, name
 
 
-def _compiled(kernel, capability, threads):
+def _compiled(kernel: Kernel, capability: Capability, threads: int) -> tuple[bytes, str]:
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError:  # before its version 0.5
         from cuda.core.experimental import Program, ProgramOptions
 
     code, entry = ptx(kernel, capability, threads)
-    # without fusing products and sums on its own, so that a result has one value in all variants
     options = ProgramOptions(arch="sm_{}{}".format(*capability), fma=False)
     return bytes(Program(code, "ptx", options).compile("cubin").code), entry
 
 
-def _version():
+def _version() -> str | None:
     """A name for these sources and the packages they are compiled by; None: no cache."""
     versions = {}
     for package in ("numba", "numba-cuda", "llvmlite", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     here = Path(__file__)
-    folders = here.parent, here.parents[1], here.parents[2]
-    return disk.version([path for folder in folders for path in folder.glob("*.py")], versions)
+    folders = here.parent, here.parents[1], here.parents[2], Path(formulas.__file__).parent
+    sources = [path for folder in folders for path in folder.glob("*.py")]
+    found: str | None = disk.version(sources, versions)
+    return found
 
 
 try:

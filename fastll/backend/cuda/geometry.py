@@ -4,8 +4,6 @@ So the order of a row's sums depends on nothing else. What the number of rows de
 blocks there are.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from functools import lru_cache

@@ -1,17 +1,19 @@
 """Kernels on a GPU: loaded once, launched on the caller's stream through `cuda.core`."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from cuda import core
 from cuda.bindings import driver
+from numpy.typing import NDArray
 
 from fastll.backend.cuda import compiler
+from fastll.backend.cuda.compiler import Kernel
 
 if not hasattr(core, "Device"):  # before its version 0.5
     from cuda.core import experimental as core
@@ -20,10 +22,11 @@ if not hasattr(core, "Device"):  # before its version 0.5
 class Gpu:
     """One device: what it can do, and the kernels it has."""
 
-    def __init__(self, index):
+    def __init__(self, index: int) -> None:
         _checked(driver.cuInit(0))
         device = core.Device(index)
-        self.capability = tuple(device.compute_capability)
+        major, minor = device.compute_capability
+        self.capability: tuple[int, int] = (major, minor)
         before = _checked(driver.cuCtxGetCurrent())
         device.set_current()
         self._context = _checked(driver.cuCtxGetCurrent())
@@ -31,7 +34,7 @@ class Gpu:
         self._function = functools.cache(self._load)
 
     @contextmanager
-    def current(self):
+    def current(self) -> Iterator[None]:
         """The calling thread's device for a while."""
         before = _checked(driver.cuCtxGetCurrent())
         if int(before) == int(self._context):
@@ -43,23 +46,33 @@ class Gpu:
         finally:
             _checked(driver.cuCtxSetCurrent(before))
 
-    def _load(self, kernel, threads):
+    def _load(self, kernel: Kernel, threads: int) -> Any:
         code, entry = compiler.machine_code(kernel, self.capability, threads)
         return core.ObjectCode.from_cubin(code).get_kernel(entry)
 
-    def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
-        """Start a kernel of `blocks` blocks; `bound` is the most threads it is compiled for."""
+    def launch(
+        self,
+        kernel: Kernel,
+        stream: int,
+        blocks: int,
+        block: tuple[int, int],
+        words: list[Any],
+        *,
+        bound: int,
+        shared: int = 0,
+    ) -> None:
+        """Start a kernel of `blocks` thread blocks; `bound` is the most threads it is compiled for."""
         with self.current():
             core.launch(
                 _stream(stream),
                 _config(blocks, block, shared),
                 self._function(kernel, bound),
-                *arguments,
+                *words,
             )
 
-    def read(self, address, count, dtype, stream):
+    def read(self, address: int, count: int, dtype: Any, stream: int) -> NDArray[Any]:
         """Numbers from the device's memory; waits for the stream."""
-        result = np.empty(count, dtype)
+        result: NDArray[Any] = np.empty(count, dtype)
         with self.current():
             _checked(driver.cuMemcpyDtoHAsync(result.ctypes.data, address, result.nbytes, stream))
             _checked(driver.cuStreamSynchronize(stream))
@@ -67,12 +80,12 @@ class Gpu:
 
 
 @functools.lru_cache(1024)
-def _config(blocks, block, shared):
+def _config(blocks: int, block: tuple[int, int], shared: int) -> Any:
     return core.LaunchConfig(grid=blocks, block=block, shmem_size=shared)
 
 
 @functools.lru_cache(1024)
-def _stream(handle):
+def _stream(handle: int) -> Any:
     """A stream by its handle, of which 0 is the default one by its older name."""
     if handle:
         return core.Stream.from_handle(handle)
@@ -80,18 +93,18 @@ def _stream(handle):
 
 
 @functools.cache
-def gpu(index):
+def gpu(index: int) -> Gpu:
     """The `Gpu` of a number."""
     return Gpu(index)
 
 
-def count():
+def count() -> int:
     """Number of devices; `RuntimeError` without a driver."""
     _checked(driver.cuInit(0))
-    return _checked(driver.cuDeviceGetCount())
+    return int(_checked(driver.cuDeviceGetCount()))
 
 
-def _checked(result):
+def _checked(result: Any) -> Any:
     """The value of a call of the driver, or its error."""
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from fastll.backend.cuda.compiler import cuda, intrinsic, types
+from fastll.backend.cuda.compiler import cuda, device, intrinsic, types
 
 WARP = 32
 #: Bytes of the widest access.
@@ -27,18 +27,23 @@ FLOATS = tuple(_SIZES)
 _SIZES |= {name: size for name, (_, size) in _INTEGERS.items()}
 
 
-def size_of(name):
+def size_of(name: str) -> int:
     """Bytes of an element of a format."""
     return _SIZES[name]
 
 
-def compute_type(name):
-    """The NumPy type in which the elements of a format are computed with."""
+def compute_type(name: str) -> type:
+    """The NumPy type that the elements of a format are computed in."""
     return np.float32 if name in ("float32", "float16", "bfloat16") else np.float64
 
 
 def numba_type(real):
     return types.float32 if real is np.float32 else types.float64
+
+
+def value_format(real: type) -> str:
+    """The format of values (losses, log-sum-exp) that are computed in a type."""
+    return "float32" if real is np.float32 else "float64"
 
 
 def _pointer(builder, address, kind):
@@ -96,26 +101,23 @@ def reader(name, real=None):
             kind = _stored(name)
             bits = builder.load(_pointer(builder, values[0], kind), align=_SIZES[name])
             value = _decode(builder, name, bits)
-            if value.type == _F32 and real is np.float64:
-                return builder.fpext(value, _F64)
-            if value.type == _F64 and real is np.float32:
-                return builder.fptrunc(value, _F32)
-            return value
+            return context.cast(builder, value, numba_type(compute_type(name)), result)
 
         return result(types.int64), codegen
 
     return read
 
 
-def writer(name):
-    """Function (address, number of the compute type) of an element."""
-    value_type = numba_type(compute_type(name))
+def writer(name, real=None):
+    """Function (address, number of `real`, by default the compute type) of an element."""
+    value_type, stored = numba_type(real or compute_type(name)), numba_type(compute_type(name))
 
     @intrinsic
     def write(typing_context, address, value):
         def codegen(context, builder, signature, values):
+            value = context.cast(builder, values[1], value_type, stored)
             pointer = _pointer(builder, values[0], _stored(name))
-            builder.store(_encode(builder, name, values[1]), pointer, align=_SIZES[name])
+            builder.store(_encode(builder, name, value), pointer, align=_SIZES[name])
             return context.get_dummy_value()
 
         return types.none(types.int64, value_type), codegen
@@ -143,7 +145,7 @@ def integer_reader(name):
     return read
 
 
-def lanes_of(name):
+def lanes_of(name: str) -> int:
     """Elements of a vector."""
     return VECTOR // _SIZES[name]
 
@@ -243,87 +245,100 @@ def vector_writer(name, modern=False):
     return deliver
 
 
-@intrinsic
-def fma(typing_context, a, b, c):
-    """a * b + c with one rounding."""
+def _operation(arity, build):
+    """An operation on numbers of one type, by what makes its instructions."""
 
     def codegen(context, builder, signature, values):
-        return builder.fma(*values)
+        return build(builder, signature.return_type == types.float64, *values)
 
-    return a(a, a, a), codegen
+    def one(typing_context, a):
+        return a(a), codegen
+
+    def two(typing_context, a, b):
+        return a(a, a), codegen
+
+    def three(typing_context, a, b, c):
+        return a(a, a, a), codegen
+
+    def four(typing_context, a, b, c, d):
+        return a(a, a, a, a), codegen
+
+    return intrinsic((one, two, three, four)[arity - 1])
+
+
+def _layout(double):
+    """Of a floating type: the integer of its size, bits of the mantissa, bias of the exponent."""
+    return (_I64, 52, 1023) if double else (_I32, 23, 127)
+
+
+def _select(comparison):
+    """x where a compares with b, else y; without a branch."""
+
+    def build(builder, double, a, b, x, y):
+        return builder.select(builder.fcmp_ordered(comparison, a, b), x, y)
+
+    return _operation(4, build)
+
+
+def _larger(builder, double, a, b):
+    name = "llvm.nvvm.fmax.d" if double else "llvm.nvvm.fmax.f"
+    kind = ir.FunctionType(a.type, [a.type] * 2)
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, (a, b))
+
+
+def _asm_float32(code, constraints):
+    def build(builder, double, *values):
+        kind = ir.FunctionType(_F32, [_F32] * len(values))
+        return builder.call(ir.InlineAsm(kind, code, constraints), values)
+
+    return build
+
+
+def _exponent_bits(builder, double, z):
+    kind, mantissa, _ = _layout(double)
+    return builder.bitcast(builder.shl(builder.bitcast(z, kind), kind(mantissa)), z.type)
+
+
+def _exponent(builder, double, x):
+    kind, mantissa, _ = _layout(double)
+    root = 0x3FE6A09E667F3BCD if double else 0x3F3504F3  # sqrt(1/2)
+    bits = builder.sub(builder.bitcast(x, kind), kind(root))
+    return builder.sitofp(builder.ashr(bits, kind(mantissa)), x.type)
+
+
+def _power(builder, double, n):
+    kind, mantissa, bias = _layout(double)
+    biased = builder.add(builder.fptosi(n, kind), kind(bias))
+    return builder.bitcast(builder.shl(biased, kind(mantissa)), n.type)
+
+
+#: Operations of `fastll.formulas.vocabulary`.
+fma = _operation(3, lambda builder, double, a, b, c: builder.fma(a, b, c))
+where_eq, where_gt, where_ge = _select("=="), _select(">"), _select(">=")
+exponent_bits, exponent = _operation(1, _exponent_bits), _operation(1, _exponent)
+
+#: 2**n for a whole number n within the range of normal numbers.
+power_of_two = _operation(1, _power)
+#: The larger one; the other one where one is NaN.
+larger = _operation(2, _larger)
+#: The larger one, or NaN where one is NaN: float32, compute capability 8 or more.
+larger_or_nan = _operation(2, _asm_float32("max.NaN.f32 $0, $1, $2;", "=f,f,f"))
+#: Approximately 2**x, to 2 ulp, for |x| <= 1/2, in float32.
+approximate_exp2 = _operation(1, _asm_float32("ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
 
 @intrinsic
-def larger(typing_context, a, b):
-    """The larger one; the other one where one is NaN."""
+def horner(typing_context, coefficients, x):
+    """The polynomial with these coefficients, from the highest power on."""
 
     def codegen(context, builder, signature, values):
-        name = "llvm.nvvm.fmax.f" if a == types.float32 else "llvm.nvvm.fmax.d"
-        kind = ir.FunctionType(values[0].type, [values[0].type] * 2)
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(function, values)
+        result = builder.extract_value(values[0], 0)
+        for i in range(1, len(coefficients)):
+            result = builder.fma(result, values[1], builder.extract_value(values[0], i))
+        return result
 
-    return a(a, a), codegen
-
-
-@intrinsic
-def larger_or_nan(typing_context, a, b):
-    """The larger one, or NaN where one is that: compute capability 8 or more."""
-
-    def codegen(context, builder, signature, values):
-        kind = ir.FunctionType(_F32, [_F32, _F32])
-        return builder.call(ir.InlineAsm(kind, "max.NaN.f32 $0, $1, $2;", "=f,f,f"), values)
-
-    return types.float32(types.float32, types.float32), codegen
-
-
-@intrinsic
-def power_of_two(typing_context, value):
-    """Approximately 2**value, to 2 ulp, for |value| <= 1/2."""
-
-    def codegen(context, builder, signature, values):
-        kind = ir.FunctionType(_F32, [_F32])
-        return builder.call(ir.InlineAsm(kind, "ex2.approx.ftz.f32 $0, $1;", "=f,f"), values)
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def as_exponent(typing_context, value):
-    """The low bits of a number's representation as its sign and exponent, the rest zero."""
-
-    def codegen(context, builder, signature, values):
-        kind, mantissa = (_I32, 23) if value == types.float32 else (_I64, 52)
-        bits = builder.bitcast(values[0], kind)
-        return builder.bitcast(builder.shl(bits, kind(mantissa)), values[0].type)
-
-    return value(value), codegen
-
-
-@intrinsic
-def exponent_of(typing_context, value):
-    """n as a whole number, where value = 2**n f with sqrt(1/2) <= f < sqrt(2)."""
-
-    def codegen(context, builder, signature, values):
-        single = value == types.float32
-        kind, mantissa = (_I32, 23) if single else (_I64, 52)
-        root = 0x3F3504F3 if single else 0x3FE6A09E667F3BCD
-        bits = builder.sub(builder.bitcast(values[0], kind), kind(root))
-        return builder.sitofp(builder.ashr(bits, kind(mantissa)), values[0].type)
-
-    return value(value), codegen
-
-
-@intrinsic
-def to_power(typing_context, n):
-    """2**n for a whole number n within the range of normal numbers."""
-
-    def codegen(context, builder, signature, values):
-        kind, mantissa, bias = (_I32, 23, 127) if n == types.float32 else (_I64, 52, 1023)
-        biased = builder.add(builder.fptosi(values[0], kind), kind(bias))
-        return builder.bitcast(builder.shl(biased, kind(mantissa)), values[0].type)
-
-    return n(n), codegen
+    return x(coefficients, x), codegen
 
 
 def _special(register):
@@ -379,6 +394,7 @@ def read_peer(typing_context, array, index, rank):
     return array.dtype(array, index, rank), codegen
 
 
+@device
 def shuffle(value, mask):
-    """Of a device function: the number that the lane with number `lane ^ mask` has."""
+    """The number that the lane with number `lane ^ mask` has."""
     return cuda.shfl_xor_sync(0xFFFFFFFF, value, mask)

@@ -1,139 +1,148 @@
 """Kernels for what is left of the rows: sums over them, their labels' weights, their running states.
 
-All in float64: there is one number a row at most.
+All in float64: there is one number per row at most.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from fastll.backend.cuda import state, team
-from fastll.backend.cuda.compiler import WORD, cuda, variants
-from fastll.backend.cuda.primitives import integer_reader, numba_type, reader, writer
+from fastll.backend.cuda import calls, variants, warps
+from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
+from fastll.backend.cuda.primitives import integer_reader, reader, size_of, writer
 
 THREADS = 1024
-#: Numbers that a block adds up.
+#: Numbers that a thread block adds up.
 UNIT = 16 * THREADS
 #: What `weigh` leaves of all labels: the sum, 1 / sum, and 1 / sum in float32.
 WEIGHT_WORDS = 3
+#: Bytes of shared memory: what the warps have found, twice.
+SHARED = 2 * 8 * warps.WARPS
 
-_read, _write = reader("float64"), writer("float64")
-_write_single = writer("float32")
+_read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
+_shared = variants.shared(np.float64)
+_post, _collect, _maximum = _shared.post, _shared.collect, _shared.maximum_of_team
+_joined = _shared.joined
 
 
-@variants
-def add_up(name, written):
-    """The kernel that adds up numbers of one format; divided if it is the last of a tree."""
-    read, write = reader(name, np.float64), writer(written)
-    result = np.float32 if written == "float32" else np.float64
-    group = team.of(np.float64)
-    post, collect = group.post, group.collect
+@device
+def _write_reciprocals(address, total):
+    _write(address, 1.0 / total)
+    _write_single(address + 8, 1.0 / total)
 
-    def kernel(count, values, out, denominator, reciprocals, divisor):
+
+class AddUp(NamedTuple):
+    """Formats of the numbers and of their sum."""
+
+    values: str
+    out: str
+
+
+class Weigh(NamedTuple):
+    """The format and the number of axes of labels, and the format of class weights."""
+
+    labels: str
+    axes: int
+    weight: str | None
+
+
+class Merge(NamedTuple):
+    """Nothing differs."""
+
+
+@kernels
+def add_up(variant):
+    """The kernel that adds up numbers; the last one of a tree divides."""
+    read, write = reader(variant.values, np.float64), writer(variant.out, np.float64)
+    size, out_size = size_of(variant.values), size_of(variant.out)
+
+    def run(call):
         memory = cuda.shared.array(0, np.float64)
-        block = np.int64(cuda.blockIdx.x)
-        total = 0.0
-        for i in range(block * UNIT + cuda.threadIdx.x, min(count, (block + 1) * UNIT), THREADS):
-            total += read(values + i * values_size)
-        post(total, memory, 0)
+        block, total = np.int64(cuda.blockIdx.x), 0.0
+        first, end = block * UNIT + cuda.threadIdx.x, min(call.size, (block + 1) * UNIT)
+        for i in range(first, end, THREADS):
+            total += read(call.values + i * size)
+        _post(total, memory, 0)
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
-            total, low = collect(memory, 0, 0)
-            total += low
-            total /= _read(denominator) if denominator != 0 else divisor
-            write(out + block * out_size, result(total))
-            if reciprocals != 0:
-                _write(reciprocals, 1.0 / total)
-                _write_single(reciprocals + 8, np.float32(1.0 / total))
+            found = _collect(memory, 0, 0)
+            total = found.high + found.low
+            total /= _read(call.denominator) if call.denominator != 0 else call.divisor
+            write(call.out + block * out_size, total)
+            if call.reciprocals != 0:
+                _write_reciprocals(call.reciprocals, total)
 
-    values_size = 4 if name == "float32" else 8
-    out_size = 4 if written == "float32" else 8
-    kernel.signature = (WORD,) * 5 + (numba_type(np.float64),)
-    return kernel
+    return Kernel(run, calls.Total, np.float64)
 
 
-@variants
-def weigh(labels, weights):
-    """The kernel that adds up the weights of a block's labels, and finds the first that is none.
+@kernels
+def weigh(variant):
+    """The kernel that adds up the weights of a thread block's labels, and finds the first bad one.
 
-    A block alone leaves what becomes of the sum as well: all of the words.
-
-    `labels` is the format of labels, `weights` that of class weights or None.
+    If there is one thread block it leaves all of the words.
     """
-    read_label = integer_reader(labels)
-    read_weight = reader(weights or "float64", np.float64)
-    group = team.of(np.float64)
-    post, collect, maximum = group.post, group.collect, group.maximum
+    weighted, axes = variant.weight is not None, variant.axes
+    read_label = integer_reader(variant.labels)
+    read_weight = reader(variant.weight or "float64", np.float64)
 
-    def kernel(
-        count,
-        length,
-        source,
-        outer_step,
-        step,
-        classes,
-        ignore_index,
-        weight,
-        weight_step,
-        out,
-        bad,
-    ):
+    @device
+    def address_of(call, i):
+        address = call.labels
+        for axis in range(axes - 1, 0, -1):
+            rest = i // call.sizes[axis]
+            address += (i - rest * call.sizes[axis]) * call.steps[axis]
+            i = rest
+        return address + i * call.steps[0]
+
+    def run(call):
         memory = cuda.shared.array(0, np.float64)
-        block = np.int64(cuda.blockIdx.x)
-        total, first_bad = 0.0, -np.inf
-        for i in range(block * UNIT + cuda.threadIdx.x, min(count, (block + 1) * UNIT), THREADS):
-            label = read_label(source + i // length * outer_step + i % length * step)
-            if label != ignore_index:
-                if 0 <= label < classes:
-                    total += read_weight(weight + label * weight_step) if weights is not None else 1.0
-                elif bad != 0:
+        block, total, first_bad = np.int64(cuda.blockIdx.x), 0.0, -np.inf
+        first, end = block * UNIT + cuda.threadIdx.x, min(call.size, (block + 1) * UNIT)
+        for i in range(first, end, THREADS):
+            label = read_label(address_of(call, i))
+            if label != call.ignore_index:
+                if 0 <= label < call.classes:
+                    at = call.weight.address + label * call.weight.step
+                    total += read_weight(at) if weighted else 1.0
+                elif call.bad != 0:
                     first_bad = max(first_bad, -np.float64(i))
-        if bad != 0:
-            first_bad = maximum(first_bad, memory, team.WARPS)
-        post(total, memory, 0)
+        if call.bad != 0:
+            first_bad = _maximum(first_bad, memory, warps.WARPS)
+        _post(total, memory, 0)
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
-            total, low = collect(memory, 0, 0)
-            total += low
-            _write(out + block * 8, total)
+            found = _collect(memory, 0, 0)
+            total = found.high + found.low
+            _write(call.out + block * 8, total)
             if cuda.gridDim.x == 1:
-                _write(out + 8, 1.0 / total)
-                _write_single(out + 16, np.float32(1.0 / total))
-            if bad != 0:
-                _write(bad + block * 8, -first_bad)
+                _write_reciprocals(call.out + 8, total)
+            if call.bad != 0:
+                _write(call.bad + block * 8, -first_bad)
 
-    kernel.signature = (WORD,) * 11
-    return kernel
+    return Kernel(run, calls.Weigh, np.float64, sizes=axes, steps=axes)
 
 
-@variants
-def merge():
-    """The kernel that adds one running state (rows, 3) to another; alone (other = 0), the identity."""
-    joined = state.of(np.float64).joined
+@kernels
+def merge(variant):
+    """The kernel that adds one running state (rows, 3) to another; without the other, the identity."""
 
-    def kernel(rows, mine, other):
+    @device
+    def read_state(address):
+        return _read(address), _read(address + 8), _read(address + 16)
+
+    def run(call):
         row = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-        if row >= rows:
+        if row >= call.rows:
             return
-        at = mine + row * 24
-        m, e, low, k = -np.inf, 0.0, 0.0, 0.0
-        if other != 0:
-            source = other + row * 24
-            m, e, low, k = joined(
-                _read(at),
-                _read(at + 8),
-                0.0,
-                _read(at + 16),
-                _read(source),
-                _read(source + 8),
-                0.0,
-                _read(source + 16),
-            )
+        at, m, below, at_maximum = call.state + row * 24, -np.inf, 0.0, 0.0
+        if call.other != 0:
+            m, below, at_maximum = _joined(read_state(at), read_state(call.other + row * 24))
         _write(at, m)
-        _write(at + 8, e + low)
-        _write(at + 16, k)
+        _write(at + 8, below)
+        _write(at + 16, at_maximum)
 
-    kernel.signature = (WORD,) * 3
-    return kernel
+    return Kernel(run, calls.Merge, np.float64)

@@ -1,0 +1,153 @@
+"""What a kernel is told: one structure per call. Its Numba type and the words of a launch follow from
+its definition.
+
+An operand that is not there has the address 0. Steps are in bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastll.dtypes import FORMATS, kind_of
+
+Array = NDArray[Any]
+
+
+class Full(NamedTuple):
+    """An operand of shape (outer, classes, inner), or a running state (outer, 3, inner)."""
+
+    address: int = 0
+    outer: int = 0
+    classes: int = 0
+    inner: int = 0
+
+
+class Row(NamedTuple):
+    """An operand of shape (outer, inner)."""
+
+    address: int = 0
+    outer: int = 0
+    inner: int = 0
+
+
+class Line(NamedTuple):
+    """An operand of one axis."""
+
+    address: int = 0
+    step: int = 0
+
+
+class Fold(NamedTuple):
+    """A reduction of rows; see `fastll.contract.Fold`."""
+
+    rows: int
+    classes: int
+    inner: int
+    x: Full
+    second: Full
+    out: Full
+    state: Full
+    labels: Row
+    value: Row
+    lse: Row
+    sign: Row
+    weight: Line
+    divisor: int  # address of a number that the gradient is multiplied with, or 0
+    ignore_index: int
+    segment: int  # of a team: classes of each block of a cluster
+    capacity: int  # and those it takes at once
+    lanes: int  # of threads on their own: how many share a row
+    across: int  # and whether neighbours have different rows
+    keep: float  # 1 - label_smoothing
+    spread: float  # label_smoothing / classes
+    z_loss: float
+    softcap: float
+    scale: float
+
+
+class Map(NamedTuple):
+    """An element-wise operation; see `fastll.contract.Map`. Operands have the shape (outer, n)."""
+
+    length: int
+    units: int  # of each outer row
+    inputs: tuple[Row, ...]
+    weight: Row
+    value: Row
+    partial: Row
+    slope: Row
+    parameters: tuple[float, ...]
+    scale: float
+
+
+class Total(NamedTuple):
+    """A sum of contiguous numbers."""
+
+    size: int
+    values: int  # address
+    out: int  # address
+    denominator: int  # address, or 0 for `divisor`
+    reciprocals: int  # address of where 1 / sum goes, or 0
+    divisor: float
+
+
+class Weigh(NamedTuple):
+    """The sum of the weights of labels of any shape."""
+
+    labels: int  # address
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    size: int
+    classes: int
+    ignore_index: int
+    weight: Line
+    out: int  # address of the blocks' sums
+    bad: int  # address of the blocks' first bad labels, or 0
+
+
+class Merge(NamedTuple):
+    """Running states, contiguous, that others are added to; without others they are made new."""
+
+    rows: int
+    state: int  # address
+    other: int  # address, or 0
+
+
+def words(call: tuple[Any, ...], real: Any) -> list[Any]:
+    """A structure as the arguments of a launch."""
+    found: list[Any] = []
+    for value in call:
+        if isinstance(value, tuple):
+            found += words(value, real)
+        else:
+            found.append(real(value) if isinstance(value, float) else value)
+    return found
+
+
+def address(a: Array | None) -> int:
+    return 0 if a is None else int(a.__array_interface__["data"][0])
+
+
+def full(a: Array | None) -> Full:
+    return Full() if a is None else Full(address(a), *a.strides)
+
+
+def row(a: Array | None) -> Row:
+    return Row() if a is None else Row(address(a), *a.strides)
+
+
+def line(a: Array | None) -> Line:
+    return Line() if a is None else Line(address(a), *a.strides)
+
+
+def format_of(a: Array | None) -> str | None:
+    """Name of a storage format of `fastll.dtypes.FORMATS`."""
+    return None if a is None else _named(a.dtype)
+
+
+@lru_cache(64)
+def _named(dtype: np.dtype[Any]) -> str:
+    return FORMATS[kind_of(dtype).code]

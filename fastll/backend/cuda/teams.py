@@ -1,0 +1,390 @@
+"""Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
+
+A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks
+of a cluster, each with a segment; or a thread block takes it in chunks, and reads it once more to
+write. If a row's length is no multiple of a vector, vectors are aligned to memory, not to the row: the
+first and the last one are then read and written element by element.
+
+The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
+(lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
+another thread are exchanged before they fold.
+
+Texts, bound to the names of a variant: see `fastll.backend.cuda.variants`.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: F403, F405
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastll.backend.cuda.compiler import cuda
+from fastll.backend.cuda.primitives import VECTOR, cluster_barrier, cluster_rank, larger
+from fastll.backend.cuda.rows import *
+from fastll.backend.cuda.warps import *
+
+#: Places in shared memory: what the warps and then the teams have found, and what became of it. (Each
+#: Python integer would make further versions of the functions that take it.)
+TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(WARPS * i) for i in range(6))
+FINISHED = RESULTS + 2 * WARPS
+#: Numbers before those by which lanes are exchanged.
+SCRATCH = int(FINISHED) + 4 * WARPS
+
+
+class Place(NamedTuple):
+    """Where a thread is. One thread per team, all of them of one warp, finishes the team's row."""
+
+    row: int  # of the thread's team
+    first: int  # class of the thread block, and the end of its classes
+    last: int
+    ragged: bool  # whether rows are no multiple of a vector
+    shift: int  # elements from the vector in memory that the row begins in to its beginning
+    rank: int  # of the thread block in its cluster
+    member: int  # the team whose row the thread finishes
+    own_row: int  # that row
+    finisher: bool
+
+
+class Part(NamedTuple):
+    """A chunk of a row."""
+
+    begin: int
+    length: int
+    shift: int
+    ragged: bool
+
+
+def locate(call, memory):
+    """The `Place` of a thread."""
+    teams = cuda.blockDim.y
+    rank, group = 0, np.int64(cuda.blockIdx.x)
+    if clustered:
+        rank, group = cluster_rank(), group // cluster
+    row, shift = group * teams + cuda.threadIdx.y, np.int32(0)
+    ragged = not aligned and (call.classes & (lanes - 1)) != 0
+    if ragged:
+        shift = np.int32((start_of(call.x, row) & (VECTOR - 1)) // size)
+    first = rank * call.segment
+    last = min(call.classes, first + call.segment) if row < call.rows else first
+    member = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    own_row = group * teams + member
+    finisher = member < teams and own_row < call.rows
+    return Place(row, first, last, ragged, shift, rank, member, own_row, finisher)
+
+
+def start_of(operand, row):
+    """Address of a row, or of its entry."""
+    return operand.address + row * operand.outer
+
+
+def find_label(call, place, memory):
+    if sparse and place.finisher:
+        y, kept = label_within(call, start_of(call.labels, place.own_row))
+        if y >= 0:
+            return label_of(call, y, kept, read_x(start_of(call.x, place.own_row) + y * size))
+        return no_label(kept)
+    return no_label(True)
+
+
+def part_of(call, place, begin):
+    length = np.int32(min(call.capacity, place.last - begin))
+    return Part(begin, length, place.shift, place.ragged)
+
+
+# load
+
+
+def nth(q, shift):
+    """Number in the chunk of the first element of the thread's vector q; below 0 before it."""
+    return np.int32(np.int32(cuda.threadIdx.x + q * cuda.blockDim.x) * lanes - shift)
+
+
+def whole_below(address, part):
+    """The number below which vectors are whole, in memory as well; 0 if the memory's are others."""
+    if not aligned and (address - part.shift * size) & (VECTOR - 1) != 0:
+        return np.uint32(0)
+    return np.uint32(max(part.length - (lanes - 1), 0))
+
+
+def load(values, row_address, part):
+    """The thread's elements of a chunk, and -inf where it has none."""
+    source = row_address + part.begin * size
+    limit = whole_below(source, part)
+    for q in range(vectors):
+        j = nth(q, part.shift)
+        fetch_x(values, q * lanes, source + j * size, np.uint32(j) < limit)  # nor one below 0
+    load_rest(values, source, part, limit)
+
+
+def load_second(values, row_address, part):
+    """The same of the second operand, and 0."""
+    source = row_address + part.begin * size
+    limit = whole_below(source, part)
+    for q in range(vectors):
+        j = nth(q, part.shift)
+        fetch_second(values, q * lanes, source + j * size, np.uint32(j) < limit)
+    load_rest(values, source, part, limit)
+
+
+def load_rest(values, source, part, limit):
+    """Elements of vectors that are not whole."""
+    if not aligned:
+        for q in range(vectors):
+            j = nth(q, part.shift)
+            if j < part.length and not np.uint32(j) < limit:
+                for i in range(lanes):
+                    if np.uint32(j + i) < np.uint32(part.length):
+                        values[q * lanes + i] = read_x(source + (j + i) * size)
+
+
+def cap_all(values, part, cap):
+    for q in range(vectors):
+        j = nth(q, part.shift)
+        for i in range(lanes):
+            if 0 <= j + i < part.length:
+                values[q * lanes + i] = softcap(values[q * lanes + i], cap)[0]
+
+
+def find_targets(call, place, part, u):
+    """The thread's targets u, 0 where it has none."""
+    if dense:
+        load_second(u, start_of(call.second, place.row), part)
+    for q in range(vectors):
+        j = nth(q, part.shift)
+        for i in range(lanes):
+            value = c.zero
+            if 0 <= j + i < part.length:
+                value = target_of(call, u[q * lanes + i], part.begin + (j + i))
+            u[q * lanes + i] = value
+
+
+# fold
+
+
+def fold(call, place, values, second, memory):
+    """The state of the thread block's part of a row, for who finishes it; the reference of its last
+    chunk."""
+    lane = cuda.local.array(lanes, real)
+    state, ref, begin = identity(), reference(-c.infinity), np.int64(place.first)
+    while True:
+        part = part_of(call, place, begin)
+        load(values, start_of(call.x, place.row), part)
+        ref = fold_part(call, place, part, values, second, lane, memory)
+        cuda.syncthreads()
+        if place.finisher:
+            found = collected(memory, place.member, ref)
+            state = merged(state, found) if chunked else found
+        if not chunked:
+            break
+        begin += call.capacity
+        if begin >= place.last:
+            break
+    return state, ref
+
+
+def fold_part(call, place, part, values, u, lane, memory):
+    """Leave the sums of a chunk for `collected`; its reference."""
+    if capped:
+        cap_all(values, part, call.softcap)
+    top = values[0]
+    for i in range(1, count):
+        top = larger(top, values[i])
+    ref = reference(maximum_of_team(top, memory, TOPS))
+    if targets:
+        find_targets(call, place, part, u)
+        post_targets(part, values, u, ref.maximum, lane, memory)
+    post_exponentials(part, values, ref, lane, memory)
+    if cuda.blockDim.y > 1 and cuda.threadIdx.x == 0:
+        memory[np.uint32(RESULTS + cuda.threadIdx.y)] = ref.maximum
+        memory[np.uint32(RESULTS + WARPS + cuda.threadIdx.y)] = ref.lead
+    return ref
+
+
+def post_targets(part, values, u, top, lane, memory):
+    base = finite(top)
+    clear(lane)
+    for i in range(count):
+        lane[i % lanes] += distance(values[i], u[i], base)
+    post_lanes(lane, part, memory, DISTANCES)
+    clear(lane)
+    for i in range(count):
+        lane[i % lanes] += u[i]
+    post_lanes(lane, part, memory, MASSES)
+
+
+def post_exponentials(part, values, ref, lane, memory):
+    equal, level = c.zero, ref.maximum
+    if ref.offset != c.zero:
+        level = ref.maximum - ref.offset
+        if not logs:
+            for i in range(count):
+                values[i] -= ref.offset
+    clear(lane)
+    for i in range(count):
+        v = values[i] - ref.offset if logs else values[i]
+        e = exponential(v, ref.floor, ref.magic)
+        if v == level:  # not by selects: with these it takes 8 registers more
+            equal += c.one
+        else:
+            lane[i % lanes] += e
+        if held and not logs:
+            values[i] = e
+    post_lanes(lane, part, memory, SUMS)
+    post(equal, memory, EQUALS)
+
+
+def clear(lane):
+    for i in range(lanes):
+        lane[i] = c.zero
+
+
+def post_lanes(lane, part, memory, at):
+    """Leave the sum of the team's lanes for `collect`."""
+    if part.ragged:
+        in_order(lane, part.shift, memory)
+    value = lane[0]
+    for i in range(1, lanes):
+        value += lane[i]
+    post(value, memory, at)
+
+
+def in_order(lane, shift, memory):
+    """Lanes as they are without a shift, by way of shared memory."""
+    together = lanes * cuda.blockDim.x
+    at, first = SCRATCH + cuda.threadIdx.y * together, lanes * cuda.threadIdx.x
+    for i in range(lanes):
+        moved = first + i - shift
+        memory[np.uint32(at + (moved if moved >= 0 else moved + together))] = lane[i]
+    cuda.syncthreads()
+    for i in range(lanes):
+        lane[i] = memory[np.uint32(at + first + i)]
+    cuda.syncthreads()
+
+
+def collected(memory, member, ref):
+    """The state of a chunk."""
+    top, lead = ref.maximum, ref.lead
+    if cuda.blockDim.y > 1:
+        top = memory[np.uint32(RESULTS + member)]
+        lead = memory[np.uint32(RESULTS + WARPS + member)]
+    below, equal = collect(memory, SUMS, member), collect(memory, EQUALS, member)
+    away, mass = Sum(c.zero, c.zero), Sum(c.zero, c.zero)
+    if targets:
+        away, mass = collect(memory, DISTANCES, member), collect(memory, MASSES, member)
+    at_maximum = equal.high if top > -c.infinity else c.zero
+    return State(top, relative_to(lead, below), at_maximum, away, mass)
+
+
+# merge, finish
+
+
+def merge(call, place, state, memory):
+    """The state of a whole row, for who finishes it."""
+    if clustered:
+        if place.finisher:
+            put(memory, RESULTS, np.int64(1), state)
+        cluster_barrier()
+        if place.finisher:
+            state = take(memory, RESULTS, np.int64(1), np.int64(0))
+            for peer in range(np.int64(1), np.int64(cluster)):
+                state = merged(state, take(memory, RESULTS, np.int64(1), peer))
+    return state
+
+
+def finish(call, place, label, state, memory):
+    """Finish rows, and tell every thread what became of its own."""
+    scale, at = gradient_scale(call), FINISHED + cuda.threadIdx.y
+    if place.finisher:
+        row = finished(call, state, label, scale)
+        if place.rank == 0:
+            value, lse = start_of(call.value, place.own_row), start_of(call.lse, place.own_row)
+            store_results(call, value, lse, row)
+        if written:
+            put_finished(memory, FINISHED + place.member, row)
+    if clustered:
+        cluster_barrier()  # before a block is gone whose memory another one reads
+    elif written:
+        cuda.syncthreads()
+    m, factor, log_s, at_label = c.zero, c.zero, c.zero, c.zero
+    if written and place.row < call.rows:
+        m, factor = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
+        log_s, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
+    return Finished(c.zero, c.zero, m, log_s, factor, at_label, scale)
+
+
+def put_finished(memory, at, row):
+    memory[np.uint32(at)], memory[np.uint32(at + WARPS)] = row.maximum, row.factor
+    memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)] = row.log_s, row.at_label
+
+
+# write
+
+
+def write(call, place, label, row, ref, values, second, memory):
+    """Write what has the shape of a row."""
+    if not written or place.row >= call.rows:
+        return
+    y, kept, begin = np.int64(-1), True, np.int64(place.first)
+    if sparse:
+        y, kept = label_within(call, start_of(call.labels, place.row))
+    fall = c.one / c.unshift
+    if apart:
+        fall = exp_minus_scaled(ref.maximum, row.maximum)
+    if not held:
+        ref = reference(row.maximum)
+    scales = scales_of(row.factor, fall, ref.lead)
+    while True:
+        part = part_of(call, place, begin)
+        if not held:
+            load(values, start_of(call.x, place.row), part)
+            if targets:
+                find_targets(call, place, part, second)
+        make(call, values, second, ref, row, scales, kept)
+        target = start_of(call.out, place.row)
+        store(target, values, part)
+        if sparse and kept and 0 <= y - begin < part.length:
+            store_label(target + y * size, np.int32(y - begin), part.shift, row.at_label)
+        if not chunked:
+            break
+        begin += call.capacity
+        if begin >= place.last:
+            break
+
+
+def make(call, values, u, ref, row, scales, kept):
+    """Of the elements a thread holds, or of their exponentials, what is written."""
+    for i in range(count):
+        e, slope = values[i], c.one
+        if logs:
+            values[i] = log_of(e, row)
+        else:
+            if not held:
+                e, slope = term_of(call, e, ref)
+            values[i] = product_of(e, slope, u[i], ref, row, scales)
+    if sparse and not kept:
+        for i in range(count):
+            values[i] = c.zero
+
+
+def store(row_address, values, part):
+    target = row_address + part.begin * size
+    limit = whole_below(target, part)
+    for q in range(vectors):
+        j = nth(q, part.shift)
+        if np.uint32(j) < limit:
+            deliver(target + j * size, values, q * lanes)
+        elif not aligned and j < part.length:
+            for i in range(lanes):
+                if np.uint32(j + i) < np.uint32(part.length):
+                    write_out(target + (j + i) * size, values[q * lanes + i])
+
+
+def store_label(address, at, shift, value):
+    """The thread that has stored the element of the label stores it once more."""
+    for q in range(vectors):
+        j = nth(q, shift)
+        if j <= at and at < j + lanes:
+            write_out(address, value)

@@ -1,0 +1,351 @@
+"""Rows of any strides, formats and operands, and short rows: a few threads to a row, or one.
+
+The threads of a row take its classes in turn, four at a time, each with a running state, and fold these
+by halves; how many they are depends on the number of classes alone. Rows that lie one after the other
+and are short come and go through shared memory, so that memory sees whole vectors.
+
+Texts, bound to the names of a variant: see `fastll.backend.cuda.variants`.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: F403, F405
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from fastll.backend.cuda.compiler import cuda
+from fastll.backend.cuda.primitives import VECTOR, larger
+from fastll.backend.cuda.rows import *
+
+#: Classes that a thread takes together.
+TOGETHER = 4
+
+
+class Place(NamedTuple):
+    """Where a thread is."""
+
+    first_row: int  # of the thread block
+    present: int  # its rows
+    outer: int  # the thread's row
+    inner: int
+    live: bool  # whether there is such a row
+    lane: int  # of the threads that share it
+    apart: int  # how far these are from each other
+    source: int  # address of the row in x
+    tile: int  # place of the row in shared memory
+
+
+def locate(call, memory):
+    """The `Place` of a thread; staged rows are brought into shared memory."""
+    rows_of_block = cuda.blockDim.x // call.lanes
+    first_row = np.int64(cuda.blockIdx.x) * rows_of_block
+    if call.across:
+        lane, local_row = cuda.threadIdx.x // rows_of_block, cuda.threadIdx.x % rows_of_block
+    else:
+        lane, local_row = cuda.threadIdx.x % call.lanes, cuda.threadIdx.x // call.lanes
+    row = first_row + local_row
+    outer, inner = row, np.int64(0)
+    if call.inner != 1:  # a division takes as long as several elements
+        outer = row // call.inner
+        inner = row - outer * call.inner
+    present = min(rows_of_block, call.rows - first_row)
+    if staged:
+        move(memory, call.x.address + first_row * call.x.outer, present, call.classes, True)
+        cuda.syncthreads()
+    source = call.x.address + outer * call.x.outer + inner * call.x.inner
+    apart = rows_of_block if call.across else 1
+    tile = local_row * (call.classes | 1)
+    return Place(first_row, present, outer, inner, row < call.rows, lane, apart, source, tile)
+
+
+def start_of(operand, place):
+    """Address of the thread's row, or of its entry, in an operand."""
+    return operand.address + place.outer * operand.outer + place.inner * operand.inner
+
+
+def find_label(call, place, memory):
+    if sparse and place.live:
+        y, kept = label_within(call, start_of(call.labels, place))
+        if y >= 0:
+            return label_of(call, y, kept, element(call, place, memory, y))
+        return no_label(kept)
+    return no_label(True)
+
+
+# access to the elements of a row
+
+
+def move(memory, address, count, classes, inwards):
+    """`count` rows, one after the other in memory, to or from shared memory.
+
+    There their pitch is odd, so that neighbouring rows are in different banks.
+    """
+    part = cuda.local.array(lanes, real)
+    elements, width, ready = np.uint32(count * classes), np.uint32(classes), np.uint32(0)
+    if address & (VECTOR - 1) == 0:
+        ready = np.uint32(elements & ~np.uint32(lanes - 1))
+    at = np.uint32(cuda.threadIdx.x * lanes)
+    while at < ready:
+        if inwards:
+            fetch_x(part, 0, address + at * size, True)
+        i = np.uint32(at // width)
+        j = np.uint32(at - i * width)
+        for k in range(lanes):
+            if inwards:
+                memory[np.uint32(i * (width | 1) + j)] = part[k]
+            else:
+                part[k] = memory[np.uint32(i * (width | 1) + j)]
+            j = np.uint32(j + 1)
+            if j == width:
+                i, j = np.uint32(i + 1), np.uint32(0)
+        if not inwards:
+            deliver(address + at * size, part, 0)
+        at = np.uint32(at + cuda.blockDim.x * lanes)
+    at = np.uint32(ready + cuda.threadIdx.x)
+    while at < elements:
+        i = np.uint32(at // width)
+        place = np.uint32(i * (width | 1) + (at - i * width))
+        if inwards:
+            memory[place] = read_x(address + at * size)
+        else:
+            write_out(address + at * size, memory[place])
+        at = np.uint32(at + cuda.blockDim.x)
+
+
+def element(call, place, memory, j):
+    if staged:
+        return memory[np.uint32(place.tile + j)]
+    return read_x(place.source + j * call.x.classes)
+
+
+def second_element(call, place, j):
+    return read_second(start_of(call.second, place) + j * call.second.classes)
+
+
+def target(call, place, j):
+    return target_of(call, second_element(call, place, j) if dense else c.zero, j)
+
+
+def put_element(call, place, memory, j, value):
+    if staged:
+        memory[np.uint32(place.tile + j)] = value
+    else:
+        write_out(start_of(call.out, place) + j * call.out.classes, value)
+
+
+# load and fold
+
+
+def fold(call, place, held, u, memory):
+    """The state of a thread's elements, and their reference."""
+    if two_passes:
+        return fold_staged(call, place, memory)
+    state, ref = identity(), reference(-c.infinity)
+    stop = call.classes if place.live and not whole_state else 0
+    for begin in range(place.lane, stop, call.lanes * TOGETHER):
+        top = load(call, place, begin, held, u, memory)
+        if top > state.maximum:
+            new = reference(top)
+            state, ref = raised(state, ref, new), new
+        state = folded(state, ref, held, u)
+    at_maximum = state.at_maximum if state.maximum > -c.infinity else c.zero
+    below = relative_to(lead_of(ref), state.below)
+    return State(state.maximum, below, at_maximum, state.distance, state.mass), ref
+
+
+def fold_staged(call, place, memory):
+    """The same of a row in shared memory: its maximum first, then its exponentials."""
+    tile, width = np.uint32(place.tile), np.uint32(call.classes if place.live else 0)
+    top, j = -c.infinity, np.uint32(0)
+    while j < width:
+        top = larger(top, memory[np.uint32(tile + j)])
+        j = np.uint32(j + 1)
+    ref = reference(top)
+    level, part, equal, total = top - ref.offset, c.zero, c.zero, Sum(c.zero, c.zero)
+    j = np.uint32(0)
+    while j < width:
+        v = memory[np.uint32(tile + j)] - ref.offset
+        if v == level:
+            equal += c.one
+        else:
+            part += exponential(v, ref.floor, ref.magic)
+        j = np.uint32(j + 1)
+        if j & np.uint32(15) == 0:  # so often that nothing is lost
+            total, part = plus(total, part), c.zero
+    below = relative_to(ref.lead, plus(total, part))
+    equal = equal if top > -c.infinity else c.zero
+    return State(top, below, equal, Sum(c.zero, c.zero), Sum(c.zero, c.zero)), ref
+
+
+def load(call, place, begin, held, u, memory):
+    """Load what a thread takes together: elements, -inf where there is none, and their weights or
+    targets. The largest element is returned."""
+    top = -c.infinity
+    for i in range(TOGETHER):
+        held[i], u[i] = -c.infinity, c.zero
+        j = begin + i * call.lanes
+        if j < call.classes:
+            v = element(call, place, memory, j)
+            if capped:
+                v = softcap(v, call.softcap)[0]
+            if weighted:
+                u[i] = second_element(call, place, j)
+                if u[i] == c.zero:
+                    v = -c.infinity
+            if targets:
+                u[i] = target(call, place, j)
+            held[i] = v
+            if v > top:
+                top = v
+    return top
+
+
+def lead_of(ref):
+    """The exponential of the maximum as it is in sums. Those of weighted elements are not scaled by
+    2**SHIFT: weights may be enormous."""
+    return ref.lead * c.unshift if weighted else ref.lead
+
+
+def raised(state, ref, new):
+    """A state for a larger maximum."""
+    below, distance_now = state.below, state.distance
+    if state.maximum > -c.infinity:
+        rise = exp_minus_scaled(state.maximum, new.maximum) * (lead_of(new) * c.unshift)
+        below = plus(relative_to(lead_of(ref), below), state.at_maximum)
+        below = Sum(below.high * rise, below.low * rise)
+    if targets:
+        distance_now = farther(distance_now, state.mass.high, state.maximum, new.maximum)
+    return State(new.maximum, below, c.zero, distance_now, state.mass)
+
+
+def folded(state, ref, held, u):
+    """The state with further elements, none of them above its maximum."""
+    part, equal, away, more = c.zero, c.zero, c.zero, c.zero
+    m, distances, mass = ref.maximum, state.distance, state.mass
+    for i in range(TOGETHER):
+        if weighted:
+            if held[i] == m:  # weights of both signs at an infinite maximum make NaN
+                equal += u[i] * c.infinity if m == c.infinity and u[i] != c.zero else u[i]
+            elif u[i] != c.zero:
+                part += (relative(held[i], ref) * c.unshift) * u[i]
+        elif held[i] == m:
+            equal += c.one
+        else:
+            part += relative(held[i], ref)
+        if targets:
+            away += distance(held[i], u[i], finite(m))
+            more += u[i]
+    if targets:
+        distances, mass = plus(distances, away), plus(mass, more)
+    return State(m, plus(state.below, part), state.at_maximum + equal, distances, mass)
+
+
+# merge, finish
+
+
+def merge(call, place, state, memory):
+    """The state of a whole row, by halves, for all of its threads."""
+    if not staged and call.lanes > 1:
+        step, me, half = cuda.blockDim.x, cuda.threadIdx.x, call.lanes
+        while half > 1:
+            put(memory, me, step, state)
+            cuda.syncthreads()
+            half //= 2
+            if place.lane < half:
+                state = merged(state, take(memory, me + half * place.apart, step, 0))
+            cuda.syncthreads()
+        put(memory, me, step, state)
+        cuda.syncthreads()
+        state = take(memory, me - place.lane * place.apart, step, 0)  # the first one's
+    return state
+
+
+def finish(call, place, label, state, memory):
+    if whole_state and place.live:
+        at, step = start_of(call.state, place), call.state.classes
+        below = Sum(read_state(at + step), c.zero)
+        at_maximum = read_state(at + 2 * step)
+        state = State(read_state(at), below, at_maximum, state.distance, state.mass)
+    row = finished(call, state, label, gradient_scale(call))
+    if place.live and place.lane == 0:
+        store_results(call, start_of(call.value, place), start_of(call.lse, place), row)
+    return row
+
+
+def finish_exactly(call, place, label, state, memory):
+    """Finish a log-sum-exp in float64, as running states are, with what is left where weights cancel;
+    add it to the running state if there is one."""
+    if place.live and place.lane == 0:
+        m, below, at_maximum = continued(call, place, state)
+        if call.lse.address != 0:
+            s = below + at_maximum
+            result = m + log_of_sum(below, at_maximum) if m > -np.inf else m + below
+            if signed:
+                sign = (1.0 if s > 0.0 else -1.0) if s != 0.0 and s == s else s
+                write_double(start_of(call.sign, place), sign)
+            elif s < 0.0:
+                result = np.nan
+            write_double(start_of(call.lse, place), result)
+    return Finished(c.zero, c.zero, c.zero, c.zero, c.zero, c.zero, c.zero)
+
+
+def log_of_sum(below, at_maximum):
+    """log|below + at_maximum|, from whichever part dominates."""
+    if abs(below) < abs(at_maximum):
+        return math.log(abs(at_maximum)) + math.log1p(below / at_maximum)
+    return math.log(abs(below + at_maximum)) if below + at_maximum != 0.0 else -np.inf
+
+
+def continued(call, place, state):
+    """Maximum and sums of a row in float64, and with what its running state has."""
+    below = np.float64(state.below.high) + np.float64(state.below.low)
+    m, at_maximum = np.float64(state.maximum), np.float64(state.at_maximum)
+    if running:
+        at, step = start_of(call.state, place), call.state.classes
+        before = read_double(at), read_double(at + step), read_double(at + 2 * step)
+        m, below, at_maximum = joined(before, (m, below, at_maximum))
+        write_state(at, m)
+        write_state(at + step, below)
+        write_state(at + 2 * step, at_maximum)
+    return m, below, at_maximum
+
+
+# write
+
+
+def write(call, place, label, row, ref, held, u, memory):
+    """Write what has the shape of a row."""
+    if not written:
+        return
+    ref = reference(row.maximum)
+    scales = scales_of(row.factor, c.one / c.unshift, ref.lead)
+    j, stop, step = index(place.lane), index(call.classes if place.live else 0), index(call.lanes)
+    while j < stop:
+        write_element(call, place, label, row, ref, scales, memory, j)
+        j = index(j + step)
+    if staged:
+        if sparse and label.kept and label.number >= 0:
+            put_element(call, place, memory, label.number, row.at_label)
+        cuda.syncthreads()
+        address = call.out.address + place.first_row * call.out.outer
+        move(memory, address, place.present, call.classes, False)
+
+
+def write_element(call, place, label, row, ref, scales, memory, j):
+    """Write element j; of a staged row, that of the label follows."""
+    x = element(call, place, memory, j)
+    if logs:
+        value = log_of(x, row)
+    else:
+        e, slope = term_of(call, x, ref)
+        value = product_of(e, slope, target(call, place, j) if targets else c.zero, ref, row, scales)
+        if sparse:
+            if not staged and j == label.number:
+                value = row.at_label
+            if not label.kept:
+                value = c.zero
+    put_element(call, place, memory, j, value)
