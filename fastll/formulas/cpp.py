@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import dedent
 from types import FunctionType
-from typing import NoReturn
 
 from fastll import contract
 from fastll.formulas import ELEMENTS, TERMS, Element, Terms, constants, texts, vocabulary
@@ -44,9 +43,9 @@ class _Translator:
         self.lines: list[str] = []
         self.function(definition)
 
-    def refuse(self, node: ast.AST, what: str) -> NoReturn:
+    def refusal(self, node: ast.AST, what: str) -> SyntaxError:
         line = self.first + getattr(node, "lineno", 1) - 1
-        raise SyntaxError(f"a formula has {what}", (str(self.path), line, None, None))
+        return SyntaxError(f"a formula has {what}", (str(self.path), line, None, None))
 
     def add(self, node: ast.stmt, text: str) -> None:
         path = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path
@@ -54,10 +53,10 @@ class _Translator:
 
     def function(self, node: ast.stmt) -> None:
         if not isinstance(node, ast.FunctionDef) or node.decorator_list:
-            self.refuse(node, "a decorator, or is no function")
+            raise self.refusal(node, "a decorator, or is no function")
         given = node.args
         if given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
-            self.refuse(node, "arguments that are not plain names")
+            raise self.refusal(node, "arguments that are not plain names")
         arguments = [a.arg for a in given.args]
         self.names.update(arguments)
         types = ", ".join(f"class T_{a}" for a in arguments)
@@ -68,7 +67,7 @@ class _Translator:
         for statement in body[:-1]:
             self.assignment(statement)
         if not body or not isinstance(body[-1], ast.Return) or body[-1].value is None:
-            self.refuse(body[-1] if body else node, "no value returned at its end")
+            raise self.refusal(body[-1] if body else node, "no value returned at its end")
         value = body[-1].value
         values = value.elts if isinstance(value, ast.Tuple) else [value]
         result = ", ".join(self.expression(v) for v in values)
@@ -77,17 +76,19 @@ class _Translator:
 
     def assignment(self, node: ast.stmt) -> None:
         if not isinstance(node, ast.Assign) or len(node.targets) != 1:
-            self.refuse(node, f"a statement that is no assignment to names: {ast.unparse(node)}")
+            raise self.refusal(node, f"a statement that is no assignment to names: {ast.unparse(node)}")
         (target,) = node.targets
         names = target.elts if isinstance(target, ast.Tuple) else [target]
         value = self.expression(node.value)
-        texts = []
+        texts: list[str] = []
         for name in names:
             if not isinstance(name, ast.Name):
-                self.refuse(name, f"an assignment to something else than a name: {ast.unparse(name)}")
+                raise self.refusal(
+                    name, f"an assignment to something else than a name: {ast.unparse(name)}"
+                )
             text = name.id if name.id != "_" else f"unused_{len(self.lines)}_{len(texts)}"
             if text in self.names:
-                self.refuse(name, f"a second assignment to {text}")
+                raise self.refusal(name, f"a second assignment to {text}")
             self.names.add(text)
             texts.append(text)
         if self.is_structure(node.value):
@@ -110,7 +111,7 @@ class _Translator:
                 return name
             case ast.Attribute(value=owner, attr=name) if self.is_structure(owner):
                 if name not in constants.Constants._fields:
-                    self.refuse(node, f"an unknown constant, {name}")
+                    raise self.refusal(node, f"an unknown constant, {name}")
                 return f"{self.expression(owner)}.{name}"
             case ast.UnaryOp(op=ast.USub(), operand=ast.Attribute() as operand):
                 return f"-{self.expression(operand)}"
@@ -119,9 +120,11 @@ class _Translator:
                 return f"({self.expression(left)} {sign} {self.expression(right)})"
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
                 if name not in self.callable:
-                    self.refuse(node, f"a call of {name}, which is neither a formula nor an operation")
+                    raise self.refusal(
+                        node, f"a call of {name}, which is neither a formula nor an operation"
+                    )
                 return f"{name}({', '.join(self.expression(a) for a in arguments)})"
-        self.refuse(node, f"something that its rules do not allow: {ast.unparse(node)}")
+        raise self.refusal(node, f"something that its rules do not allow: {ast.unparse(node)}")
 
 
 def translate(functions: Iterable[FunctionType]) -> str:

@@ -16,7 +16,6 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-
 #: A field of the compute dtype.
 Number = Annotated[float, "compute dtype"]
 
