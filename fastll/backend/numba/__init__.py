@@ -68,7 +68,7 @@ class Backend(Host):
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None
     ) -> tuple[int, float]:
         ones = np.empty(0) if weight is None else weight
-        found: tuple[int, float] = folds.check_labels(labels, classes, ignore_index, ones)
+        found: tuple[int, float] = folds.check_labels(labels.reshape(-1), classes, ignore_index, ones)
         return found
 
 
