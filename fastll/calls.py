@@ -6,6 +6,7 @@ of whole arrays, piece by piece as `fastll.layout` cuts it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from fastll import dispatch, layout
 from fastll.arrays import HOST, Array, Place, kept_shape, place_of
 from fastll.contract import Backend, Floats, Fold, Map, new
-from fastll.dtypes import kind_of
+from fastll.dtypes import as_floats, kind_of
 
 
 class Call:
@@ -68,6 +69,18 @@ class Call:
             fields = operation, inputs, value, sums, slope, weight, parameters, scale
             backend.run(backend.map(new(Map, fields)), outer * -(-length // unit), outer * length)
         return partial
+
+    def check_domain(self, a: Array, name: str, low: float, high: float = math.inf) -> None:
+        """`ValueError` for a value outside [low, high]; on a GPU nothing is checked, as that waits."""
+        if not self.place.on_cpu:
+            return
+        check = Call("outside", a, name, self.place)
+        counts = check.map(check.backend, (a,), None, parameters=(low, high))
+        if np.any(counts):  # type: ignore[arg-type]
+            values = as_floats(a).reshape(a.shape)
+            at = tuple(int(i) for i in np.argwhere((values < low) | (values > high))[0])
+            expected = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
+            raise ValueError(f"{name} has {values[at]:g} at {at}; expected values {expected}")
 
     def results(
         self, loss: Any, lse: Array | None, grad: Array | None, return_grad: bool, grad_out: Any

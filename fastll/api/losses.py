@@ -355,32 +355,29 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
     array([6.93147181e-01, 4.24835426e-18])
     """
-    name, others = "binary_cross_entropy", {"target": target}
-    if pos_weight is not None:
-        name, others["pos_weight"] = "binary_cross_entropy_pos_weight", pos_weight
+    name = "binary_cross_entropy" + "_pos_weight" * (pos_weight is not None)
     call = Call(name, logits, "logits")
+    others = {"target": call.place.take(target, "target")}
+    if others["target"].shape != call.x.shape:
+        shape = others["target"].shape
+        raise ValueError(f"target has shape {shape}; expected that of logits, {call.x.shape}")
+    if pos_weight is not None:
+        others["pos_weight"] = call.place.take(pos_weight, "pos_weight")
     return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
 
 
 def _elementwise(
     call: Call,
-    others: dict[str, ArrayLike],
+    others: dict[str, Array],
     weight: ArrayLike | None,
     parameters: tuple[float, ...],
     reduction: str,
     return_grad: bool,
     grad_out: Any,
 ) -> Any:
-    """An element-wise loss of the first array and others, of which only a target may not broadcast."""
-    x, place = call.x, call.place
-    inputs, shape = [x], x.shape
-    for name, other in others.items():
-        a = place.take(other, name)
-        if a.shape != shape:
-            if name == "target":
-                raise ValueError(f"target has shape {a.shape}; expected that of {call.name}, {shape}")
-            a = broadcast(a, shape, name)
-        inputs.append(a)
+    """An element-wise loss of the first array and others, which broadcast to it."""
+    x, place, shape = call.x, call.place, call.x.shape
+    inputs = (x, *[broadcast(a, shape, name) for name, a in others.items()])
     w = None if weight is None else broadcast(place.take(weight, "weight"), shape, "weight")
     mean = check_reduction(reduction) == "mean"
     grad = None
@@ -389,7 +386,7 @@ def _elementwise(
     scale = 1 / x.size if mean and x.size else 1.0
     loss = place.empty_like(x, call.compute) if reduction == "none" else None
     backend = call.backend
-    sums = call.map(backend, tuple(inputs), loss, grad, w, parameters, scale)
+    sums = call.map(backend, inputs, loss, grad, w, parameters, scale)
     if sums is not None:
         loss = backend.total(sums, float(x.size) if mean else None, call.compute)
     return call.results(loss, None, grad, return_grad, grad_out)

@@ -35,6 +35,7 @@ class Terms(NamedTuple):
 
 #: Element-wise operations by name. Their order is that of the codes that Cython's kernels are told.
 ELEMENTS = {
+    "outside": Element(elements.outside, parameters=2),
     "sigmoid": Element(elements.sigmoid),
     "log_sigmoid": Element(elements.log_sigmoid),
     "binary_cross_entropy": Element(elements.binary_cross_entropy, inputs=2, slope=True, log1p=True),

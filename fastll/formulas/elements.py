@@ -12,6 +12,12 @@ from fastll.formulas.maths import log1p, tails
 from fastll.formulas.vocabulary import absolute, constants, where_eq, where_ge, where_gt
 
 
+def outside(x, low, high):
+    """1 outside [low, high], else 0, as for a NaN: what a check of a domain adds up."""
+    c = constants(x)
+    return where_gt(low, x, c.one, where_gt(x, high, c.one, c.zero))
+
+
 def sigmoid(x):
     """1 / (1 + exp(-x)), by exp(-|x|), so that the lower tail is exp(x) to the last subnormal."""
     c = constants(x)

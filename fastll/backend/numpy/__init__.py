@@ -103,6 +103,7 @@ def _binary_cross_entropy(x: Array, t: Array, pos_weight: Array = 1.0) -> tuple[
 
 #: Element-wise operations: their value, or value and slope.
 ELEMENTS: dict[str, Callable[..., Any]] = {
+    "outside": lambda x, low, high: np.where((x < low) | (x > high), 1.0, 0.0),
     "sigmoid": _sigmoid,
     "log_sigmoid": lambda x: -_softplus(-x),
     "binary_cross_entropy": _binary_cross_entropy,
