@@ -16,6 +16,7 @@ from fastll import dispatch, layout
 from fastll.arrays import HOST, Array, Place, kept_shape, place_of
 from fastll.contract import Backend, Floats, Fold, Map, new
 from fastll.dtypes import as_floats, kind_of
+from fastll.formulas import TERMS
 
 
 class Call:
@@ -76,7 +77,7 @@ class Call:
             return
         check = Call("outside", a, name, self.place)
         counts = check.map(check.backend, (a,), None, parameters=(low, high))
-        if np.any(counts):  # type: ignore[arg-type]
+        if np.any(counts):
             values = as_floats(a).reshape(a.shape)
             at = tuple(int(i) for i in np.argwhere((values < low) | (values > high))[0])
             expected = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
@@ -97,6 +98,9 @@ class Call:
 def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
     """Run a reduction of rows over `axes`; rows that no one view covers go by a running state."""
     pieces, parts = layout.folds(call, axes)
+    if parts > 1 and call.operation in TERMS:
+        _sum_axis_by_axis(backend, place, call, axes)
+        return
     if parts > 1 and call.state is None:
         state = new_state(backend, place, kept_shape(call.x.shape, axes))
         operation = call.operation if call.out is None else "logsumexp"
@@ -112,6 +116,16 @@ def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> N
         rows = outer * inner
         # a row without classes is work too: it has a result
         backend.run(backend.fold(piece), rows, rows * (classes or 1))
+
+
+def _sum_axis_by_axis(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
+    """Sum terms over the longest axis, and those sums over the others."""
+    assert call.value is not None
+    longest = max(axes, key=lambda axis: call.x.shape[axis])
+    sums = place.scratch(kept_shape(call.x.shape, (longest,)), call.value.dtype)
+    fold(backend, place, Fold(call.operation, call.x, call.second, value=sums), (longest,))
+    others = tuple(axis - (axis > longest) for axis in axes if axis != longest)
+    fold(backend, place, Fold("sum", sums, options=call.options, value=call.value), others)
 
 
 def finish(backend: Backend, place: Place, call: Fold) -> None:

@@ -45,7 +45,9 @@ ELEMENTS = {
 }
 
 #: Folds that are sums of terms, by name, likewise.
-TERMS: dict[str, Terms] = {}
+TERMS = {
+    "sum": Terms(rows.itself),
+}
 
 
 def texts(*modules: ModuleType) -> list[FunctionType]:

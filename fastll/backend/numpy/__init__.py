@@ -110,7 +110,9 @@ ELEMENTS: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy_pos_weight": _binary_cross_entropy,
 }
 #: Terms of the folds that are sums of them.
-TERMS: dict[str, Callable[..., Any]] = {}
+TERMS: dict[str, Callable[..., Any]] = {
+    "sum": lambda x: x,
+}
 
 
 class _Rows:
