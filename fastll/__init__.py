@@ -10,6 +10,7 @@ from fastll.api.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
     dense_cross_entropy,
+    gaussian_nll,
     sparse_cross_entropy,
 )
 from fastll.api.reductions import log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "debug_labels",
     "dense_cross_entropy",
+    "gaussian_nll",
     "get_num_threads",
     "log_sigmoid",
     "log_softmax",

@@ -250,6 +250,18 @@ OPERATIONS = {
         },
         measured="throughout",
     ),
+    "gaussian_nll": Operation(
+        losses.gaussian_nll,
+        (Argument("mean", "real"), Argument("target", "real"), Argument("var", "positive")),
+        elementwise=True,
+        gradient=True,
+        options=({}, {"full": True, "eps": 1.0}),
+        peers={
+            "numpy": lambda np, x, t, v: np.mean((x - t) ** 2 / v + np.log(v)) / 2,
+            "torch": "torch.nn.functional.gaussian_nll_loss",
+            "jax": lambda jax, x, t, v: jax.numpy.mean((x - t) ** 2 / v + jax.numpy.log(v)) / 2,
+        },
+    ),
 }
 
 

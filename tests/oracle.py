@@ -149,3 +149,12 @@ def binary_cross_entropy_with_logits(logits, target, *, weight=1.0, pos_weight=1
     loss = w * (p * t * (np.maximum(-x, 0) + soft) + (1 - t) * (np.maximum(x, 0) + soft))
     rising, falling = w * (1 - t) * sigmoid(x).value[0], w * p * t * sigmoid(-x).value[0]
     return Expected((loss, np.abs(loss)), (), (rising - falling, np.abs(rising + falling)))
+
+
+def gaussian_nll(mean, target, var, *, full=False, eps=1e-6):
+    x, t, v = (np.asarray(a).astype(Real) for a in (mean, target, var))
+    v = np.maximum(v, Real(np.float32(eps) if mean.dtype.itemsize < 8 else eps))
+    linear = (x - t) ** 2 / v
+    loss = (linear + np.log(v)) / 2 + (np.log(2 * np.pi * Real(1)) / 2 if full else 0)
+    scale = (linear + np.abs(np.log(v))) / 2 + full
+    return Expected((loss, scale), (), ((x - t) / v, np.abs((x - t) / v)))

@@ -278,3 +278,17 @@ def test_binary_targets_of_any_dtype(backend, kind):
     x = np.array([0.5, -1.5, 3], np.float32)
     expected = fastll.binary_cross_entropy_with_logits(x, np.array([1, 0, 1], np.float32))
     assert fastll.binary_cross_entropy_with_logits(x, np.array([1, 0, 1]).astype(kind)) == expected
+
+
+def test_variances(backend):
+    mean = np.array([[1.0, 2.0], [3.0, 5.0]])
+    per_row = fastll.gaussian_nll(mean, 0.0, [1.0, 4.0], reduction="none")
+    np.testing.assert_array_equal(
+        per_row, fastll.gaussian_nll(mean, 0.0, [[1.0, 1.0], [4.0, 4.0]], reduction="none")
+    )
+    tiny = fastll.gaussian_nll(mean, mean, 0.0, eps=1e-30, reduction="none")
+    np.testing.assert_allclose(tiny, np.log(1e-30) / 2)
+    if backend != "cuda":
+        with pytest.raises(ValueError, match=r"var has -1 at \(0, 1\); expected values of at least 0"):
+            fastll.gaussian_nll(mean, mean, [[1.0, -1.0]], grad_out=mean)
+        assert mean[0, 0] == 1.0

@@ -366,6 +366,83 @@ def binary_cross_entropy_with_logits(
     return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
 
 
+def gaussian_nll(
+    mean: ArrayLike,
+    target: ArrayLike,
+    var: ArrayLike,
+    *,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: Reduction = "mean",
+    return_grad: bool = False,
+    grad_out: Array | None = None,
+) -> Any:
+    r"""Negative log-likelihood of normal distributions, with its gradient.
+
+    For a target t under the mean :math:`\mu` and the variance :math:`v = \max(var, \epsilon)`:
+
+    .. math:: L = \tfrac12 \left( \frac{(\mu - t)^2}{v} + \log v \right),
+              \quad \frac{\partial L}{\partial \mu} = \frac{\mu - t}{v}
+
+    Parameters
+    ----------
+    mean : array_like
+        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
+    target : array_like
+        Any real dtype; broadcasts to `mean`.
+    var : array_like
+        Variances, at least 0, of any real dtype. Without the last axis of `mean`, one per row, as in
+        PyTorch; otherwise it broadcasts to `mean`.
+    full : bool
+        Add the constant term, ``log(2 pi) / 2``.
+    eps : float
+        The least variance, at least 0: smaller ones are replaced by it.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides by the number of elements and is NaN if there are none. "none" gives each
+        element's loss.
+    return_grad : bool
+        Also return the gradient of the reduced loss (with "none": of each element's own loss) with
+        respect to `mean`.
+    grad_out : array, optional
+        Output array for the gradient, with the shape and dtype of `mean`; may be `mean` itself. The
+        gradient is then computed even without `return_grad`.
+
+    Returns
+    -------
+    loss : array or scalar
+        float64 for float64 and integer means, float32 for all others.
+    grad : array
+        Same shape and dtype as `mean`; only if `return_grad`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string.
+    ValueError
+        If a variance is negative (on a GPU its loss and gradient are NaN instead); if shapes or devices
+        do not match, an option is out of its range, or `grad_out` cannot be written.
+
+    References
+    ----------
+    `torch.nn.functional.gaussian_nll_loss`; Nix and Weigend, "Estimating the mean and variance of the
+    target probability distribution", ICNN 1994.
+
+    Examples
+    --------
+    >>> from fastll import gaussian_nll
+    >>> gaussian_nll([1.0, 2.0], [0.0, 2.0], [1.0, 4.0], reduction="none")
+    array([0.5       , 0.69314718])
+    """
+    call = Call("gaussian_nll", mean, "mean")
+    least = number(eps, "eps", 0.0)
+    others = {"target": call.place.take(target, "target"), "var": call.place.take(var, "var")}
+    if 0 < others["var"].ndim == call.x.ndim - 1 and others["var"].shape == call.x.shape[:-1]:
+        others["var"] = others["var"][..., None]
+    call.check_domain(others["var"], "var", 0.0)
+    parameters = least, math.log(2 * math.pi) / 2 if full else 0.0
+    return _elementwise(call, others, None, parameters, reduction, return_grad, grad_out)
+
+
 def _elementwise(
     call: Call,
     others: dict[str, Array],

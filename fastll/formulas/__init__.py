@@ -42,6 +42,7 @@ ELEMENTS = {
     "binary_cross_entropy_pos_weight": Element(
         elements.binary_cross_entropy_pos_weight, inputs=3, slope=True
     ),
+    "gaussian_nll": Element(elements.gaussian_nll, inputs=3, parameters=2, slope=True),
 }
 
 #: Folds that are sums of terms, by name, likewise.

@@ -8,8 +8,8 @@ of many values takes one logarithm, that of the product of all 1 + e.
 
 # mypy: ignore-errors
 
-from fastll.formulas.maths import log1p, tails
-from fastll.formulas.vocabulary import absolute, constants, where_eq, where_ge, where_gt
+from fastll.formulas.maths import log, log1p, tails
+from fastll.formulas.vocabulary import absolute, constants, fma, where_eq, where_ge, where_gt
 
 
 def outside(x, low, high):
@@ -62,3 +62,13 @@ def binary_cross_entropy_pos_weight(x, target, pos_weight):
     negative = c.one - target
     linear, e, slope = softplus_parts(x, positive, negative)
     return linear + (positive + negative) * log1p(e), slope
+
+
+def gaussian_nll(mean, target, var, least, constant):
+    """((mean - target)**2 / v + log v) / 2 + constant, v = max(var, least); NaN for a var below 0."""
+    c = constants(mean)
+    v = where_gt(least, var, least, var)
+    d = mean - target
+    slope = d / v
+    value = fma(c.half, fma(d, slope, log(v)), constant)
+    return where_gt(c.zero, var, c.nan, value), where_gt(c.zero, var, c.nan, slope)

@@ -101,6 +101,13 @@ def _binary_cross_entropy(x: Array, t: Array, pos_weight: Array = 1.0) -> tuple[
     return value, negative * _sigmoid(x) - positive * _sigmoid(-x)
 
 
+def _gaussian_nll(
+    mean: Array, target: Array, var: Array, least: float, constant: float
+) -> tuple[Array, Array]:
+    v = np.where(var < 0, np.nan, np.maximum(var, least))
+    return ((mean - target) ** 2 / v + np.log(v)) / 2 + constant, (mean - target) / v
+
+
 #: Element-wise operations: their value, or value and slope.
 ELEMENTS: dict[str, Callable[..., Any]] = {
     "outside": lambda x, low, high: np.where((x < low) | (x > high), 1.0, 0.0),
@@ -108,6 +115,7 @@ ELEMENTS: dict[str, Callable[..., Any]] = {
     "log_sigmoid": lambda x: -_softplus(-x),
     "binary_cross_entropy": _binary_cross_entropy,
     "binary_cross_entropy_pos_weight": _binary_cross_entropy,
+    "gaussian_nll": _gaussian_nll,
 }
 #: Terms of the folds that are sums of them.
 TERMS: dict[str, Callable[..., Any]] = {
