@@ -13,7 +13,7 @@ from fastll.api.losses import (
     gaussian_nll,
     sparse_cross_entropy,
 )
-from fastll.api.reductions import log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
+from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
 from fastll.api.streaming import LogSumExp
 from fastll.dispatch import backends, debug_labels, use_backend
 from fastll.operations import warmup
@@ -28,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "debug_labels",
     "dense_cross_entropy",
+    "entropy",
     "gaussian_nll",
     "get_num_threads",
     "log_sigmoid",

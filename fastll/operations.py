@@ -173,6 +173,18 @@ OPERATIONS = {
         },
         measured="full",
     ),
+    "entropy": Operation(
+        reductions.entropy,
+        (Argument("p", "distribution"),),
+        reduces=True,
+        options=({}, {"base": 2.0}),
+        peers={
+            "numpy": lambda np, p, axis: -(p * np.log(p)).sum(axis),
+            "scipy": lambda scipy, p, axis: scipy.special.entr(p).sum(axis),
+            "torch": lambda torch, p, axis: torch.special.entr(p).sum(axis),
+            "jax": lambda jax, p, axis: jax.scipy.special.entr(p).sum(axis),
+        },
+    ),
     "sigmoid": Operation(
         reductions.sigmoid,
         (Argument("x", "logits"),),

@@ -158,3 +158,9 @@ def gaussian_nll(mean, target, var, *, full=False, eps=1e-6):
     loss = (linear + np.log(v)) / 2 + (np.log(2 * np.pi * Real(1)) / 2 if full else 0)
     scale = (linear + np.abs(np.log(v))) / 2 + full
     return Expected((loss, scale), (), ((x - t) / v, np.abs((x - t) / v)))
+
+
+def entropy(p, axis, base=None):
+    p = _moved(p, axis)
+    terms = -p * np.log(np.where(p == 0, 1, p)) / (1 if base is None else np.log(Real(base)))
+    return Expected((terms.sum(axis=-1), np.abs(terms).sum(axis=-1)))

@@ -292,3 +292,18 @@ def test_variances(backend):
         with pytest.raises(ValueError, match=r"var has -1 at \(0, 1\); expected values of at least 0"):
             fastll.gaussian_nll(mean, mean, [[1.0, -1.0]], grad_out=mean)
         assert mean[0, 0] == 1.0
+
+
+def test_entropy(backend):
+    p = np.array([[0.0, 1.0, 0.0], [0.5, -0.5, 1.0], [0.5, np.nan, 0.5], [np.inf, 0.0, 1.0]])
+    values = fastll.entropy(p)
+    np.testing.assert_array_equal(values, [0.0, -np.inf, np.nan, -np.inf])
+    assert not np.signbit(values[0])
+    np.testing.assert_array_equal(fastll.entropy(p[:, :0]), np.zeros(4))
+    assert fastll.entropy(0.5, base=2) == 0.5
+    q = np.random.default_rng(0).random((3, 4, 5, 6))
+    expected = scipy.special.entr(q).sum(axis=(0, 2))
+    np.testing.assert_allclose(fastll.entropy(q, axis=(0, 2)), expected, rtol=1e-14)
+    for base in (1, 0, -2, "e"):
+        with pytest.raises((TypeError, ValueError), match="base is"):
+            fastll.entropy(q, base=base)

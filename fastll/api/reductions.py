@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastll import calls
+from fastll.api._options import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
-from fastll.contract import Fold
+from fastll.contract import Fold, Options
 from fastll.dtypes import rounded
 
 
@@ -214,6 +216,60 @@ def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any
     if full.size:
         calls.fold(call.backend, call.place, Fold(operation, full, out=target), axes)
     return call.place.give(result) if out is None else out
+
+
+def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
+    r"""Entropy of distributions over the last axis, in one read.
+
+    .. math:: H = -\sum_j p_j \log p_j
+
+    where 0 log 0 is 0. Nothing is normalised: p need not sum to one.
+
+    Parameters
+    ----------
+    p : array_like
+        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
+        as float64.
+    axis : int, tuple of int or None
+        Axes to sum over; None means all.
+    base : float, optional
+        Base of the logarithm, which gives the unit: 2 for bits; None for the natural one, nats.
+
+    Returns
+    -------
+    array or scalar
+        float64 for float64 and integer `p`, float32 for all others. A negative p makes it -inf.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is complex, longdouble, object or string; if `axis` or `base` is not a number.
+    ValueError
+        If an axis is out of bounds or repeated; if `base` is not positive, or 1.
+
+    References
+    ----------
+    `scipy.special.entr`, whose terms these are; `scipy.stats.entropy` normalises p first.
+
+    Examples
+    --------
+    >>> from fastll import entropy
+    >>> entropy([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], base=2)
+    array([1. , 1.5])
+    """
+    return _sum_of_terms(Call("entropy", p, "p"), None, axis, base)
+
+
+def _sum_of_terms(call: Call, second: Array | None, axis: Axis, base: float | None) -> Any:
+    x = call.x if call.x.ndim else call.x.reshape(1)
+    axes = axes_of(axis, x.ndim)
+    scale = 1.0 if base is None else math.log(number(base, "base", 0.0, above=True))
+    if scale == 0.0:
+        raise ValueError("base is 1; expected a positive number other than 1")
+    value = call.place.empty(kept_shape(x.shape, axes), call.compute)
+    fold = Fold(call.operation, x, second, options=Options(scale=1 / scale), value=value)
+    calls.fold(call.backend, call.place, fold, axes)
+    return call.place.give(value)
 
 
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:

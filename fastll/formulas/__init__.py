@@ -48,6 +48,7 @@ ELEMENTS = {
 #: Folds that are sums of terms, by name, likewise.
 TERMS = {
     "sum": Terms(rows.itself),
+    "entropy": Terms(rows.entropy),
 }
 
 

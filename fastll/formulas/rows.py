@@ -4,7 +4,8 @@ shape of the row. The formulas and the names of the sums are those of `fastll.co
 
 # mypy: ignore-errors
 
-from fastll.formulas.vocabulary import constants, fma, where_eq
+from fastll.formulas.maths import log
+from fastll.formulas.vocabulary import constants, fma, where_eq, where_gt
 
 
 def product(coefficient, value):
@@ -71,3 +72,10 @@ def cross_entropy_gradient(lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y):
 def itself(x):
     """The term of a plain sum."""
     return x
+
+
+def entropy(p):
+    """-p log p, 0 for p = 0 and -inf below."""
+    c = constants(p)
+    term = where_gt(p, c.zero, (c.zero - p) * log(p), p)  # 0 and NaN stay
+    return where_gt(c.zero, p, c.zero - c.infinity, term + c.zero)

@@ -120,6 +120,7 @@ ELEMENTS: dict[str, Callable[..., Any]] = {
 #: Terms of the folds that are sums of them.
 TERMS: dict[str, Callable[..., Any]] = {
     "sum": lambda x: x,
+    "entropy": lambda p: np.where(p < 0, -np.inf, -_times(p, np.log(p))),
 }
 
 
