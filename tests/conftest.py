@@ -19,7 +19,8 @@ EMULATED = 25
 #: An own cache, empty at first: the processes that tests start find what this one has compiled. On a
 #: GPU thousands of kernels are, which FASTLL_TEST_CACHE keeps.
 _kernels = tempfile.TemporaryDirectory(prefix="fastll-")
-os.environ["NUMBA_CACHE_DIR"] = os.environ.get("FASTLL_TEST_CACHE") or _kernels.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that started them
+    os.environ["NUMBA_CACHE_DIR"] = os.environ.get("FASTLL_TEST_CACHE") or _kernels.name
 
 
 def require(name):

@@ -25,7 +25,9 @@ def make_tree(folder: Path) -> Path:
 
 def run_in(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m`` in a source tree, which Python then imports from."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # nor the name of a worker of pytest-xdist, where pytest-benchmark measures nothing
+    left_out = ("PYTHONPATH", "PYTEST_XDIST_WORKER")
+    variables = {name: value for name, value in os.environ.items() if name not in left_out}
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=tree,

@@ -24,7 +24,9 @@ BCE = "binary_cross_entropy_with_logits"
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    # without the name of a worker of pytest-xdist, where pytest-benchmark measures nothing
+    environment = {"COLUMNS": "200", "PYTEST_XDIST_WORKER": None}
+    return CliRunner().invoke(main, [str(a) for a in arguments], env=environment)
 
 
 def job(

@@ -374,7 +374,10 @@ def trial(monkeypatch, gpu):
         monkeypatch.setattr(row.formula, "__module__", module.__name__)
         monkeypatch.setattr(module, name, row.formula, raising=False)
         monkeypatch.setitem(table, name, row)
+    # what was bound before the rows were there is bound anew
     monkeypatch.setattr(maths, "of", cache(maths.of.__wrapped__))
+    variants = import_module("fastll.backend.cuda.variants")
+    monkeypatch.setattr(variants, "shared", cache(variants.shared.__wrapped__))
     return SimpleNamespace(
         gpu=gpu,
         backend=cuda.Backend(gpu, 7, None),

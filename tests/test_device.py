@@ -25,7 +25,8 @@ def real(monkeypatch):
     monkeypatch.setattr(device, "gpu", lambda: made)
     before = set(emulated.memory.sizes)
     yield device
-    gc.collect()  # compiling leaves cycles that hold the arrays of the call
+    if not before.issuperset(emulated.memory.sizes):
+        gc.collect()  # compiling leaves cycles that hold the arrays of the call
     assert before.issuperset(emulated.memory.sizes)  # all is given back
 
 
