@@ -101,7 +101,7 @@ def test_tables():
 def branch(x):
     if x:
         x = x + x
-    return x  # noqa: RET504
+    return x
 
 
 def loop(x):
@@ -132,7 +132,7 @@ def conditional(x):
 
 def again(x):
     x = x + x
-    return x
+    return x  # noqa: RET504
 
 
 def twice_assigned(x):
