@@ -5,9 +5,13 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table import assert_close
+from table import ROUNDOFFS, assert_close
 
 import fastll
+
+#: What rows over several axes may be off by: where these do not merge, a running state divides the sum
+#: of a piece by the exponential of its maximum (2 roundoffs), and raises it to a larger one (2 more).
+SPREAD = ROUNDOFFS + 4
 
 shapes = st.lists(st.integers(0, 5), min_size=1, max_size=5)
 
@@ -47,11 +51,13 @@ def test_reductions(name, case):
     flat = moved.reshape(*kept, int(np.prod(moved.shape[len(kept) :])))
     oracle.SUBTRACTED = int(name == "numpy")
     with fastll.use_backend(name), np.errstate(divide="ignore"):
-        assert_close(fastll.logsumexp(x, axis=axes), oracle.logsumexp(flat, -1)[0], x.dtype)
+        factor = SPREAD if len(axes) > 1 else ROUNDOFFS
+        expected = oracle.logsumexp(flat, -1)[0]
+        assert_close(fastll.logsumexp(x, axis=axes), expected, x.dtype, factor=factor)
         if x.size:
             value, scale = oracle.softmax(flat, -1).value
             result = np.moveaxis(fastll.softmax(x, axis=axes), axes, range(-len(axes), 0))
-            assert_close(result.reshape(value.shape), (value, scale), x.dtype)
+            assert_close(result.reshape(value.shape), (value, scale), x.dtype, factor=factor)
         assert_close(fastll.sigmoid(x), oracle.sigmoid(x), x.dtype)
         if len(axes) == 1 and flat.shape[-1]:
             rng = np.random.default_rng(0)
