@@ -13,6 +13,7 @@ from fastll import dispatch
 from fastll.operations import OPERATIONS
 
 ROWS = 70
+GRADIENT = {"return_grad": True, "reduction": "none"}
 # short rows, one block, several blocks, and a last vector that is not full
 CLASSES = [10, 64, 1000, 5001]
 
@@ -86,6 +87,41 @@ def test_layout(compiled, dtype, classes, name, option, rng):
     # and one column of them alone
     one = results(call, lambda a: np.ascontiguousarray(turned(a)[..., 3:4]), axis=0)
     assert_same_bits(one, [r[3:4] for r in expected])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("classes", [2, 40, 2049, 5000, 140000])
+def test_subnormal_results_in_every_layout(compiled, dtype, classes):
+    """Kept exponentials, those of earlier blocks and recomputed ones give one value."""
+    smallest = np.log(float(np.finfo(dtype).smallest_subnormal))
+    x = np.full((3, classes), 1.5 * smallest, dtype)
+    x[:, 0], x[:, 1] = 0, smallest + 3
+    x[1] = x[1, ::-1]  # the maximum in the last block
+    x[2] -= 300
+    for function, options in (
+        (fastll.softmax, {}),
+        (fastll.cross_entropy, {"target": [0, 0, 0]} | GRADIENT),
+        # factors of the gradient that are themselves nearly subnormal, or huge
+        (fastll.cross_entropy, {"target": [0, 0, 0], "return_grad": True, "z_loss": 1e-38}),
+        (fastll.cross_entropy, {"target": [0, 0, 0], "return_grad": True, "z_loss": 1e25}),
+        (fastll.cross_entropy, {"target": [0, 0, 0], "weight": np.full(classes, 1e-36)} | GRADIENT),
+    ):
+        expected = parts(function(x, axis=1, **options))[-1]
+        for layout in (np.asfortranarray(x), x[:, ::-1][:, ::-1], np.repeat(x, 2, axis=1)[:, ::2]):
+            assert_same_bits(parts(function(layout, axis=1, **options))[-1], expected)
+        if function is fastll.softmax:
+            place = [1, classes - 2, 1]
+            tiny = expected[[0, 1, 2], place]
+            assert (tiny > 0).all()
+            np.testing.assert_allclose(tiny[0], np.exp(np.longdouble(x[0, 1])), rtol=0.2)
+
+
+def test_no_negative_zero_of_an_earlier_block(backend):
+    x = np.repeat([-1000.0, 0.0], 2048)
+    for dtype in ("float32", "float64"):
+        result = np.asarray(fastll.softmax(x.astype(dtype)))
+        assert (result[:2048] == 0).all()
+        assert not np.signbit(result).any()
 
 
 @pytest.mark.parametrize(("name", "option"), CALLS)

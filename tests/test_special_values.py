@@ -5,9 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import scipy.special
+from conftest import require
 from table import DTYPES
 
 import fastll
+from fastll import dispatch
+from fastll.contract import Fold
 
 INF, NAN = np.inf, np.nan
 
@@ -271,6 +274,37 @@ def test_integers_and_bools_as_float64(backend, kind):
 def test_labels_of_any_integer_dtype(backend, kind):
     x = np.array([[0.0, 1, 2], [4, 1, 0]])
     assert fastll.cross_entropy(x, np.array([2, 0], kind)) == fastll.cross_entropy(x, [2, 0])
+
+
+@pytest.mark.parametrize("label", [3, 2**40, -1, -(2**62)])
+@pytest.mark.parametrize("name", ["numba", "cython"])
+@pytest.mark.parametrize("order", "CF")
+def test_label_that_another_thread_changes(name, label, order):
+    """A label is checked again where it is used: the row is NaN, and memory stays safe."""
+    require(name)
+    backend = dispatch._load(name)
+    x = np.asarray(np.random.default_rng(0).random((40, 3, 1)), order=order)
+    labels, weight = np.ones((40, 1), np.int64), np.ones(3)
+    loss, out = np.zeros((40, 1)), np.zeros_like(x)
+    labels[7] = label  # after `Backend.labels` has passed them
+    call = Fold("cross_entropy", x, labels=labels, weight=weight, value=loss, out=out)
+    backend.fold(call)(0, 40)
+    bad = np.arange(40) == 7
+    np.testing.assert_array_equal(np.isnan(loss[:, 0]), bad)
+    np.testing.assert_array_equal(np.isnan(out).all(axis=(1, 2)), bad)
+    np.testing.assert_array_equal(np.isnan(out).any(axis=(1, 2)), bad)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_subnormal_sigmoids(backend, dtype):
+    """Both keep their digits down to the last subnormal number."""
+    smallest = np.log(float(np.finfo(dtype).smallest_subnormal))
+    x = np.linspace(smallest + 0.1, smallest + 40, 50).astype(dtype)
+    close = {"rtol": 1e-6 if dtype == "float32" else 1e-14, "atol": np.finfo(dtype).smallest_subnormal}
+    expected = np.exp(x.astype(np.longdouble)).astype(dtype)
+    np.testing.assert_allclose(fastll.sigmoid(x), expected, **close)
+    np.testing.assert_allclose(fastll.log_sigmoid(-x), -expected, **close)
+    assert (np.asarray(fastll.log_sigmoid(-x)) < 0).all()
 
 
 @pytest.mark.parametrize("kind", "?bIefd")
