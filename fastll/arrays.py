@@ -134,6 +134,8 @@ class _Host(Place):
     empty = scratch = staticmethod(np.empty)  # type: ignore[assignment]
 
     def empty_like(self, x: Array, dtype: np.dtype[Any]) -> Array:
+        if x.flags.c_contiguous:  # twice as fast
+            return np.empty(x.shape, dtype)
         return np.empty_like(x, dtype=dtype, subok=False)
 
     def give(self, view: Array) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastll import dispatch, layout
-from fastll.arrays import HOST, Array, Place, kept_shape, place_of
+from fastll.arrays import HOST, Array, Place, broadcast, kept_shape, place_of
 from fastll.contract import Backend, Floats, Fold, Map, new
 from fastll.dtypes import as_floats, kind_of
 from fastll.formulas import TERMS
@@ -39,6 +39,11 @@ class Call:
         """The backend for this call."""
         return dispatch.choose(self.operation, self.compute, self.x.size, self.place)
 
+    def take(self, a: Any, name: str) -> Array:
+        """Another argument, broadcast to the shape of the first array."""
+        array = self.place.take(a, name)
+        return array if array.shape == self.x.shape else broadcast(array, self.x.shape, name)
+
     def output(self, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
         """`out`, checked, or a new array, for a result with the shape of the first array."""
         if out is None:
@@ -56,19 +61,19 @@ class Call:
         scale: float = 1.0,
     ) -> Array | None:
         """Run an element-wise operation; without `value`, return partial sums of the values."""
-        unit, operation = backend.unit, self.operation
         pieces = layout.elements(inputs, value, slope, weight)
+        outer, length = pieces[0][0][0].shape if pieces else (0, 0)
+        units = -(-length // backend.unit)
         partial = sums = None
         if value is None:
-            outer, length = pieces[0][0][0].shape if pieces else (0, 0)
-            shape = len(pieces) * outer, -(-length // unit)
+            shape = len(pieces) * outer, units
             partial = sums = self.place.scratch(shape, backend.partial_dtype or self.compute)
-        for i, (inputs, value, slope, weight) in enumerate(pieces):
-            outer, length = inputs[0].shape
+        first = 0
+        for inputs, value, slope, weight in pieces:
             if partial is not None and len(pieces) > 1:
-                sums = partial[i * outer : (i + 1) * outer]
-            fields = operation, inputs, value, sums, slope, weight, parameters, scale
-            backend.run(backend.map(new(Map, fields)), outer * -(-length // unit), outer * length)
+                sums, first = partial[first : first + outer], first + outer
+            fields = self.operation, inputs, value, sums, slope, weight, parameters, scale
+            backend.run(backend.map(new(Map, fields)), outer * units, outer * length)
         return partial
 
     def check_domain(self, a: Array, name: str, low: float, high: float = math.inf) -> None:

@@ -95,6 +95,9 @@ class Options(NamedTuple):
     scale: Any = 1.0  # factor of the gradient, or of the sum of terms; or `Backend.factor` of a weight
 
 
+DEFAULTS = Options()
+
+
 class Map(NamedTuple):
     """An element-wise operation and its operands, each of shape (outer, n)."""
 
@@ -116,7 +119,7 @@ class Fold(NamedTuple):
     second: Array | None = None  # full, any real dtype: weights, dense target, second distribution
     labels: Array | None = None  # row: sparse target, as `Backend.labels` returned it
     weight: Array | None = None  # class
-    options: Options = Options()
+    options: Options = DEFAULTS
     state: Floats | None = None  # row + (3,): a log-sum-exp continues from (m, e, k) and leaves the
     # result there; a softmax takes the state of rows that are longer than those of x
     value: Array | None = None  # row, compute dtype: the loss, or the sum of terms

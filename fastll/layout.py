@@ -26,6 +26,8 @@ Array = NDArray[Any]
 Operands = Sequence[Any]
 #: One view per operand, in the order they were given.
 Piece = Sequence[Any]
+#: Inputs, value, slope and weight of an element-wise operation.
+Elements = tuple[tuple[Array, ...], Array | None, Array | None, Array | None]
 
 
 class _Group(NamedTuple):
@@ -122,18 +124,20 @@ def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[I
 
 def elements(
     inputs: tuple[Array, ...], value: Array | None, slope: Array | None, weight: Array | None
-) -> Sequence[tuple[tuple[Array, ...], Array | None, Array | None, Array | None]]:
-    """An element-wise operation as pieces (outer, n); the operands share one shape."""
+) -> Sequence[Elements]:
+    """An element-wise operation as pieces (outer, n) of one shape; the operands share one shape."""
     flat = 1, inputs[0].size
-    views = [a.reshape(flat) for a in inputs if a.flags.c_contiguous]
+    views = []
+    for a in inputs:
+        if not a.flags.c_contiguous:
+            return _strided_elements((*inputs, value, slope, weight))
+        views.append(a.reshape(flat))
     if (
-        len(views) < len(inputs)
-        or (value is not None and not value.flags.c_contiguous)
+        (value is not None and not value.flags.c_contiguous)
         or (slope is not None and not slope.flags.c_contiguous)
         or (weight is not None and not weight.flags.c_contiguous)
     ):
-        operands = *inputs, value, slope, weight
-        return [(tuple(piece[:-3]), *piece[-3:]) for piece in _strided_elements(operands)]
+        return _strided_elements((*inputs, value, slope, weight))
     return (
         (
             tuple(views),
@@ -144,7 +148,7 @@ def elements(
     )
 
 
-def _strided_elements(operands: Operands) -> Iterable[Piece]:
+def _strided_elements(operands: Operands) -> Sequence[Elements]:
     shape = operands[0].shape
     if operands[0].size == 0:
         return ()
@@ -152,7 +156,7 @@ def _strided_elements(operands: Operands) -> Iterable[Piece]:
     kept, rest = _largest(groups, 2)
     order = [*rest, *kept]
     views = [None if a is None else _view(a, i, order, a.ndim) for i, a in enumerate(operands)]
-    return _pieces(views, rest)
+    return [(tuple(piece[:-3]), *piece[-3:]) for piece in _pieces(views, rest)]
 
 
 def _strides(operands: Operands, axis: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from fastll import calls, dispatch
 from fastll.api._options import Reduction, check_reduction, integer, number
 from fastll.arrays import Array, axis_of, broadcast
 from fastll.calls import Call
-from fastll.contract import Fold, Options
+from fastll.contract import Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
 
 #: ignore_index, label_smoothing, z_loss and softcap as they are given.
@@ -248,7 +248,7 @@ def _cross_entropy(
         raise ValueError("logits has no axis of classes; expected at least one dimension")
     axis = axis_of(axis, x.ndim)
     classes, rows = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
-    dense, labels = _target(call, kind, target, axis)
+    dense, labels = _target(call, kind, target, rows)
     weights = None if weight is None else _class_weight(call, weight, classes)
     mean = check_reduction(reduction) == "mean"
     numbers = _checked(options, dense is not None)
@@ -266,9 +266,9 @@ def _cross_entropy(
     each = reduction == "none"
     loss = (place.empty if each else place.scratch)(rows, compute)
     lse = place.empty(rows, compute) if return_lse else None
-    scalars = Options(*numbers, scale)
-    fold = Fold("cross_entropy", x, dense, labels, weights, scalars, None, loss, lse, None, grad)
-    calls.fold(backend, place, fold, (axis,))
+    scalars = new(Options, (*numbers, scale))
+    fields = "cross_entropy", x, dense, labels, weights, scalars, None, loss, lse, None, grad
+    calls.fold(backend, place, new(Fold, fields), (axis,))
     if not each:
         loss = backend.total(loss, denominator if mean else None, compute)
     return call.results(loss, lse, grad, return_grad, grad_out)
@@ -355,14 +355,12 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
     array([6.93147181e-01, 4.24835426e-18])
     """
-    name = "binary_cross_entropy" + "_pos_weight" * (pos_weight is not None)
-    call = Call(name, logits, "logits")
-    others = {"target": call.place.take(target, "target")}
-    if others["target"].shape != call.x.shape:
-        shape = others["target"].shape
-        raise ValueError(f"target has shape {shape}; expected that of logits, {call.x.shape}")
-    if pos_weight is not None:
-        others["pos_weight"] = call.place.take(pos_weight, "pos_weight")
+    operation = "binary_cross_entropy" if pos_weight is None else "binary_cross_entropy_pos_weight"
+    call = Call(operation, logits, "logits")
+    t = call.place.take(target, "target")
+    if t.shape != call.x.shape:
+        raise ValueError(f"target has shape {t.shape}; expected that of logits, {call.x.shape}")
+    others = (t,) if pos_weight is None else (t, call.take(pos_weight, "pos_weight"))
     return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
 
 
@@ -435,44 +433,48 @@ def gaussian_nll(
     """
     call = Call("gaussian_nll", mean, "mean")
     least = number(eps, "eps", 0.0)
-    others = {"target": call.place.take(target, "target"), "var": call.place.take(var, "var")}
-    if 0 < others["var"].ndim == call.x.ndim - 1 and others["var"].shape == call.x.shape[:-1]:
-        others["var"] = others["var"][..., None]
-    call.check_domain(others["var"], "var", 0.0)
+    t, v = call.take(target, "target"), call.place.take(var, "var")
+    if 0 < v.ndim == call.x.ndim - 1 and v.shape == call.x.shape[:-1]:
+        v = v[..., None]
+    call.check_domain(v, "var", 0.0)
+    others = t, broadcast(v, call.x.shape, "var")
     parameters = least, math.log(2 * math.pi) / 2 if full else 0.0
     return _elementwise(call, others, None, parameters, reduction, return_grad, grad_out)
 
 
 def _elementwise(
     call: Call,
-    others: dict[str, Array],
+    others: tuple[Array, ...],
     weight: ArrayLike | None,
     parameters: tuple[float, ...],
     reduction: str,
     return_grad: bool,
     grad_out: Any,
 ) -> Any:
-    """An element-wise loss of the first array and others, which broadcast to it."""
-    x, place, shape = call.x, call.place, call.x.shape
-    inputs = (x, *[broadcast(a, shape, name) for name, a in others.items()])
-    w = None if weight is None else broadcast(place.take(weight, "weight"), shape, "weight")
+    """An element-wise loss of the first array and others of its shape."""
+    x = call.x
+    w = None if weight is None else call.take(weight, "weight")
     mean = check_reduction(reduction) == "mean"
     grad = None
     if return_grad or grad_out is not None:
-        grad = call.output(grad_out, "grad_out", (*inputs[1:], w))
+        grad = call.output(grad_out, "grad_out", (*others, w))
     scale = 1 / x.size if mean and x.size else 1.0
-    loss = place.empty_like(x, call.compute) if reduction == "none" else None
+    loss = call.place.empty_like(x, call.compute) if reduction == "none" else None
     backend = call.backend
-    sums = call.map(backend, inputs, loss, grad, w, parameters, scale)
+    sums = call.map(backend, (x, *others), loss, grad, w, parameters, scale)
     if sums is not None:
         loss = backend.total(sums, float(x.size) if mean else None, call.compute)
     return call.results(loss, None, grad, return_grad, grad_out)
 
 
-def _target(call: Call, kind: str, target: ArrayLike, axis: int) -> tuple[Array | None, Array | None]:
+def _target(
+    call: Call, kind: str, target: ArrayLike, rows: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
     """A target as a dense one, or as labels; `kind` is "sparse", "dense" or "any" of the two."""
-    t, shape = call.place.take(target, "target"), call.x.shape
-    rows = shape[:axis] + shape[axis + 1 :]
+    t = call.place.take(target, "target")
+    if t.dtype.kind in "iu" and t.shape == rows and kind != "dense":
+        return None, t
+    shape = call.x.shape
     if t.size == 0 and isinstance(target, (list, tuple)) and kind != "dense":
         t = t.astype(np.int64)  # an empty list is of float64
     floating = kind_of(t.dtype).floating

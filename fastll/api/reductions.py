@@ -12,7 +12,7 @@ from fastll import calls
 from fastll.api._options import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
-from fastll.contract import Fold, Options
+from fastll.contract import DEFAULTS, Fold, Options, new
 from fastll.dtypes import rounded
 
 
@@ -214,7 +214,8 @@ def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any
     full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
     if full.size:
-        calls.fold(call.backend, call.place, Fold(operation, full, out=target), axes)
+        fields = operation, full, None, None, None, DEFAULTS, None, None, None, None, target
+        calls.fold(call.backend, call.place, new(Fold, fields), axes)
     return call.place.give(result) if out is None else out
 
 
