@@ -1,12 +1,14 @@
 """What every test shares: the backends, and a seeded generator."""
 
 import os
+import re
 import tempfile
 import zlib
 
 import numpy as np
 import oracle
 import pytest
+from table import LAYOUTS
 
 import fastll
 from fastll.dispatch import TABLE
@@ -60,7 +62,10 @@ def in_force(name, monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """On the emulator one test in `EMULATED`, by its name, of those that run on every backend."""
+    """On the emulator one test in `EMULATED`, by its name, of those that run on every backend.
+
+    All layouts of a test are run, or none: most share kernels, and to compile these takes the time.
+    """
     if os.environ.get("FASTLL_EMULATE") == "all" or not why_no_gpu():
         return
     skipped = [
@@ -68,11 +73,16 @@ def pytest_collection_modifyitems(config, items):
         for item in items
         if getattr(item, "callspec", None) is not None
         and item.callspec.params.get("backend") == "cuda"
-        and (zlib.crc32(item.nodeid.encode()) % EMULATED or "test_gradients" in item.nodeid)
+        and (_without_layout(item.nodeid) % EMULATED or "test_gradients" in item.nodeid)
     ]
     config.hook.pytest_deselected(items=skipped)
     left = set(items) - set(skipped)
     items[:] = [item for item in items if item in left]
+
+
+def _without_layout(name):
+    """A number that the layouts of one test have in common."""
+    return zlib.crc32(re.sub("|".join(LAYOUTS), "", name).encode())
 
 
 def why_no_gpu():
