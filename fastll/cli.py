@@ -6,15 +6,15 @@ import importlib
 import json
 import os
 import platform
-import shutil
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,28 +90,28 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     if seconds is None:
         seconds = DEFAULT_SECONDS
     console = Console(highlight=False)
-    clock = _Clock()
+    laps = {"start": time.perf_counter()}
     warn_without_extension()
     with _failures():
         corpus = model.make_corpus(model.default_text() if file is None else model.read_text(file))
-        clock.lap("reading")
+        laps["reading"] = time.perf_counter()
         _check_environment()
         trained = model.Model(len(corpus.vocabulary), seed)
         run = model.train(trained, corpus, steps=steps, seconds=seconds, seed=seed)
     console.print(_describe(file, corpus))
     scores = {"uniform": model.uniform(corpus), "unigram": model.unigram(corpus)}
     scores["before training"] = model.evaluate(trained, corpus)
-    clock.lap("scores before training (and compilation)")
+    laps["scores before training (and compilation)"] = time.perf_counter()
     with model.backends_used() as backends:
         taken = list(_show(run))
-    clock.lap("training")
+    laps["training"] = time.perf_counter()
     scores["after training"] = model.evaluate(trained, corpus)
-    clock.lap("score after training")
+    laps["score after training"] = time.perf_counter()
     fresh = model.Model(len(corpus.vocabulary), seed)
     run = model.train(fresh, corpus, steps=steps, seconds=seconds, seed=seed)
     with fastll.use_backend("numpy"):
         compared = list(islice(run, QUICK_COMPARED_STEPS if quick else COMPARED_STEPS))
-    clock.lap("numpy backend")
+    laps["numpy backend"] = time.perf_counter()
 
     console.print(_score_table(scores), "")
     if taken[-1].progress < 1:
@@ -121,23 +121,8 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
         )
     console.print(_time_table((", ".join(backends), taken), ("numpy", compared)), "")
     console.print(_verdict(taken, compared, reproducible=steps is not None))
-    console.print(f"\nSeconds: {clock}.")
-
-
-class _Clock:
-    """Records the seconds between laps."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._laps: list[str] = []
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps.append(f"{name} {now - self._last:.1f}")
-        self._last = now
-
-    def __str__(self) -> str:
-        return ", ".join(self._laps)
+    seconds_of = (f"{name} {end - start:.1f}" for (_, start), (name, end) in pairwise(laps.items()))
+    console.print(f"\nSeconds: {', '.join(seconds_of)}.")
 
 
 @contextmanager
@@ -197,38 +182,26 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _score_table(scores: dict[str, model.Score]) -> Table:
-    table = _table(
-        "Held-out negative log-likelihood", "", "nats per token", "bits per byte", "perplexity"
-    )
-    for name, score in scores.items():
-        table.add_row(
-            name, f"{score.nll:.3f}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:,.1f}"
-        )
+    title = "Held-out negative log-likelihood"
+    table = _table(title, "", "nats per token", "bits per byte", "perplexity")
+    for name, (nll, bits, perplexity) in scores.items():
+        table.add_row(name, f"{nll:.3f}", f"{bits:.3f}", f"{perplexity:,.1f}")
     return table
-
-
-def _spent(steps: list[model.Step]) -> list[float]:
-    return [step.likelihood_seconds for step in steps]
 
 
 def _time_table(*runs: tuple[str, list[model.Step]]) -> Table:
     title = "Time in the likelihood and its gradient"
     table = _table(title, "backend", "steps", "median ms", "slowest ms", "total s")
     for name, steps in runs:
-        seconds = _spent(steps)
-        milliseconds = [1e3 * statistics.median(seconds), 1e3 * max(seconds)]
-        table.add_row(
-            escape(name),
-            f"{len(steps):,}",
-            *(f"{value:.2f}" for value in milliseconds),
-            f"{sum(seconds):.2f}",
-        )
+        spent = [step.likelihood_seconds for step in steps]
+        numbers = 1e3 * statistics.median(spent), 1e3 * max(spent), sum(spent)
+        table.add_row(escape(name), f"{len(steps):,}", *(f"{number:.2f}" for number in numbers))
     return table
 
 
 def _verdict(taken: list[model.Step], compared: list[model.Step], reproducible: bool) -> str:
-    ours = sum(_spent(taken))
-    theirs = statistics.median(_spent(compared)) * len(taken)
+    ours = sum(step.likelihood_seconds for step in taken)
+    theirs = statistics.median(step.likelihood_seconds for step in compared) * len(taken)
     text = (
         f"Likelihood of all {len(taken):,} steps: {ours:.2f} s; "
         f"on the numpy backend (the float64 reference) {theirs:.2f} s, "
@@ -255,43 +228,37 @@ def info(as_json: bool) -> None:
     backends = _table("Backends", "backend", "version", "available")
     backends.columns[-1].justify = "left"
     for name, status in report["backends"].items():
-        available = "yes" if status["available"] else f"no: {status['reason']}"
-        if name == "cython" and not status["available"]:
-            available = "no"  # the warning gives the reason
+        reason = "" if name == "cython" else f": {status['reason']}"  # the warning gives cython's
+        available = "yes" if status["available"] else f"no{reason}"
         backends.add_row(name, escape(status["version"] or ""), escape(available))
     console.print(backends, "")
-    facts = Table.grid("", Column(overflow="fold"), padding=(0, 2))
-    for name, value in _facts(report):
-        facts.add_row(name, escape(value))
-    console.print(facts)
-
-
-def _facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, found in report["versions"].items():
-        yield name, found or "not installed"
-    yield "threads", str(report["threads"])
-    yield "CPU", report["cpu"]
-    yield "instruction set", report["instruction_set"] or "unknown (no cython backend)"
-    yield "GPU", ", ".join(report["gpu"]) or "none"
     settings = [f"{name}={value}" for name, value in report["environment"].items()]
-    yield "environment", ", ".join(settings) or "no FASTLL_* variable set"
+    facts = {name: found or "not installed" for name, found in report["versions"].items()} | {
+        "threads": str(report["threads"]),
+        "CPU": report["cpu"],
+        "instruction set": report["instruction_set"] or "unknown (no cython backend)",
+        "GPU": ", ".join(report["gpu"]) or "none",
+        "environment": ", ".join(settings) or "no FASTLL_* variable set",
+    }
+    grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(name, escape(value))
+    console.print(grid)
 
 
 def _report() -> dict[str, Any]:
     with _failures():
-        threads = fastll.get_num_threads()
-        backends = fastll.backends()
-    versions: dict[str, str | None] = {
-        "fastll": fastll.__version__,
-        "Python": platform.python_version(),
-    }
-    versions |= {name: _version(name) for name in ("numpy", "numba", "llvmlite")}
+        threads, backends = fastll.get_num_threads(), fastll.backends()
+    instruction_set = None
+    if backends["cython"].available:
+        instruction_set = importlib.import_module("fastll.backend.cython").backend.instruction_set
+    versions = {"fastll": fastll.__version__, "Python": platform.python_version()}
     return {
-        "versions": versions,
+        "versions": versions | {name: _version(name) for name in ("numpy", "numba", "llvmlite")},
         "backends": {name: status._asdict() for name, status in backends.items()},
         "threads": threads,
         "cpu": _cpu(),
-        "instruction_set": _instruction_set() if backends["cython"].available else None,
+        "instruction_set": instruction_set,
         "gpu": _gpus(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTLL_")},
     }
@@ -304,42 +271,26 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _instruction_set() -> str:
-    return str(importlib.import_module("fastll.backend.cython").backend.instruction_set)
-
-
 def _cpu() -> str:
     """Model name of the CPU, or its architecture if the system does not report the model."""
     name = ""
     if sys.platform == "darwin":
         name = _output("sysctl", "-n", "machdep.cpu.brand_string")
     else:
-        try:
-            for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-                if line.startswith("model name"):
-                    name = line.partition(":")[2]
-                    break
-        except OSError:
-            pass
+        with suppress(OSError):
+            text = Path("/proc/cpuinfo").read_text(errors="replace")
+            name = "".join(re.findall("^model name.*?:(.+)", text, re.MULTILINE)[:1])
     return " ".join(name.split()) or platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:
     """Names of the NVIDIA GPUs, without loading CUDA."""
-    # "GPU 0: NVIDIA H100 (UUID: GPU-...)"
-    lines = _output("nvidia-smi", "-L").splitlines()
-    return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+    return re.findall(r"^GPU \d+: (.+?)(?: \(UUID|$)", _output("nvidia-smi", "-L"), re.MULTILINE)
 
 
 def _output(*command: str) -> str:
     """What a program prints; nothing if it is missing or fails."""
-    program = shutil.which(command[0])
-    if program is None:
-        return ""
     try:
-        done = subprocess.run(
-            [program, *command[1:]], capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,49 +84,22 @@ class Step(NamedTuple):
 
 
 def default_text() -> bytes:
-    """The documentation that ships inside CPython.
+    """The documentation that ships inside CPython, about 370 kB of English and Python.
 
     Its topics repeat one another. Each paragraph is kept only once, so that training never sees a
     held-out one.
-
-    Returns
-    -------
-    bytes
-        About 370 kB of English and Python.
-
-    Raises
-    ------
-    TextError
-        If this Python was installed without its documentation.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise TextError(
-            "this Python has no pydoc_data.topics, the default text; expected a FILE"
-        ) from None
+        message = "this Python has no pydoc_data.topics, the default text; expected a FILE"
+        raise TextError(message) from None
     paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics.values()))
     return "\n\n".join(dict.fromkeys(paragraphs)).encode()
 
 
 def read_text(path: str | Path) -> bytes:
-    """The text of a file, or its first `MAX_BYTES` bytes.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file, in UTF-8 or any other encoding that extends ASCII.
-
-    Returns
-    -------
-    bytes
-        At most `MAX_BYTES`.
-
-    Raises
-    ------
-    TextError
-        If the file cannot be read, is too small, or is not text.
-    """
+    """The text of a file, or its first `MAX_BYTES` bytes, in any encoding that extends ASCII."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES)
@@ -142,53 +115,25 @@ def read_text(path: str | Path) -> bytes:
 
 
 def make_corpus(text: bytes) -> Corpus:
-    """Split a text into a training and a held-out part, and both into tokens.
-
-    Parameters
-    ----------
-    text : bytes
-        At least `MIN_BYTES` long.
-
-    Returns
-    -------
-    Corpus
-        The vocabulary is taken from the training part.
-
-    Raises
-    ------
-    TextError
-        If the text is too small.
-    """
+    """Split a text into a training and a held-out part, and both into tokens."""
     if len(text) < MIN_BYTES:
         raise TextError(f"text has {len(text):,} bytes; expected at least {MIN_BYTES:,}")
     blocks = _BLOCK.findall(text)
     heldout = b"".join(blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
     del blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
     pieces = _PIECE.findall(b"".join(blocks))
-    single = [bytes([i]) for i in range(256)]
-    frequent = [
-        piece
-        for piece, n in Counter(piece for piece in pieces if len(piece) > 1).most_common(
-            MAX_VOCABULARY - len(single)
-        )
-        if n > 1
-    ]
-    vocabulary = (*single, *frequent)
+    counts = Counter(piece for piece in pieces if len(piece) > 1)
+    frequent = [piece for piece, n in counts.most_common(MAX_VOCABULARY - 256) if n > 1]
+    vocabulary = (*(bytes([i]) for i in range(256)), *frequent)
     index = {piece: i for i, piece in enumerate(vocabulary)}
-    return Corpus(
-        vocabulary, _encode(pieces, index), _encode(_PIECE.findall(heldout), index), len(heldout)
-    )
+    train, held = _encode(pieces, index), _encode(_PIECE.findall(heldout), index)
+    return Corpus(vocabulary, train, held, len(heldout))
 
 
 def _encode(pieces: Iterable[bytes], index: dict[bytes, int]) -> Tokens:
-    tokens: list[int] = []
-    for piece in pieces:
-        token = index.get(piece)
-        if token is None:
-            tokens.extend(piece)  # spelled in bytes, which are the tokens below 256
-        else:
-            tokens.append(token)
-    return np.array(tokens, dtype=np.int64)
+    """Pieces as tokens; one that has no token is spelled in bytes, which are the tokens below 256."""
+    tokens = ([index[piece]] if piece in index else piece for piece in pieces)
+    return np.fromiter(chain.from_iterable(tokens), np.int64)
 
 
 def contexts(tokens: Tokens) -> Tokens:
@@ -200,17 +145,8 @@ def contexts(tokens: Tokens) -> Tokens:
 class Model:
     """Softmax of an affine function of a hidden layer over the embedded context.
 
-    The model of Bengio et al., "A neural probabilistic language model" (2003). Its output matrix is
-    zero at first, so it starts as the uniform distribution.
-
-    Parameters
-    ----------
-    vocabulary : int
-        Number of tokens.
-    seed : int
-        Seed of the embeddings and the hidden layer.
-    dtype : dtype_like
-        Dtype of all parameters.
+    The model of Bengio et al., "A neural probabilistic language model" (2003). At first its embeddings
+    and hidden layer are random and its output matrix is zero: it starts as the uniform distribution.
     """
 
     def __init__(self, vocabulary: int, seed: int, dtype: DTypeLike = np.float32) -> None:
@@ -258,13 +194,7 @@ class Model:
 
 
 class Adam:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), in place.
-
-    Parameters
-    ----------
-    parameters : list of ndarray
-        Changed in place by `step`.
-    """
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
 
     def __init__(self, parameters: list[Floats]) -> None:
         self._parameters = parameters
@@ -273,23 +203,15 @@ class Adam:
         self._steps = 0
 
     def step(self, gradients: list[Floats], rate: float) -> None:
-        """Make one step; the gradients are overwritten."""
+        """Change the parameters in place."""
         beta1, beta2 = 0.9, 0.99
         self._steps += 1
         unbiased = math.sqrt(1 - beta2**self._steps) / (1 - beta1**self._steps)
         for p, g, m, v in zip(self._parameters, gradients, self._first, self._second, strict=True):
-            m *= beta1
-            m += (1 - beta1) * g
-            np.multiply(g, g, out=g)
-            g *= 1 - beta2
-            v *= beta2
-            v += g
-            np.sqrt(v, out=g)
-            g += 1e-8
-            np.divide(m, g, out=g)
-            g *= rate * unbiased
+            m[...] = beta1 * m + (1 - beta1) * g
+            v[...] = beta2 * v + (1 - beta2) * (g * g)
             p *= 1 - rate * WEIGHT_DECAY
-            p -= g
+            p -= rate * unbiased * (m / (np.sqrt(v) + 1e-8))
 
 
 def train(
@@ -300,34 +222,11 @@ def train(
     seconds: float | None = None,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Train a model, one step each time the iterator is advanced.
+    """Train a model in place, one step each time the iterator is advanced.
 
     The learning rate rises over the first steps and then falls linearly to zero: over `steps`, or over
-    `seconds` if that is the only limit. Given `steps`, the result depends only on the seed and the
-    backend.
-
-    Parameters
-    ----------
-    model : Model
-        Changed in place.
-    corpus : Corpus
-        The batches are drawn from its training part.
-    steps : int, optional
-        Number of steps.
-    seconds : float, optional
-        No step starts later than this, except the first, which is always made.
-    seed : int
-        Seed of the batches.
-
-    Yields
-    ------
-    Step
-        The step just made.
-
-    Raises
-    ------
-    ValueError
-        If no limit is given, or a limit is not positive.
+    `seconds` if that is the only limit. No step but the first starts later than `seconds`. Given
+    `steps`, the result depends only on the seed and the backend.
     """
     if steps is None and seconds is None:
         raise ValueError("steps and seconds are None; expected at least one limit")
@@ -344,15 +243,14 @@ def _train(
     rng = np.random.default_rng(seed)
     context = contexts(corpus.train)
     optimizer = Adam(model.parameters)
-    start = time.perf_counter()
-    progress = 0.0
-    for index in count(1):
+    start, progress = time.perf_counter(), 0.0
+    for number in count(1):
         batch = rng.integers(0, len(context), BATCH)
         loss, gradients, spent = model.nll_and_gradients(context[batch], corpus.train[batch])
-        optimizer.step(gradients, LEARNING_RATE * min(1, index / WARMUP_STEPS) * (1 - progress))
+        optimizer.step(gradients, LEARNING_RATE * min(1, number / WARMUP_STEPS) * (1 - progress))
         elapsed = time.perf_counter() - start
-        progress = min(1.0, index / steps if steps else elapsed / seconds)
-        yield Step(index, loss, spent, progress)
+        progress = min(1.0, number / steps if steps else elapsed / seconds)
+        yield Step(number, loss, spent, progress)
         if progress >= 1 or elapsed >= seconds:
             return
 
@@ -377,22 +275,8 @@ def backends_used() -> Iterator[list[str]]:
 
 
 def evaluate(model: Model, corpus: Corpus) -> Score:
-    """Score of a model on the held-out text.
-
-    Parameters
-    ----------
-    model : Model
-        Not changed.
-    corpus : Corpus
-        Its held-out part is scored.
-
-    Returns
-    -------
-    Score
-        Over all held-out tokens.
-    """
-    tokens = corpus.heldout
-    context = contexts(tokens)
+    """Score of a model on the held-out text."""
+    context, tokens = contexts(corpus.heldout), corpus.heldout
     total = 0.0
     for start in range(0, len(tokens), BATCH):
         target = tokens[start : start + BATCH]
