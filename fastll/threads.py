@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -150,28 +151,19 @@ def _cgroup_quota() -> float:
     from pathlib import Path
 
     root = Path("/sys/fs/cgroup")
-    own = ""
-    try:
+    group = root
+    with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::"):
-                own = line[3:].strip("/")
-    except OSError:
-        pass
+                group = root / line[3:].strip("/")
+    limits = [[folder / "cpu.max"] for folder in (group, *group.parents)]
+    limits.append([root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us"])
     quotas = [1024.0]  # no limit
-    folders = [root / own, *(root / own).parents] if own else [root]
-    for folder in folders:
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
-        except (OSError, ValueError):  # no such file, or "max"
-            pass
-    try:
-        quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-        period = (root / "cpu/cpu.cfs_period_us").read_text()
-        if int(quota) > 0:
-            quotas.append(int(quota) / int(period))
-    except (OSError, ValueError):
-        pass
+    for files in limits:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, " ".join(file.read_text() for file in files).split())
+            if quota > 0:
+                quotas.append(quota / period)
     return min(quotas)
 
 

@@ -7,7 +7,6 @@ full-size temporaries.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,8 @@ from fastll.dtypes import as_floats, rounded
 Array = Any
 
 
-def _quiet(method: Callable[..., Kernel]) -> Callable[..., Kernel]:
-    """Infinities and NaN are ordinary values here: no warnings."""
-
-    @wraps(method)
-    def bound(self: Backend, call: Any) -> Kernel:
-        kernel = method(self, call)
-
-        def quiet(start: int, stop: int) -> None:
-            with np.errstate(all="ignore"):
-                kernel(start, stop)
-
-        return quiet
-
-    return bound
+#: Infinities and NaN are ordinary values here: no warnings.
+_quiet = np.errstate(all="ignore")
 
 
 class Backend(Host):
@@ -40,31 +27,33 @@ class Backend(Host):
 
     name = "numpy"
 
-    @_quiet
     def map(self, call: Map) -> Kernel:
         formula = ELEMENTS[call.operation]
+        units = units_of(call.inputs[0].shape[1])
 
+        @_quiet
         def kernel(start: int, stop: int) -> None:
-            for unit, (row, part) in enumerate(_units(call.inputs[0], start, stop), start):
+            for unit in range(start, stop):
+                row, at = divmod(unit, units)
+                part = slice(at * CHUNK, (at + 1) * CHUNK)
                 result = formula(*(as_floats(a[row, part]) for a in call.inputs), *call.parameters)
                 value, slope = result if isinstance(result, tuple) else (result, None)
                 factor = 1.0 if call.weight is None else as_floats(call.weight[row, part])
                 if call.value is not None:
                     call.value[row, part] = rounded(factor * value, call.value.dtype)
                 if call.partial is not None:
-                    at = divmod(unit, call.partial.shape[1])
-                    call.partial[at] = np.sum(factor * value)
+                    call.partial[row, at] = np.sum(factor * value)
                 if call.slope is not None:
-                    slopes = rounded(call.scale * factor * slope, call.slope.dtype)
-                    call.slope[row, part] = slopes
+                    call.slope[row, part] = rounded(call.scale * factor * slope, call.slope.dtype)
 
         return kernel
 
-    @_quiet
     def fold(self, call: Fold) -> Kernel:
+        formula = FOLDS.get(call.operation, _sum_of_terms)
+
+        @_quiet
         def kernel(start: int, stop: int) -> None:
-            rows = _Rows(call, start, stop)
-            FOLDS[call.operation](rows) if call.operation in FOLDS else _sum_of_terms(rows)
+            formula(_Rows(call, start, stop))
 
         return kernel
 
@@ -133,7 +122,7 @@ class _Rows:
         self.x = self.full(call.x)
 
     def of(self, array: Array) -> Array:
-        return array[self.at]
+        return None if array is None else array[self.at]
 
     def put(self, array: Array, values: Array) -> None:
         if array is not None:
@@ -150,27 +139,20 @@ class _Rows:
 
 def _logsumexp(rows: _Rows) -> None:
     call = rows.call
-    before = rows.of(call.state) if call.state is not None else None
-    m, e, k = _exponentials(rows.x, rows.full(call.second), before)
-    if call.state is not None:
-        rows.put(call.state, np.stack((m, e, k), axis=-1))
+    m, e, k = _exponentials(rows.x, rows.full(call.second), rows.of(call.state))
+    rows.put(call.state, np.stack((m, e, k), axis=-1))
     s = e + k
     # log|s| from whichever of its two parts dominates
     log_s = np.where(np.abs(e) < np.abs(k), np.log(np.abs(k)) + np.log1p(e / k), np.log(np.abs(s)))
     value = np.where((m == -np.inf) & ~np.isnan(e), -np.inf, m + log_s)
-    if call.sign is not None:
-        rows.put(call.sign, np.sign(s))
-    else:
-        value = np.where(s < 0, np.nan, value)
-    rows.put(call.lse, value)
+    rows.put(call.lse, value if call.sign is not None else np.where(s < 0, np.nan, value))
+    rows.put(call.sign, np.sign(s))
 
 
 def _softmax(rows: _Rows) -> None:
     call = rows.call
-    if call.state is not None:
-        m, e, k = np.moveaxis(rows.of(call.state), -1, 0)
-    else:
-        m, e, k = _exponentials(rows.x, None, None)
+    before = rows.of(call.state)
+    m, e, k = _exponentials(rows.x) if before is None else np.moveaxis(before, -1, 0)
     if call.operation == "log_softmax":
         result = (rows.x - m[:, None]) - np.log1p(e + (k - 1))[:, None]
     else:
@@ -185,7 +167,7 @@ def _cross_entropy(rows: _Rows) -> None:
     slope = 1 / np.cosh(x / cap) ** 2 if cap else 1.0
     if cap:
         x = cap * np.tanh(x / cap)
-    m, e, k = _exponentials(x, None, None)
+    m, e, k = _exponentials(x)
     log_s = np.log1p(e + (k - 1))
     w = np.ones(classes) if call.weight is None else call.weight.astype(np.float64)
     row = np.arange(len(x))
@@ -222,8 +204,8 @@ def _cross_entropy(rows: _Rows) -> None:
 
 def _sum_of_terms(rows: _Rows) -> None:
     call = rows.call
-    inputs = [rows.x] if call.second is None else [rows.x, rows.full(call.second)]
-    rows.put(call.value, call.options.scale * TERMS[call.operation](*inputs).sum(axis=1))
+    operands = [rows.full(a) for a in (call.x, call.second) if a is not None]
+    rows.put(call.value, call.options.scale * TERMS[call.operation](*operands).sum(axis=1))
 
 
 FOLDS: dict[str, Callable[[_Rows], None]] = {
@@ -234,14 +216,7 @@ FOLDS: dict[str, Callable[[_Rows], None]] = {
 }
 
 
-def _units(x: Array, start: int, stop: int) -> list[tuple[int, slice]]:
-    """Outer row and slice of each unit of an element-wise operation."""
-    units = units_of(x.shape[1])
-    places = (divmod(unit, units) for unit in range(start, stop))
-    return [(row, slice(at * CHUNK, (at + 1) * CHUNK)) for row, at in places]
-
-
-def _exponentials(x: Array, b: Array, before: Array) -> tuple[Array, Array, Array]:
+def _exponentials(x: Array, b: Array = None, before: Array = None) -> tuple[Array, Array, Array]:
     """The state (m, e, k) of rows, continued from `before`."""
     weights = np.ones_like(x) if b is None else b
     x = np.where(weights == 0, -np.inf, x)
