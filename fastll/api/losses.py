@@ -15,10 +15,6 @@ from fastll.calls import Call
 from fastll.contract import Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
 
-#: ignore_index, label_smoothing, z_loss and softcap as they are given.
-CrossEntropyOptions = tuple[int, float, float, float | None]
-Numbers = tuple[int, float, float, float]
-
 
 def cross_entropy(
     logits: ArrayLike,
@@ -44,10 +40,9 @@ def cross_entropy(
         L = \sum_j w_j u_j (\mathrm{lse} - x_j) + z\,\mathrm{lse}^2, \quad
         u_j = (1 - \epsilon) t_j + \epsilon / C
 
-    where t is the dense target, or 1 at the label and 0 elsewhere. (For labels, as in PyTorch, the mean
-    divides by the summed weights of the labels.) ``lse - x_j`` is computed as ``log1p(r) + (m - x_j)``,
-    where m is the maximum and r the sum of the others' ``exp(x_i - m)``: a loss near zero keeps its
-    digits, and a common offset of the logits costs none.
+    where t is the dense target, or 1 at the label and 0 elsewhere. ``lse - x_j`` is computed as
+    ``log1p(r) + (m - x_j)``, where m is the maximum and r the sum of the others' ``exp(x_i - m)``: a
+    loss near zero keeps its digits, and a common offset of the logits costs none.
 
     Parameters
     ----------
@@ -71,8 +66,8 @@ def cross_entropy(
     softcap : float, optional
         Replaces x by ``softcap * tanh(x / softcap)`` first; positive.
     reduction : {"mean", "sum", "none"}
-        "mean" divides by the summed weight of the kept labels or, for a dense target, by the number of
-        rows, and is NaN if that is 0. "none" gives each row's loss.
+        "mean" divides by the summed weight of the kept labels, as in PyTorch, or for a dense target by
+        the number of rows, and is NaN if that is 0. "none" gives each row's loss.
     return_lse : bool
         Also return the log-sum-exp of each row, ignored rows included.
     return_grad : bool
@@ -84,10 +79,8 @@ def cross_entropy(
 
     Returns
     -------
-    loss : array or scalar
-        float64 for float64 and integer logits, float32 for all others.
-    lse : array or scalar
-        Of the same dtype; only if `return_lse`.
+    loss, lse : array or scalar
+        float64 for float64 and integer logits, float32 for all others; `lse` only if `return_lse`.
     grad : array
         Same shape and dtype as `logits`; only if `return_grad`.
 
@@ -146,18 +139,14 @@ def sparse_cross_entropy(
     return_grad: bool = False,
     grad_out: Array | None = None,
 ) -> Any:
-    """`cross_entropy` for a target of integer labels, with the same options.
+    """`cross_entropy` for integer labels, with the same options, results and errors.
 
     Parameters
     ----------
     logits : array_like
-        Any shape and strides.
+        As for `cross_entropy`, like the parameters after `target`.
     target : array_like
-        Integer labels in [0, C), with the shape of `logits` without `axis`.
-    axis, weight, ignore_index, label_smoothing, z_loss, softcap
-        As for `cross_entropy`.
-    reduction, return_lse, return_grad, grad_out
-        As for `cross_entropy`.
+        Integers in [0, C), with the shape of `logits` without `axis`.
 
     Returns
     -------
@@ -167,7 +156,7 @@ def sparse_cross_entropy(
     Raises
     ------
     TypeError
-        If `target` is not an array of integers; otherwise as for `cross_entropy`.
+        If `target` does not hold integers.
 
     Examples
     --------
@@ -195,18 +184,14 @@ def dense_cross_entropy(
     return_grad: bool = False,
     grad_out: Array | None = None,
 ) -> Any:
-    """`cross_entropy` for a target of one distribution per row, with the same options.
+    """`cross_entropy` for one distribution per row, with the same options, results and errors.
 
     Parameters
     ----------
     logits : array_like
-        Any shape and strides.
+        As for `cross_entropy`, like the parameters after `target`.
     target : array_like
         Same shape as `logits`, any real dtype.
-    axis, weight, label_smoothing, z_loss, softcap
-        As for `cross_entropy`.
-    reduction, return_lse, return_grad, grad_out
-        As for `cross_entropy`.
 
     Returns
     -------
@@ -215,8 +200,8 @@ def dense_cross_entropy(
 
     Raises
     ------
-    TypeError, ValueError
-        As for `cross_entropy`.
+    ValueError
+        If `target` does not have the shape of `logits`.
 
     Examples
     --------
@@ -236,7 +221,7 @@ def _cross_entropy(
     target: ArrayLike,
     axis: int,
     weight: ArrayLike | None,
-    options: CrossEntropyOptions,
+    options: tuple[int, float, float, float | None],
     reduction: str,
     return_lse: bool,
     return_grad: bool,
@@ -251,8 +236,13 @@ def _cross_entropy(
     dense, labels = _target(call, kind, target, rows)
     weights = None if weight is None else _class_weight(call, weight, classes)
     mean = check_reduction(reduction) == "mean"
-    numbers = _checked(options, dense is not None)
-    ignore_index = numbers[0]
+    ignore_index, smoothing, z_loss, softcap = options
+    ignore_index = integer(ignore_index, "ignore_index")
+    if dense is not None and ignore_index >= 0:
+        raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
+    smoothing = number(smoothing, "label_smoothing", 0.0, 1.0)
+    z_loss = number(z_loss, "z_loss", 0.0)
+    cap = 0.0 if softcap is None else number(softcap, "softcap", 0.0, above=True)
     grad = None
     if return_grad or grad_out is not None:
         grad = call.output(grad_out, "grad_out", (dense, labels, weights))
@@ -266,26 +256,12 @@ def _cross_entropy(
     each = reduction == "none"
     loss = (place.empty if each else place.scratch)(rows, compute)
     lse = place.empty(rows, compute) if return_lse else None
-    scalars = new(Options, (*numbers, scale))
+    scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale))
     fields = "cross_entropy", x, dense, labels, weights, scalars, None, loss, lse, None, grad
     calls.fold(backend, place, new(Fold, fields), (axis,))
     if not each:
         loss = backend.total(loss, denominator if mean else None, compute)
     return call.results(loss, lse, grad, return_grad, grad_out)
-
-
-def _checked(options: CrossEntropyOptions, dense: bool) -> Numbers:
-    """The options of a cross-entropy as numbers, in the order of `Options`."""
-    ignore_index, smoothing, z_loss, cap = options
-    ignore_index = integer(ignore_index, "ignore_index")
-    if dense and ignore_index >= 0:
-        raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
-    return (
-        ignore_index,
-        number(smoothing, "label_smoothing", 0.0, 1.0),
-        number(z_loss, "z_loss", 0.0),
-        0.0 if cap is None else number(cap, "softcap", 0.0, above=True),
-    )
 
 
 def binary_cross_entropy_with_logits(
@@ -323,19 +299,13 @@ def binary_cross_entropy_with_logits(
     reduction : {"mean", "sum", "none"}
         "mean" divides by the number of elements and is NaN if there are none. "none" gives each
         element's loss.
-    return_grad : bool
-        Also return the gradient of the reduced loss (with "none": of each element's own loss) with
-        respect to `logits`.
-    grad_out : array, optional
-        Output array for the gradient, with the shape and dtype of `logits`; may be `logits` itself.
-        The gradient is then computed even without `return_grad`.
+    return_grad, grad_out
+        As for `cross_entropy`.
 
     Returns
     -------
-    loss : array or scalar
-        float64 for float64 and integer logits, float32 for all others.
-    grad : array
-        Same shape and dtype as `logits`; only if `return_grad`.
+    loss, grad
+        As for `cross_entropy`.
 
     Raises
     ------
@@ -398,19 +368,13 @@ def gaussian_nll(
     reduction : {"mean", "sum", "none"}
         "mean" divides by the number of elements and is NaN if there are none. "none" gives each
         element's loss.
-    return_grad : bool
-        Also return the gradient of the reduced loss (with "none": of each element's own loss) with
-        respect to `mean`.
-    grad_out : array, optional
-        Output array for the gradient, with the shape and dtype of `mean`; may be `mean` itself. The
-        gradient is then computed even without `return_grad`.
+    return_grad, grad_out
+        As for `cross_entropy`, with respect to `mean`.
 
     Returns
     -------
-    loss : array or scalar
-        float64 for float64 and integer means, float32 for all others.
-    grad : array
-        Same shape and dtype as `mean`; only if `return_grad`.
+    loss, grad
+        As for `cross_entropy`.
 
     Raises
     ------

@@ -104,19 +104,18 @@ def logsumexp(
         x, weights = x.reshape(1), None if weights is None else weights.reshape(1)
     axes = axes_of(axis, x.ndim)
     shape = kept_shape(x.shape, axes, keepdims)
-    # the kernels of a GPU write `out` itself; on the CPU it may have another dtype
     output = None
     if out is not None:
         output = place.output(out, "out", shape, call.compute, (x, weights), cast=place.on_cpu)
-    direct = output is not None and not place.on_cpu
-    result = output if output is not None and direct else place.empty(shape, call.compute)
+    # the kernels of a GPU write `out` itself; on the CPU it may have another dtype
+    result = place.empty(shape, call.compute) if output is None or place.on_cpu else output
     sign = place.empty(shape, call.compute) if return_sign else None
     lse, signs = result, sign
     if keepdims:  # the rows are what is left without the axes of one entry
         at = (*(0 if i in axes else slice(None) for i in range(x.ndim)), ...)
         lse, signs = result[at], None if sign is None else sign[at]
     calls.fold(call.backend, place, Fold("logsumexp", x, weights, lse=lse, sign=signs), axes)
-    if output is not None and not direct:
+    if output is not None and output is not result:
         np.copyto(output, rounded(result, output.dtype))
     returned = place.give(result) if out is None else out
     return returned if sign is None else (returned, place.give(sign))
@@ -174,13 +173,8 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
 
     Parameters
     ----------
-    x : array_like
-        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
-        as float64.
-    axis : int, tuple of int or None
-        Axes over which the probabilities sum to one; None means all.
-    out : array, optional
-        Output array of the result's shape and dtype; may be `x` itself.
+    x, axis, out
+        As for `softmax`.
 
     Returns
     -------
@@ -190,10 +184,8 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
-    ValueError
-        If an axis is out of bounds or repeated; if `out` cannot be written.
+    TypeError, ValueError
+        As for `softmax`.
 
     References
     ----------
@@ -317,22 +309,18 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
     Parameters
     ----------
-    x : array_like
-        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    out : array, optional
-        Output array of the result's shape and dtype; may be `x` itself.
+    x, out
+        As for `sigmoid`.
 
     Returns
     -------
     array or scalar
-        Same shape and dtype as `x` (float64 for integers).
+        As for `sigmoid`.
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
-    ValueError
-        If `out` cannot be written.
+    TypeError, ValueError
+        As for `sigmoid`.
 
     References
     ----------

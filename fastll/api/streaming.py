@@ -101,11 +101,9 @@ class LogSumExp:
 
         Raises
         ------
-        TypeError
-            If the dtype is complex, longdouble, object or string.
-        ValueError
-            If the shape of `x` without `axis` is not that of the rows, or `x` is on another device than
-            earlier arrays; nothing has been added by then.
+        TypeError, ValueError
+            If the dtype is complex, longdouble, object or string; if the shape or the device does not
+            fit. Nothing has been added by then.
         """
         call = Call("logsumexp", x, "x", self._place)
         added = call.x if call.x.ndim else call.x.reshape(1)
