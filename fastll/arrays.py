@@ -24,7 +24,6 @@ from fastll.dtypes import kind_of, name_of
 Array = NDArray[Any]
 Axis = int | Sequence[int] | None
 
-
 #: All axes of an array, by their number.
 _ALL_AXES = tuple(tuple(range(ndim)) for ndim in range(65))
 
@@ -63,17 +62,15 @@ class Place:
     ) -> Array:
         """Check an output, and return the view to write it through."""
         library = self._library_of(out, name)
-        if library is None:
-            if not isinstance(out, np.ndarray):
-                raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
-            check_unmasked(out, name)
-            check_output(out, name, shape, dtype, inputs, like, cast)
-            return out
-        if not library.mutable:
+        if library is None and not isinstance(out, np.ndarray):
+            raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
+        if library is not None and not library.mutable:
             raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
-        array = self._view(library, out, name)
+        check_unmasked(out, name)
+        array: Array = out if library is None else self._view(library, out, name)
         check_output(array, name, shape, dtype, inputs, like, cast)
-        library.writes(out)
+        if library is not None:
+            library.writes(out)
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -172,32 +169,28 @@ def axes_of(axis: Axis, ndim: int) -> tuple[int, ...]:
     if any(isinstance(a, (bool, np.bool_)) or not hasattr(a, "__index__") for a in axes):
         raise TypeError(f"axis is {axis!r}; expected an integer, a tuple of them or None")
     numbers = [operator.index(a) for a in axes]
-    for number in numbers:
-        if not -ndim <= number < ndim:
-            raise np.exceptions.AxisError(
-                f"axis is {axis!r}; expected {-ndim} <= axis < {ndim} for {ndim} dimensions"
-            )
-    if len({number % ndim for number in numbers}) < len(numbers):
+    if not all(-ndim <= number < ndim for number in numbers):
+        raise np.exceptions.AxisError(
+            f"axis is {axis!r}; expected {-ndim} <= axis < {ndim} for {ndim} dimensions"
+        )
+    counted = {number % ndim for number in numbers}
+    if len(counted) < len(numbers):
         raise ValueError(f"axis is {axis!r}; expected each axis once")
-    return tuple(sorted(number % ndim for number in numbers))
+    return tuple(sorted(counted))
 
 
 def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = False) -> tuple[int, ...]:
     """The shape of a reduction over some axes."""
     if keepdims:
         return tuple([1 if i in axes else n for i, n in enumerate(shape)])
-    if len(axes) == len(shape):
-        return ()
-    if len(axes) == 1:
+    if len(axes) == 1:  # the usual case, which small calls notice
         return shape[: axes[0]] + shape[axes[0] + 1 :]
     return tuple([n for i, n in enumerate(shape) if i not in axes])
 
 
 def axis_of(axis: int, ndim: int) -> int:
     """One axis, counted from 0."""
-    if type(axis) is int and -ndim <= axis < ndim:
-        return axis % ndim
-    if isinstance(axis, Sequence) or axis is None:
+    if type(axis) is not int and (axis is None or isinstance(axis, Sequence)):
         raise TypeError(f"axis is {axis!r}; expected an integer")
     return axes_of(axis, ndim)[0]
 
@@ -248,18 +241,14 @@ def check_output(
     if _overlaps_itself(out):
         raise ValueError(f"{name} has several elements at one address (strides {out.strides})")
     for x in (like, *inputs):
-        if x is None or not np.may_share_memory(out, x) or (x is like and _same_memory(out, x)):
+        if x is None or not np.may_share_memory(out, x) or (x is like and _memory(out) == _memory(x)):
             continue
         if _share_memory(out, x):
             raise ValueError(f"{name} shares memory with an input in another order; expected its own")
 
 
-def _same_memory(a: Array, b: Array) -> bool:
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
-        and a.dtype == b.dtype
-    )
+def _memory(a: Array) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    return a.__array_interface__["data"][0], a.strides, a.dtype
 
 
 def _share_memory(a: Array, b: Array) -> bool:

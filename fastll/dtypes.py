@@ -13,21 +13,9 @@ BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 FLOATING = "float16, bfloat16, float32, float64"
 ACCEPTED = f"{FLOATING}, integers and bool"
 
+_INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 #: Storage formats that compiled backends read, in the order of their codes.
-FORMATS = (
-    "float32",
-    "float64",
-    "float16",
-    "bfloat16",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-)
+FORMATS = ("float32", "float64", "float16", "bfloat16", *_INTEGERS)
 
 
 class Kind(NamedTuple):
@@ -53,9 +41,8 @@ def kind_of(dtype: np.dtype[Any], name: str = "x") -> Kind:
     """The `Kind` of a dtype; `TypeError` naming the argument if the dtype is not accepted."""
     kind = _known.get(dtype)
     if kind is None:
-        if dtype.kind not in "biufV":  # some of the others have no byte order to ask for
-            raise TypeError(f"{name} has dtype {name_of(dtype)}; fastll takes {ACCEPTED}")
-        stored = dtype.newbyteorder("=")
+        # some of the others have no byte order to ask for
+        stored = dtype.newbyteorder("=") if dtype.kind in "biufV" else dtype
         format_name = "uint8" if stored.kind == "b" else name_of(stored)
         # longdouble is a float128 or, where it is no wider than double, a second float64
         if format_name not in FORMATS or stored.char == "g":
