@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -100,11 +102,10 @@ class Operation(NamedTuple):
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Options with their arrays, of random values; and the axis."""
-        made = {
-            name: value.make(rng, shape, axis, dtype) if isinstance(value, Argument) else value
-            for name, value in options.items()
-        }
-        return made if self.elementwise else made | {"axis": axis}
+        made: dict[str, Any] = {} if self.elementwise else {"axis": axis}
+        for name, value in options.items():
+            made[name] = value.make(rng, shape, axis, dtype) if isinstance(value, Argument) else value
+        return made
 
 
 def _logsumexp(np: Any, a: Any, axis: int) -> Any:
@@ -121,22 +122,39 @@ def _log_softmax(np: Any, x: Any, axis: int) -> Any:
     return x - np.expand_dims(_logsumexp(np, x, axis), axis)
 
 
+def _sigmoid(np: Any, x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
 def _sparse(np: Any, lse: Any, x: Any, axis: int, labels: Any) -> Any:
     """The mean loss over the rows with a label, for any library with NumPy's functions."""
     at_label = np.take_along_axis(x, np.expand_dims(labels, axis), axis).squeeze(axis)
     return np.mean(lse - at_label, where=labels >= 0)
 
 
+def _peers(numpy: Peer, scipy: Peer, torch: Peer, jax: Peer) -> Mapping[str, Peer]:
+    return {"numpy": numpy, "scipy": scipy, "torch": torch, "jax": jax}
+
+
 _CLASS_WEIGHT = Argument("weight", "positive", "classes")
-_CROSS_ENTROPY: tuple[Mapping[str, Any], ...] = (
-    {},
-    {"weight": _CLASS_WEIGHT},
-    {"label_smoothing": 0.1},
-    {"z_loss": 1e-2},
-    {"softcap": 5.0},
-    {"weight": _CLASS_WEIGHT, "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0},
+#: The part of a row that all cross-entropies share.
+_cross_entropy = partial(
+    Operation,
+    reduces=True,
+    gradient=True,
+    extras=("return_lse",),
+    options=(
+        {},
+        {"weight": _CLASS_WEIGHT},
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2},
+        {"softcap": 5.0},
+        {"weight": _CLASS_WEIGHT, "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0},
+    ),
+    chosen_by="cross_entropy",
 )
-_WEIGHT, _POS_WEIGHT = Argument("weight", "positive", "one"), Argument("pos_weight", "positive")
+_WEIGHT = {"weight": Argument("weight", "positive", "one")}
+_POS_WEIGHT = {"pos_weight": Argument("pos_weight", "positive")}
 
 OPERATIONS = {
     "logsumexp": Operation(
@@ -144,33 +162,20 @@ OPERATIONS = {
         (Argument("a", "logits"),),
         reduces=True,
         options=({}, {"b": Argument("b", "factor"), "return_sign": True}),
-        peers={
-            "numpy": _logsumexp,
-            "scipy": "scipy.special.logsumexp",
-            "torch": "torch.logsumexp",
-            "jax": "jax.nn.logsumexp",
-        },
+        peers=_peers(_logsumexp, "scipy.special.logsumexp", "torch.logsumexp", "jax.nn.logsumexp"),
         measured="throughout",
     ),
     "softmax": Operation(
         reductions.softmax,
         (Argument("x", "logits"),),
-        peers={
-            "numpy": _softmax,
-            "scipy": "scipy.special.softmax",
-            "torch": "torch.softmax",
-            "jax": "jax.nn.softmax",
-        },
+        peers=_peers(_softmax, "scipy.special.softmax", "torch.softmax", "jax.nn.softmax"),
     ),
     "log_softmax": Operation(
         reductions.log_softmax,
         (Argument("x", "logits"),),
-        peers={
-            "numpy": _log_softmax,
-            "scipy": "scipy.special.log_softmax",
-            "torch": "torch.log_softmax",
-            "jax": "jax.nn.log_softmax",
-        },
+        peers=_peers(
+            _log_softmax, "scipy.special.log_softmax", "torch.log_softmax", "jax.nn.log_softmax"
+        ),
         measured="full",
     ),
     "entropy": Operation(
@@ -189,12 +194,7 @@ OPERATIONS = {
         reductions.sigmoid,
         (Argument("x", "logits"),),
         elementwise=True,
-        peers={
-            "numpy": lambda np, x: 1 / (1 + np.exp(-x)),
-            "scipy": "scipy.special.expit",
-            "torch": "torch.sigmoid",
-            "jax": "jax.nn.sigmoid",
-        },
+        peers=_peers(_sigmoid, "scipy.special.expit", "torch.sigmoid", "jax.nn.sigmoid"),
         measured="full",
     ),
     "log_sigmoid": Operation(
@@ -209,14 +209,9 @@ OPERATIONS = {
         },
         measured="full",
     ),
-    "sparse_cross_entropy": Operation(
+    "sparse_cross_entropy": _cross_entropy(
         losses.sparse_cross_entropy,
         (Argument("logits", "logits"), Argument("target", "labels", "rows")),
-        reduces=True,
-        gradient=True,
-        extras=("return_lse",),
-        options=_CROSS_ENTROPY,
-        chosen_by="cross_entropy",
         peers={
             "numpy": lambda np, x, axis, t: _sparse(np, _logsumexp(np, x, axis), x, axis, t),
             "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(x.movedim(axis, 1), t),
@@ -225,14 +220,9 @@ OPERATIONS = {
         },
         measured="throughout",
     ),
-    "dense_cross_entropy": Operation(
+    "dense_cross_entropy": _cross_entropy(
         losses.dense_cross_entropy,
         (Argument("logits", "logits"), Argument("target", "distribution")),
-        reduces=True,
-        gradient=True,
-        extras=("return_lse",),
-        options=_CROSS_ENTROPY,
-        chosen_by="cross_entropy",
         peers={
             "numpy": lambda np, x, axis, t: -(t * _log_softmax(np, x, axis)).sum(axis).mean(),
             "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(
@@ -247,12 +237,7 @@ OPERATIONS = {
         (Argument("logits", "logits"), Argument("target", "probability")),
         elementwise=True,
         gradient=True,
-        options=(
-            {},
-            {"weight": _WEIGHT},
-            {"pos_weight": _POS_WEIGHT},
-            {"weight": _WEIGHT, "pos_weight": _POS_WEIGHT},
-        ),
+        options=({}, _WEIGHT, _POS_WEIGHT, {**_WEIGHT, **_POS_WEIGHT}),
         peers={
             "numpy": lambda np, x, t: np.mean(np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))),
             "torch": "torch.nn.functional.binary_cross_entropy_with_logits",
@@ -318,35 +303,29 @@ def warmup(
     chosen = _named(operations)
     rng = np.random.default_rng(0)
     with use_backend(backend):
-        place, shapes = _host, _SHAPES["cpu"]
+        place, shapes = np.asarray, _SHAPES["cpu"]
         if backend == "cuda":
             from numba import cuda  # its arrays are there wherever its kernels are
 
             place, shapes = cuda.to_device, _SHAPES["cuda"]
-        for dtype in dtypes:
-            for shape, axis in shapes:
-                for operation in chosen:
-                    arrays = map(place, operation.make(rng, shape, axis, dtype))
-                    keywords = operation.keywords(rng, shape, axis, dtype, {})
-                    if operation.gradient:
-                        keywords["return_grad"] = True
-                    operation.function(*arrays, **keywords)
+        for dtype, (shape, axis), operation in product(dtypes, shapes, chosen):
+            arrays = map(place, operation.make(rng, shape, axis, dtype))
+            keywords = operation.keywords(rng, shape, axis, dtype, {})
+            if operation.gradient:
+                keywords["return_grad"] = True
+            operation.function(*arrays, **keywords)
 
 
 def _named(operations: str | Iterable[str] | None) -> list[Operation]:
     """The rows of public functions."""
+    rows = {name: [row] for name, row in OPERATIONS.items()}
+    for row in OPERATIONS.values():
+        if row.chosen_by:
+            rows.setdefault(row.chosen_by, []).append(row)
     if operations is None:
-        return list(OPERATIONS.values())
-    found = []
-    for name in [operations] if isinstance(operations, str) else operations:
-        rows = [row for key, row in OPERATIONS.items() if name in (key, row.chosen_by)]
-        if not rows or not name:
-            known = dict.fromkeys((*OPERATIONS, *(r.chosen_by for r in OPERATIONS.values())))
-            expected = ", ".join(filter(None, known))
-            raise ValueError(f"operations has {name!r}; expected some of {expected}")
-        found += rows
-    return found
-
-
-def _host(x: Array) -> Array:
-    return x
+        operations = OPERATIONS
+    names = [operations] if isinstance(operations, str) else list(operations)
+    for name in names:
+        if name not in rows:
+            raise ValueError(f"operations has {name!r}; expected some of {', '.join(rows)}")
+    return [row for name in names for row in rows[name]]
