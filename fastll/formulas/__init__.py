@@ -2,9 +2,9 @@
 
 `maths` has what they are made of, `elements` and `rows` the operations, `constants` every coefficient,
 `vocabulary` the operations that the text may use. A text consists of assignments to new names (tuples
-may be unpacked), calls, ``+ - * /``, attributes and a final return; no branch, loop, literal or unary
-minus. `bind` compiles the texts for a target of Numba, `fastll.formulas.cpp` translates them into C++
-for Cython. The NumPy reference and the tests' oracle do not use them: they check them.
+may be unpacked), calls, ``+ - * /``, constants (with a minus or without) and a final return; no branch,
+loop or literal. `bind` compiles the texts for a target of Numba, `fastll.formulas.cpp` translates them
+into C++ for Cython. The NumPy reference and the tests' oracle do not use them: they check them.
 """
 
 from __future__ import annotations

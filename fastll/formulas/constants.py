@@ -70,27 +70,27 @@ LIMIT_UNFUSED = 2.0**14
 class Constants(NamedTuple):
     """What the formulas need of a floating type, rounded to that type."""
 
-    zero: Any
-    half: Any
-    one: Any
-    two: Any
-    infinity: Any
-    nan: Any
-    log2e: Any
-    ln2: Any
-    ln2_high: Any  # with ln2_low the parts of ln 2 that fused products are exact enough with
-    ln2_low: Any
+    ln2_low: Any  # with ln2_high the parts of ln 2 that fused products are exact enough with
     magic: Any  # 1.5 * 2**(bits of the mantissa) + the exponent's bias
     floor: Any  # below it, exp is 0
     scaled_magic: Any  # magic and floor of exponentials times 2**SHIFT
     scaled_floor: Any
-    unshift: Any  # 2**-SHIFT
-    root: Any  # sqrt(2) - 1: above it, log1p halves its argument
     least: Any  # the smallest normal number
     lift: Any  # 2**lift_bits, which makes every subnormal number a normal one
     lift_bits: Any
     exp: tuple[Any, ...]  # coefficients from the highest power on
     atanh: tuple[Any, ...]  # of (2 atanh(z / 2) - z) / z**3 as a function of z**2, likewise
+    zero: Any = 0
+    half: Any = 0.5
+    one: Any = 1
+    two: Any = 2
+    infinity: Any = math.inf
+    nan: Any = math.nan
+    log2e: Any = 1 / math.log(2)
+    ln2: Any = math.log(2)
+    ln2_high: Any = math.log(2)
+    unshift: Any = 2.0**-SHIFT
+    root: Any = math.sqrt(2) - 1  # above it, log1p halves its argument
 
 
 @cache
@@ -98,27 +98,17 @@ def of(name: str) -> Constants:
     """The constants of "float32" or "float64"."""
     dtype = np.dtype(name).type
     mantissa, bias = (23, 127) if name == "float32" else (52, 1023)
-    high = dtype(math.log(2))
-    return Constants(
-        zero=dtype(0),
-        half=dtype(0.5),
-        one=dtype(1),
-        two=dtype(2),
-        infinity=dtype(math.inf),
-        nan=dtype(math.nan),
-        log2e=dtype(1 / math.log(2)),
-        ln2=high,
-        ln2_high=high,
-        ln2_low=dtype((LN2_HIGH - float(high)) + LN2_LOW),
-        magic=dtype(1.5 * 2**mantissa + bias),
-        floor=dtype(-bias * math.log(2)),
-        scaled_magic=dtype(1.5 * 2**mantissa + bias) + dtype(SHIFT),
-        scaled_floor=dtype((-bias - SHIFT) * math.log(2)),
-        unshift=dtype(2.0**-SHIFT),
-        root=dtype(math.sqrt(2) - 1),
-        least=dtype(2.0 ** (1 - bias)),
-        lift=dtype(2.0 ** (mantissa + 1)),
-        lift_bits=dtype(mantissa + 1),
-        exp=tuple(dtype(c) for c in reversed(EXP[name])),
-        atanh=tuple(dtype(c * 4.0 ** -(j + 1)) for j, c in reversed([*enumerate(ATANH[name])])),
+    magic = 1.5 * 2**mantissa + bias
+    exact = Constants(
+        ln2_low=(LN2_HIGH - float(dtype(math.log(2)))) + LN2_LOW,
+        magic=magic,
+        floor=-bias * math.log(2),
+        scaled_magic=magic + SHIFT,
+        scaled_floor=(-bias - SHIFT) * math.log(2),
+        least=2.0 ** (1 - bias),
+        lift=2.0 ** (mantissa + 1),
+        lift_bits=mantissa + 1,
+        exp=EXP[name][::-1],
+        atanh=tuple(c * 4.0 ** -(j + 1) for j, c in enumerate(ATANH[name]))[::-1],
     )
+    return Constants(*(tuple(map(dtype, c)) if isinstance(c, tuple) else dtype(c) for c in exact))

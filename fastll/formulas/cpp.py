@@ -33,14 +33,13 @@ VOCABULARY = {
 class _Translator:
     """One formula: its C++ text in `lines`."""
 
-    def __init__(self, function: FunctionType, callable_names: Iterable[str]) -> None:
+    def __init__(self, function: FunctionType, known: Iterable[str]) -> None:
         source, self.first = inspect.getsourcelines(function)
         self.path = Path(inspect.getsourcefile(function) or "")
-        (definition,) = ast.parse(dedent("".join(source))).body
+        self.known = set(known)  # what it may call
         self.names: set[str] = set()
-        self.structures: set[str] = set()  # names that hold constants
-        self.callable = set(callable_names)
         self.lines: list[str] = []
+        (definition,) = ast.parse(dedent("".join(source))).body
         self.function(definition)
 
     def refusal(self, node: ast.AST, what: str) -> SyntaxError:
@@ -54,76 +53,62 @@ class _Translator:
     def function(self, node: ast.stmt) -> None:
         if not isinstance(node, ast.FunctionDef) or node.decorator_list:
             raise self.refusal(node, "a decorator, or is no function")
-        given = node.args
-        if given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
+        arguments = [a.arg for a in node.args.args]
+        if ast.unparse(node.args) != ", ".join(arguments):
             raise self.refusal(node, "arguments that are not plain names")
-        arguments = [a.arg for a in given.args]
         self.names.update(arguments)
-        types = ", ".join(f"class T_{a}" for a in arguments)
-        self.add(node, f"template <{types}>")
+        self.add(node, f"template <{', '.join(f'class T_{a}' for a in arguments)}>")
         signature = ", ".join(f"T_{a} {a}" for a in arguments)
         self.lines.append(f"INLINE auto {node.name}({signature}) {{")
-        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-        for statement in body[:-1]:
+        *statements, last = node.body[ast.get_docstring(node) is not None :] or [node]
+        for statement in statements:
             self.assignment(statement)
-        if not body or not isinstance(body[-1], ast.Return) or body[-1].value is None:
-            raise self.refusal(body[-1] if body else node, "no value returned at its end")
-        value = body[-1].value
-        values = value.elts if isinstance(value, ast.Tuple) else [value]
-        result = ", ".join(self.expression(v) for v in values)
-        self.add(body[-1], f"return pack({result});" if len(values) > 1 else f"return {result};")
+        match last:
+            case ast.Return(value=ast.Tuple(elts=values)):
+                self.add(last, f"return pack({self.expressions(values)});")
+            case ast.Return(value=ast.expr() as value):
+                self.add(last, f"return {self.expression(value)};")
+            case _:
+                raise self.refusal(last, "no value returned at its end")
         self.lines.append("}")
 
     def assignment(self, node: ast.stmt) -> None:
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1:
-            raise self.refusal(node, f"a statement that is no assignment to names: {ast.unparse(node)}")
-        (target,) = node.targets
-        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets)]):
+                left = "[{}]"
+            case ast.Assign(targets=[ast.Name() as target]):
+                left, targets = "{}", [target]
+            case _:
+                raise self.refusal(node, f"a statement that assigns to no names: {ast.unparse(node)}")
         value = self.expression(node.value)
         texts: list[str] = []
-        for name in names:
-            if not isinstance(name, ast.Name):
-                raise self.refusal(
-                    name, f"an assignment to something else than a name: {ast.unparse(name)}"
-                )
-            text = name.id if name.id != "_" else f"unused_{len(self.lines)}_{len(texts)}"
-            if text in self.names:
-                raise self.refusal(name, f"a second assignment to {text}")
+        for name in map(ast.unparse, targets):
+            text = name if name != "_" else f"unused_{len(self.lines)}_{len(texts)}"
+            if text in self.names or not text.isidentifier():
+                raise self.refusal(node, f"an assignment to {text}, which is no new name")
             self.names.add(text)
             texts.append(text)
-        if self.is_structure(node.value):
-            self.structures.update(texts)
-        left = f"[{', '.join(texts)}]" if isinstance(target, ast.Tuple) else texts[0]
-        self.add(node, f"[[maybe_unused]] auto {left} = {value};")
+        self.add(node, f"[[maybe_unused]] auto {left.format(', '.join(texts))} = {value};")
 
-    def is_structure(self, node: ast.expr) -> bool:
-        """Whether an expression is what `constants` returns."""
-        match node:
-            case ast.Name(id=name):
-                return name in self.structures
-            case ast.Call(func=ast.Name(id="constants")):
-                return True
-        return False
+    def expressions(self, nodes: Iterable[ast.expr]) -> str:
+        return ", ".join(map(self.expression, nodes))
 
     def expression(self, node: ast.expr) -> str:
         match node:
             case ast.Name(id=name) if name in self.names:
                 return name
-            case ast.Attribute(value=owner, attr=name) if self.is_structure(owner):
-                if name not in constants.Constants._fields:
-                    raise self.refusal(node, f"an unknown constant, {name}")
+            case ast.Attribute(value=owner, attr=name) if name in constants.Constants._fields:
                 return f"{self.expression(owner)}.{name}"
             case ast.UnaryOp(op=ast.USub(), operand=ast.Attribute() as operand):
                 return f"-{self.expression(operand)}"
             case ast.BinOp(left=left, op=operator, right=right) if type(operator) in OPERATORS:
                 sign = OPERATORS[type(operator)]
                 return f"({self.expression(left)} {sign} {self.expression(right)})"
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-                if name not in self.callable:
-                    raise self.refusal(
-                        node, f"a call of {name}, which is neither a formula nor an operation"
-                    )
-                return f"{name}({', '.join(self.expression(a) for a in arguments)})"
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in self.known:
+                return f"{name}({self.expressions(arguments)})"
+            case ast.Call(func=ast.Name(id=name), keywords=[]):
+                what = f"a call of {name}, which is neither a formula nor an operation"
+                raise self.refusal(node, what)
         raise self.refusal(node, f"something that its rules do not allow: {ast.unparse(node)}")
 
 
