@@ -8,12 +8,14 @@ met, and then it has been imported already.
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Shape = tuple[int, ...]  # also an order of axes
 
 
 class Device(NamedTuple):
@@ -45,37 +47,24 @@ class Library(Protocol):
 
     def device(self, x: Any) -> Device:
         """Device of an array."""
-        ...
 
     def view(self, x: Any, name: str) -> Array:
         """NumPy object with an array's geometry; `TypeError` with the array's name if it has none."""
-        ...
 
     def writes(self, x: Any) -> None:
         """Notify the library before writing to `x`."""
-        ...
 
-    def empty(
-        self,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        device: Device,
-        order: tuple[int, ...] | None,
-    ) -> Array:
+    def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
-        ...
 
     def give(self, view: Array) -> Any:
         """The library's array for a result: the view's `owner`, or a NumPy array or scalar."""
-        ...
 
     def stream(self, device: Device) -> int:
         """Handle of the caller's current stream."""
-        ...
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
         """Make a stream wait for the work that produces an array, without blocking the host."""
-        ...
 
 
 class View(np.ndarray[Any, np.dtype[Any]]):
@@ -132,18 +121,10 @@ for _name in _TOUCHING.split():
     setattr(DeviceView, _name, _refuse)
 
 
-class _Memory:
-    """Memory at an address, kept alive by its owner."""
-
-    def __init__(self, interface: dict[str, Any], owner: Any) -> None:
-        self.__array_interface__ = interface
-        self.owner = owner
-
-
 def device_view(
     address: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...] | None,  # in bytes; None means C order
+    shape: Shape,
+    strides: Shape | None,  # in bytes; None means C order
     dtype: np.dtype[Any],
     owner: Any,
     writeable: bool = True,
@@ -156,7 +137,9 @@ def device_view(
         "typestr": f"|V{dtype.itemsize}",
         "version": 3,
     }
-    view = np.asarray(_Memory(interface, owner)).view(dtype).view(DeviceView)
+    # views of the view keep the owner alive too
+    memory = SimpleNamespace(__array_interface__=interface, owner=owner)
+    view = np.asarray(memory).view(dtype).view(DeviceView)
     view.owner = owner
     return view
 
@@ -213,7 +196,7 @@ def order_streams(device: Device, after: int, stream: int) -> None:
         event.wait(cuda.external_stream(stream))
 
 
-def permuted(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def permuted(shape: Shape, order: Shape) -> tuple[Shape, Shape]:
     """Shape to allocate for an order of the axes in memory, and the transposition back."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return tuple([shape[axis] for axis in order]), tuple(inverse)

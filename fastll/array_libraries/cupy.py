@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastll.array_libraries import Array, Device, device_view, order_streams, permuted
+from fastll.array_libraries import Array, Device, Shape, device_view, order_streams, permuted
 
 name = "cupy"
 mutable = True
@@ -25,9 +25,7 @@ def writes(x: Any) -> None:
     pass
 
 
-def empty(
-    shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
-) -> Array:
+def empty(shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
     with cupy.cuda.Device(device.index):
         if order is None:
             return view(cupy.empty(shape, dtype), "result")

@@ -16,6 +16,7 @@ from fastll.array_libraries import (
     NEEDS_NUMBA_CUDA,
     Array,
     Device,
+    Shape,
     View,
     device_view,
     load,
@@ -73,13 +74,7 @@ class Exchanged:
     def writes(self, x: Any) -> None:
         pass
 
-    def empty(
-        self,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        device: Device,
-        order: tuple[int, ...] | None = None,
-    ) -> Array:
+    def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         if device == CPU:
             size = prod(shape) * dtype.itemsize
             raw = np.empty(size + _LINE, np.uint8)
@@ -113,9 +108,7 @@ class Exchanged:
 class _Buffer:
     """GPU memory for another library to take over by DLPack, ordered after the work that writes it."""
 
-    def __init__(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, stream: int
-    ) -> None:
+    def __init__(self, shape: Shape, dtype: np.dtype[Any], device: Device, stream: int) -> None:
         from cuda import core
         from numba import cuda
 

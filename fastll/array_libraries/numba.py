@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from fastll.array_libraries import Array, Device, device_view, order_streams, permuted
+from fastll.array_libraries import Array, Device, Shape, device_view, order_streams, permuted
 
 name = "numba"
 mutable = True
@@ -29,9 +29,7 @@ def writes(x: Any) -> None:
     pass
 
 
-def empty(
-    shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
-) -> Array:
+def empty(shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
     strides = None
     if order is not None:
         outermost, inverse = permuted(shape, order)

@@ -12,6 +12,7 @@ from fastll.array_libraries import (
     Array,
     Device,
     DeviceView,
+    Shape,
     View,
     device_view,
     order_streams,
@@ -67,9 +68,7 @@ def writes(x: Any) -> None:
     torch.autograd.graph.increment_version(x)  # a backward pass that needs the old values then raises
 
 
-def empty(
-    shape: tuple[int, ...], dtype: np.dtype[Any], device: Device, order: tuple[int, ...] | None = None
-) -> Array:
+def empty(shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
     inverse = None
     if order is not None:
         shape, inverse = permuted(shape, order)
