@@ -15,8 +15,8 @@ from fastll.api.losses import (
 )
 from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
 from fastll.api.streaming import LogSumExp
+from fastll.api.warmup import warmup
 from fastll.dispatch import backends, debug_labels, use_backend
-from fastll.operations import warmup
 from fastll.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"

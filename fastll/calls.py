@@ -16,7 +16,6 @@ from fastll import dispatch, layout
 from fastll.arrays import HOST, Array, Place, broadcast, kept_shape, place_of
 from fastll.contract import Backend, Floats, Fold, Map, new
 from fastll.dtypes import as_floats, kind_of
-from fastll.formulas import TERMS
 
 
 class Call:
@@ -103,7 +102,7 @@ class Call:
 def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
     """Run a reduction of rows over `axes`; rows that no one view covers go by a running state."""
     pieces, parts = layout.folds(call, axes)
-    if parts > 1 and call.operation in TERMS:
+    if parts > 1 and call.value is not None:
         _sum_axis_by_axis(backend, place, call, axes)
         return
     if parts > 1 and call.state is None:

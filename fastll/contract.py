@@ -41,8 +41,6 @@ number of classes alone, and warps and thread blocks add in two float32
 (`fastll.backend.cuda.geometry`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 

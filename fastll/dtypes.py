@@ -1,7 +1,5 @@
 """The dtypes: which are accepted, which one is computed in, and which one is returned."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np
