@@ -4,12 +4,11 @@ import sys
 import types
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 
 import numpy as np
 
-from fastll import dispatch
-from fastll.array_libraries import DeviceView, _known
+from fastll import array_libraries, dispatch
+from fastll.array_libraries import DeviceView, _known, dlpack
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
 from fastll.contract import bad_label
@@ -210,10 +209,9 @@ def installed(monkeypatch):
         if before != after:
             gpu.ordered.append((device.index, before, after))
 
-    for name in ("cupy", "dlpack"):
-        library = import_module(f"fastll.array_libraries.{name}")
-        monkeypatch.setattr(library, "order_streams", order)
+    for caller in (array_libraries, dlpack):
+        monkeypatch.setattr(caller, "order_streams", order)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     yield gpu
     _known.pop(CupyArray, None)
-    del sys.modules["fastll.array_libraries.cupy"]
+    sys.modules.pop("fastll.array_libraries.cupy", None)

@@ -35,15 +35,13 @@ NEEDS_NUMBA_CUDA = 'needs the package numba-cuda: pip install "fastll[cuda12]" o
 
 
 class Library(Protocol):
-    """What fastll needs from an array library. A module can implement it.
+    """What fastll needs from an array library.
 
     `stream` and `order` are only called for arrays on a GPU.
     """
 
-    #: Name in messages.
-    name: str
-    #: Whether its arrays may be written to.
-    mutable: bool
+    name: str  # in messages
+    mutable: bool = True  # whether its arrays may be written to
 
     def device(self, x: Any) -> Device:
         """Device of an array."""
@@ -53,18 +51,21 @@ class Library(Protocol):
 
     def writes(self, x: Any) -> None:
         """Notify the library before writing to `x`."""
+        return
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
 
     def give(self, view: Array) -> Any:
         """The library's array for a result: the view's `owner`, or a NumPy array or scalar."""
+        return view.owner  # type: ignore[attr-defined]
 
     def stream(self, device: Device) -> int:
         """Handle of the caller's current stream."""
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
         """Make a stream wait for the work that produces an array, without blocking the host."""
+        order_streams(device, self.stream(device), consumer)
 
 
 class View(np.ndarray[Any, np.dtype[Any]]):
@@ -181,7 +182,7 @@ def _find(x: Any) -> Library | None:
 
 def load(module: str) -> Library:
     """Load a library by the name of its module in this package."""
-    return cast(Library, import_module(f"fastll.array_libraries.{module}"))
+    return cast(Library, import_module(f"fastll.array_libraries.{module}").library)
 
 
 def order_streams(device: Device, after: int, stream: int) -> None:

@@ -16,6 +16,7 @@ from fastll.array_libraries import (
     NEEDS_NUMBA_CUDA,
     Array,
     Device,
+    Library,
     Shape,
     View,
     device_view,
@@ -32,7 +33,7 @@ _DEFAULT_STREAM = 1  # in DLPack's numbering
 _LINE = 64  # bytes in a cache line: JAX takes over memory aligned to it, and copies other memory
 
 
-class Exchanged:
+class Exchanged(Library):
     """The library of one array, as far as its protocols describe it."""
 
     def __init__(self, x: Any) -> None:
@@ -70,9 +71,6 @@ class Exchanged:
         address, read_only = self.interface["data"]
         shape, dtype = self.interface["shape"], np.dtype(self.interface["typestr"])
         return device_view(address, shape, self.interface.get("strides"), dtype, x, not read_only)
-
-    def writes(self, x: Any) -> None:
-        pass
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         if device == CPU:

@@ -12,16 +12,13 @@ from fastll.array_libraries import (
     Array,
     Device,
     DeviceView,
+    Library,
     Shape,
     View,
     device_view,
-    order_streams,
     permuted,
 )
 from fastll.dtypes import ACCEPTED, BFLOAT16
-
-name = "torch"
-mutable = True
 
 _INT = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"  # torch before 2.3 lacks the last three
 _DTYPES: dict[Any, np.dtype[Any]] = {
@@ -35,60 +32,58 @@ _TORCH = {dtype: own for own, dtype in _DTYPES.items()}
 _devices = {torch.device("cpu"): CPU}
 
 
-def device(x: Any) -> Device:
-    try:
-        return _devices[x.device]
-    except KeyError:
-        kind, index = x.device.type, x.device.index
-    if kind == "meta":
-        raise TypeError("a torch tensor on the meta device has no elements to compute with")
-    kind = "rocm" if kind == "cuda" and torch.version.hip else kind
-    return _devices.setdefault(x.device, Device(kind, index or 0))
+class Torch(Library):
+    name = "torch"
+
+    def device(self, x: Any) -> Device:
+        try:
+            return _devices[x.device]
+        except KeyError:
+            kind, index = x.device.type, x.device.index
+        if kind == "meta":
+            raise TypeError("a torch tensor on the meta device has no elements to compute with")
+        kind = "rocm" if kind == "cuda" and torch.version.hip else kind
+        return _devices.setdefault(x.device, Device(kind, index or 0))
+
+    def view(self, x: Any, name: str) -> Array:
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None:
+            raise TypeError(f"{name} has dtype {x.dtype}; fastll takes {ACCEPTED}")
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{name} has layout {x.layout}; expected a dense tensor such as {name}.to_dense()"
+            )
+        if x.is_neg():
+            raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
+        x = x.detach() if x.requires_grad else x
+        if not x.is_cpu:
+            strides = tuple([stride * dtype.itemsize for stride in x.stride()])
+            return device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
+        array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
+        return array
+
+    def writes(self, x: Any) -> None:
+        # a backward pass that needs the old values then raises
+        torch.autograd.graph.increment_version(x)
+
+    def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
+        inverse = None
+        if order is not None:
+            shape, inverse = permuted(shape, order)
+        owner = torch.empty(shape, dtype=_TORCH[dtype], device=str(device))
+        if inverse is not None:
+            owner = owner.permute(inverse)
+        result = self.view(owner, "result").view(DeviceView if device.type == "cuda" else View)
+        result.owner = owner
+        return result
+
+    def give(self, view: Array) -> Any:
+        owner = getattr(view, "owner", None)
+        return torch.from_numpy(np.asarray(view)) if owner is None else owner
+
+    def stream(self, device: Device) -> int:
+        handle: int = torch.cuda.current_stream(device.index).cuda_stream
+        return handle
 
 
-def view(x: Any, name: str) -> Array:
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None:
-        raise TypeError(f"{name} has dtype {x.dtype}; fastll takes {ACCEPTED}")
-    if x.layout is not torch.strided:
-        raise TypeError(
-            f"{name} has layout {x.layout}; expected a dense tensor such as {name}.to_dense()"
-        )
-    if x.is_neg():
-        raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
-    x = x.detach() if x.requires_grad else x
-    if not x.is_cpu:
-        strides = tuple([stride * dtype.itemsize for stride in x.stride()])
-        return device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
-    array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
-    return array
-
-
-def writes(x: Any) -> None:
-    torch.autograd.graph.increment_version(x)  # a backward pass that needs the old values then raises
-
-
-def empty(shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
-    inverse = None
-    if order is not None:
-        shape, inverse = permuted(shape, order)
-    owner = torch.empty(shape, dtype=_TORCH[dtype], device=str(device))
-    if inverse is not None:
-        owner = owner.permute(inverse)
-    result = view(owner, "result").view(DeviceView if device.type == "cuda" else View)
-    result.owner = owner
-    return result
-
-
-def give(view: Array) -> Any:
-    owner = getattr(view, "owner", None)
-    return torch.from_numpy(np.asarray(view)) if owner is None else owner
-
-
-def stream(device: Device) -> int:
-    handle: int = torch.cuda.current_stream(device.index).cuda_stream
-    return handle
-
-
-def order(x: Any, device: Device, consumer: int) -> None:
-    order_streams(device, stream(device), consumer)
+library = Torch()
