@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,13 @@ class Place:
 
     __slots__ = ("device", "library", "on_cpu")
 
-    def __init__(self, library: Library | None, device: Device) -> None:
+    def __init__(self, library: Library, device: Device) -> None:
         self.library, self.device, self.on_cpu = library, device, device == CPU
 
     @property
     def stream(self) -> int:
         """Handle of the caller's current stream on a GPU."""
-        return self._library.stream(self.device)
+        return self.library.stream(self.device)
 
     def take(self, x: Any, name: str) -> Array:
         """An argument as an array of an accepted dtype; arrays are not copied."""
@@ -75,7 +75,7 @@ class Place:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
-        return self._library.empty(shape, np.dtype(dtype), self.device, None)
+        return self.library.empty(shape, np.dtype(dtype), self.device, None)
 
     def scratch(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array that does not outlive the call."""
@@ -86,20 +86,15 @@ class Place:
         order = None
         if not x.flags.c_contiguous:
             order = tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
-        return self._library.empty(x.shape, dtype, self.device, order)
+        return self.library.empty(x.shape, dtype, self.device, order)
 
     def give(self, view: Array) -> Any:
         """A result as an array of the library, or as a NumPy scalar."""
-        return self._library.give(view)
+        return self.library.give(view)
 
     def give_array(self, view: Array) -> Any:
         """A result as an array of the library."""
-        return self._library.give(view)
-
-    @property
-    def _library(self) -> Library:
-        assert self.library is not None  # HOST overrides every method that asks
-        return self.library
+        return self.library.give(view)
 
     def _view(self, library: Library, x: Any, name: str) -> Array:
         """The view of another library's array, ordered before work on this call's stream."""
@@ -142,8 +137,8 @@ class _Host(Place):
         return view
 
 
-#: The place of NumPy arrays and of anything that np.asarray takes.
-HOST = _Host(None, CPU)
+#: The place of NumPy arrays and of anything that np.asarray takes. It asks no library for anything.
+HOST = _Host(cast(Library, None), CPU)
 
 
 def place_of(x: Any) -> Place:

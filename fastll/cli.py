@@ -95,7 +95,9 @@ def demo(file: Path | None, steps: int | None, seconds: float | None, seed: int,
     with _failures():
         corpus = model.make_corpus(model.default_text() if file is None else model.read_text(file))
         laps["reading"] = time.perf_counter()
-        _check_environment()
+        # fail now if FASTLL_BACKEND or FASTLL_NUM_THREADS would make every call fail
+        fastll.get_num_threads()
+        fastll.cross_entropy(np.zeros((1, 2), np.float32), [0])
         trained = model.Model(len(corpus.vocabulary), seed)
         run = model.train(trained, corpus, steps=steps, seconds=seconds, seed=seed)
     console.print(_describe(file, corpus))
@@ -132,12 +134,6 @@ def _failures() -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise _Failure(str(error)) from error
-
-
-def _check_environment() -> None:
-    """Fail now if FASTLL_BACKEND or FASTLL_NUM_THREADS would make every call fail."""
-    fastll.get_num_threads()
-    fastll.cross_entropy(np.zeros((1, 2), np.float32), [0])
 
 
 def _describe(file: Path | None, corpus: model.Corpus) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ class Host:
 
     unit = CHUNK
     partial_dtype = np.dtype(np.float64)
+
+    #: (labels, classes, ignore_index, weight) -> flat position of the first label out of range, or -1,
+    #: and weight of the kept ones. The labels are contiguous, of native int64.
+    scan_labels: Callable[[NDArray[Any], int, int, Any], tuple[int, float]]
 
     run = staticmethod(threads.run)
 
@@ -40,15 +45,6 @@ class Host:
             at = tuple(int(i) for i in np.unravel_index(bad, y.shape))
             raise bad_label(labels[at], at, classes, ignore_index)
         return y, kept
-
-    def scan_labels(
-        self, labels: NDArray[Any], classes: int, ignore_index: int, weight: Any
-    ) -> tuple[int, float]:
-        """Flat position of the first label out of range, or -1; weight of the kept ones.
-
-        `labels` is contiguous, of native int64.
-        """
-        raise NotImplementedError
 
     def factor(self, kept: float) -> float:
         return 1 / kept if kept else math.nan
