@@ -64,9 +64,8 @@ def warn_without_extension() -> None:
 def main() -> None:
     """Log-sum-exp, softmax, cross-entropy and their gradients at the speed of memory."""
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # never fail on a name that the terminal cannot show
-            reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # never fail on a name that the terminal cannot show
+            stream.reconfigure(errors="replace")
 
 
 @main.command()

@@ -31,10 +31,8 @@ def gradcheck(
         ``f(x)`` returns the loss and its gradient with respect to x. A loss that is an array is summed.
     x : array_like
         The point at which to check; finite. It is converted to float64.
-    step : float
-        The step h.
-    rtol, atol : float
-        Tolerances, as in `numpy.testing.assert_allclose`.
+    step, rtol, atol : float
+        The step h, and tolerances as in `numpy.testing.assert_allclose`.
 
     Returns
     -------

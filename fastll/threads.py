@@ -109,10 +109,8 @@ def set_num_threads(n: int | None) -> None:
 
     Raises
     ------
-    TypeError
-        If `n` is not an integer.
-    ValueError
-        If `n` is below 1.
+    TypeError, ValueError
+        If `n` is not an integer, or below 1.
 
     Examples
     --------

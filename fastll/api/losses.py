@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastll import calls, dispatch
-from fastll.api._options import Reduction, check_reduction, integer, number
+from fastll.api import Reduction, check_reduction, integer, number
 from fastll.arrays import Array, axis_of, broadcast
 from fastll.calls import Call
 from fastll.contract import Fold, Options, new
@@ -90,11 +90,10 @@ def cross_entropy(
         If a label is outside [0, C) and is not `ignore_index`; nothing has been written by then. On a
         GPU the loss and gradient of such a row are NaN instead, unless `debug_labels` is in force.
     TypeError
-        If a dtype is complex, longdouble, object or string, or that of `target` is bool; if labels are
+        If a dtype is complex, longdouble, object or string; if `target` is of bools, or labels are
         floats; if an array is masked.
     ValueError
-        If shapes or devices do not match, an option is out of its range, or `grad_out` cannot be
-        written.
+        If shapes or devices do not match, an option is out of range, or `grad_out` cannot be written.
 
     Notes
     -----
@@ -290,15 +289,14 @@ def binary_cross_entropy_with_logits(
     logits : array_like
         Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
     target : array_like
-        Probabilities of the positive class, or bools or integers 0 and 1, with the shape of `logits`.
-        The values are not checked.
+        Probabilities of the positive class, or bools or integers 0 and 1, with the shape of `logits`;
+        not checked.
     weight : array_like, optional
         Factor of each element's loss; broadcasts to `logits`.
     pos_weight : array_like, optional
         Factor of the positive part of the loss; broadcasts to `logits`.
     reduction : {"mean", "sum", "none"}
-        "mean" divides by the number of elements and is NaN if there are none. "none" gives each
-        element's loss.
+        "mean" divides by the number of elements, NaN if there are none; "none" gives each one's loss.
     return_grad, grad_out
         As for `cross_entropy`.
 
@@ -309,11 +307,8 @@ def binary_cross_entropy_with_logits(
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string.
-    ValueError
-        If shapes or devices do not match, `reduction` is not one of the three, or `grad_out` cannot be
-        written.
+    TypeError, ValueError
+        As for `cross_entropy`.
 
     References
     ----------
@@ -365,9 +360,8 @@ def gaussian_nll(
         Add the constant term, ``log(2 pi) / 2``.
     eps : float
         The least variance, at least 0: smaller ones are replaced by it.
-    reduction : {"mean", "sum", "none"}
-        "mean" divides by the number of elements and is NaN if there are none. "none" gives each
-        element's loss.
+    reduction
+        As for `binary_cross_entropy_with_logits`.
     return_grad, grad_out
         As for `cross_entropy`, with respect to `mean`.
 
@@ -378,11 +372,10 @@ def gaussian_nll(
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string.
     ValueError
-        If a variance is negative (on a GPU its loss and gradient are NaN instead); if shapes or devices
-        do not match, an option is out of its range, or `grad_out` cannot be written.
+        If a variance is negative (on a GPU its loss and gradient are NaN instead).
+    TypeError, ValueError
+        As for `cross_entropy`.
 
     References
     ----------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastll import calls
-from fastll.api._options import number
+from fastll.api import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
 from fastll.contract import DEFAULTS, Fold, Options, new
@@ -129,8 +129,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     Parameters
     ----------
     x : array_like
-        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
-        as float64.
+        As `a` of `logsumexp`; scalars too.
     axis : int, tuple of int or None
         Axes over which the probabilities sum to one; None means all.
     out : array, optional
@@ -221,8 +220,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     Parameters
     ----------
     p : array_like
-        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
-        as float64.
+        As `a` of `logsumexp`; scalars too.
     axis : int, tuple of int or None
         Axes to sum over; None means all.
     base : float, optional
@@ -235,10 +233,8 @@ def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string; if `axis` or `base` is not a number.
-    ValueError
-        If an axis is out of bounds or repeated; if `base` is not positive, or 1.
+    TypeError, ValueError
+        As for `softmax`; if `base` is not a positive number, or 1.
 
     References
     ----------
@@ -272,10 +268,8 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
     Parameters
     ----------
-    x : array_like
-        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    out : array, optional
-        Output array of the result's shape and dtype; may be `x` itself.
+    x, out
+        As for `softmax`.
 
     Returns
     -------
@@ -284,10 +278,8 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
     Raises
     ------
-    TypeError
-        If a dtype is complex, longdouble, object or string, or that of `out` is not the result's.
-    ValueError
-        If `out` cannot be written.
+    TypeError, ValueError
+        As for `softmax`.
 
     References
     ----------

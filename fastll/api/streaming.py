@@ -39,10 +39,8 @@ class LogSumExp:
 
     Raises
     ------
-    TypeError
-        If `dtype` is not a floating one that fastll computes with.
-    ValueError
-        If `shape` is negative.
+    TypeError, ValueError
+        If `dtype` is not a floating one that fastll computes with; if `shape` is negative.
 
     References
     ----------
@@ -141,10 +139,8 @@ class LogSumExp:
 
         Raises
         ------
-        TypeError
-            If `other` is not a `LogSumExp`.
-        ValueError
-            If the shapes or the devices differ.
+        TypeError, ValueError
+            If `other` is not a `LogSumExp`; if the shapes or the devices differ.
         """
         if not isinstance(other, LogSumExp):
             raise TypeError(f"other is a {type(other).__name__}; expected a LogSumExp")
