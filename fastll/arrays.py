@@ -178,7 +178,9 @@ def kept_shape(shape: tuple[int, ...], axes: Sequence[int], keepdims: bool = Fal
     """The shape of a reduction over some axes."""
     if keepdims:
         return tuple([1 if i in axes else n for i, n in enumerate(shape)])
-    if len(axes) == 1:  # the usual case, which small calls notice
+    if len(axes) == len(shape):
+        return ()
+    if len(axes) == 1:
         return shape[: axes[0]] + shape[axes[0] + 1 :]
     return tuple([n for i, n in enumerate(shape) if i not in axes])
 
