@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import DTypeLike, NDArray
 
 from fastll.api import losses, reductions
@@ -25,6 +26,7 @@ Shape = Literal["full", "rows", "classes", "one"]
 #: The dotted name of a function, or a function of a library's module and the arrays. It is called with
 #: the arrays as fastll is, the axis second where there is one, and returns the value.
 Peer = str | Callable[..., Any]
+Options = Mapping[str, Any]
 
 
 class Argument(NamedTuple):
@@ -34,9 +36,7 @@ class Argument(NamedTuple):
     domain: Domain
     shape: Shape = "full"
 
-    def make(
-        self, rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike
-    ) -> Array:
+    def make(self, rng: Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike) -> Array:
         """Such an array, for a first argument of a shape and dtype."""
         axis %= len(shape)
         rows = shape[:axis] + shape[axis + 1 :]
@@ -75,7 +75,7 @@ class Operation(NamedTuple):
     #: Keywords that each add a result after the first one, in this order.
     extras: tuple[str, ...] = ()
     #: Keywords to try together, from none to all. An `Argument` stands for such an array.
-    options: tuple[Mapping[str, Any], ...] = ({},)
+    options: tuple[Options, ...] = ({},)
     #: The public function that chooses this one by its arguments.
     chosen_by: str = ""
     #: The same in other libraries, by the name of the library (see ``bench/peers.py``).
@@ -89,18 +89,13 @@ class Operation(NamedTuple):
         return self.gradient or not self.reduces
 
     def make(
-        self, rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike
+        self, rng: Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike
     ) -> tuple[Array, ...]:
         """The positional arguments, of random values."""
         return tuple(argument.make(rng, shape, axis, dtype) for argument in self.arguments)
 
     def keywords(
-        self,
-        rng: np.random.Generator,
-        shape: tuple[int, ...],
-        axis: int,
-        dtype: DTypeLike,
-        options: Mapping[str, Any],
+        self, rng: Generator, shape: tuple[int, ...], axis: int, dtype: DTypeLike, options: Options
     ) -> dict[str, Any]:
         """Options with their arrays, of random values; and the axis."""
         made: dict[str, Any] = {} if self.elementwise else {"axis": axis}

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from fastll import array_libraries, dispatch
-from fastll.array_libraries import DeviceView, _known, dlpack
+from fastll.array_libraries import DeviceView, _known
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
 from fastll.contract import bad_label
@@ -209,8 +209,7 @@ def installed(monkeypatch):
         if before != after:
             gpu.ordered.append((device.index, before, after))
 
-    for caller in (array_libraries, dlpack):
-        monkeypatch.setattr(caller, "order_streams", order)
+    monkeypatch.setattr(array_libraries, "order_streams", order)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     yield gpu
     _known.pop(CupyArray, None)

@@ -11,18 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastll.array_libraries import (
-    CPU,
-    NEEDS_NUMBA_CUDA,
-    Array,
-    Device,
-    Library,
-    Shape,
-    View,
-    device_view,
-    load,
-    order_streams,
-)
+from fastll import array_libraries as libraries
+from fastll.array_libraries import CPU, Array, Device, Library, Shape
 
 #: Devices by their DLPack code. Pinned host memory belongs to the host, managed memory to the GPU.
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 13: "cuda"}
@@ -63,14 +53,16 @@ class Exchanged(Library):
             memory = _strided_memory(x, _DEFAULT_STREAM)  # some stream is required
             strides = memory.strides and tuple([s * memory.dtype.itemsize for s in memory.strides])
             # `memory` keeps the array alive
-            return device_view(
+            return libraries.device_view(
                 memory.ptr, memory.shape, strides, memory.dtype, memory, not memory.readonly
             )
         if self.interface.get("mask") is not None:
             raise TypeError(f"{name} has a mask; expected an array without a mask")
         address, read_only = self.interface["data"]
         shape, dtype = self.interface["shape"], np.dtype(self.interface["typestr"])
-        return device_view(address, shape, self.interface.get("strides"), dtype, x, not read_only)
+        return libraries.device_view(
+            address, shape, self.interface.get("strides"), dtype, x, not read_only
+        )
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         if device == CPU:
@@ -79,12 +71,12 @@ class Exchanged(Library):
             start = -raw.ctypes.data % _LINE
             return raw[start : start + size].view(dtype).reshape(shape)
         if self.namespace is None:
-            return load("numba").empty(shape, dtype, device, order)
+            return libraries.load("numba").empty(shape, dtype, device, order)
         buffer = _Buffer(shape, dtype, device, self.stream(device))
-        return device_view(buffer.address, shape, None, dtype, buffer)
+        return libraries.device_view(buffer.address, shape, None, dtype, buffer)
 
     def give(self, view: Array) -> Any:
-        result = view.owner if isinstance(view, View) else np.asarray(view)
+        result = view.owner if isinstance(view, libraries.View) else np.asarray(view)
         if self.namespace is None:
             return result
         try:
@@ -100,7 +92,7 @@ class Exchanged(Library):
             if consumer:  # the view has already ordered the default stream
                 x.__dlpack__(stream=consumer)
         elif self.interface.get("stream") is not None:
-            order_streams(device, self.stream(device), consumer)
+            libraries.order_streams(device, self.stream(device), consumer)
 
 
 class _Buffer:
@@ -124,7 +116,7 @@ class _Buffer:
 
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         if stream is not None and stream != -1:
-            order_streams(self.device, self.stream, stream)
+            libraries.order_streams(self.device, self.stream, stream)
         return self.memory.__dlpack__(stream=-1, **options)
 
 
@@ -134,7 +126,7 @@ def _strided_memory(x: Any, stream: int) -> Any:
     try:
         from cuda.core.utils import StridedMemoryView
     except ImportError as error:
-        raise RuntimeError(f"a {kind} on a GPU {NEEDS_NUMBA_CUDA}") from error
+        raise RuntimeError(f"a {kind} on a GPU {libraries.NEEDS_NUMBA_CUDA}") from error
     view = getattr(StridedMemoryView, "from_any_interface", StridedMemoryView)  # in older versions
     try:
         return view(x, stream)

@@ -7,17 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastll.array_libraries import (
-    CPU,
-    Array,
-    Device,
-    DeviceView,
-    Library,
-    Shape,
-    View,
-    device_view,
-    permuted,
-)
+from fastll import array_libraries as libraries
+from fastll.array_libraries import CPU, Array, Device, Library, Shape
 from fastll.dtypes import ACCEPTED, BFLOAT16
 
 _INT = "int8 int16 int32 int64 uint8 uint16 uint32 uint64"  # torch before 2.3 lacks the last three
@@ -58,7 +49,7 @@ class Torch(Library):
         x = x.detach() if x.requires_grad else x
         if not x.is_cpu:
             strides = tuple([stride * dtype.itemsize for stride in x.stride()])
-            return device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
+            return libraries.device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
         array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
         return array
 
@@ -69,11 +60,13 @@ class Torch(Library):
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         inverse = None
         if order is not None:
-            shape, inverse = permuted(shape, order)
+            shape, inverse = libraries.permuted(shape, order)
         owner = torch.empty(shape, dtype=_TORCH[dtype], device=str(device))
         if inverse is not None:
             owner = owner.permute(inverse)
-        result = self.view(owner, "result").view(DeviceView if device.type == "cuda" else View)
+        result = self.view(owner, "result").view(
+            libraries.DeviceView if device.type == "cuda" else libraries.View
+        )
         result.owner = owner
         return result
 

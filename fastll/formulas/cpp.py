@@ -23,11 +23,7 @@ from fastll.formulas import ELEMENTS, TERMS, Element, Terms, constants, texts, v
 ROOT = Path(__file__).parents[2]
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-VOCABULARY = {
-    name
-    for name, value in vars(vocabulary).items()
-    if getattr(value, "__module__", "") == vocabulary.__name__
-}
+VOCABULARY = {function.__name__ for function in texts(vocabulary)}
 
 
 class _Translator:
