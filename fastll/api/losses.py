@@ -145,17 +145,12 @@ def sparse_cross_entropy(
     logits : array_like
         As for `cross_entropy`, like the parameters after `target`.
     target : array_like
-        Integers in [0, C), with the shape of `logits` without `axis`.
+        Integers in [0, C), with the shape of `logits` without `axis`. Other dtypes: `TypeError`.
 
     Returns
     -------
     loss, lse, grad
         As for `cross_entropy`.
-
-    Raises
-    ------
-    TypeError
-        If `target` does not hold integers.
 
     Examples
     --------
@@ -190,17 +185,12 @@ def dense_cross_entropy(
     logits : array_like
         As for `cross_entropy`, like the parameters after `target`.
     target : array_like
-        Same shape as `logits`, any real dtype.
+        Any real dtype, and the shape of `logits`. Other shapes: `ValueError`.
 
     Returns
     -------
     loss, lse, grad
         As for `cross_entropy`.
-
-    Raises
-    ------
-    ValueError
-        If `target` does not have the shape of `logits`.
 
     Examples
     --------
@@ -298,16 +288,11 @@ def binary_cross_entropy_with_logits(
     reduction : {"mean", "sum", "none"}
         "mean" divides by the number of elements, NaN if there are none; "none" gives each one's loss.
     return_grad, grad_out
-        As for `cross_entropy`.
+        As for `cross_entropy`, like the errors.
 
     Returns
     -------
     loss, grad
-        As for `cross_entropy`.
-
-    Raises
-    ------
-    TypeError, ValueError
         As for `cross_entropy`.
 
     References

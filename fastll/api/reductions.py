@@ -129,7 +129,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     Parameters
     ----------
     x : array_like
-        As `a` of `logsumexp`; scalars too.
+        Any shape and strides, scalars too; float16, bfloat16, float32, float64; integers and bools
+        as float64.
     axis : int, tuple of int or None
         Axes over which the probabilities sum to one; None means all.
     out : array, optional
@@ -173,18 +174,13 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
     Parameters
     ----------
     x, axis, out
-        As for `softmax`.
+        As for `softmax`, like the errors.
 
     Returns
     -------
     array or scalar
         Same shape and dtype as `x` (float64 for integers). The result for -inf is -inf; a row that
         contains NaN, or only -inf, is NaN.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `softmax`.
 
     References
     ----------
@@ -220,7 +216,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     Parameters
     ----------
     p : array_like
-        As `a` of `logsumexp`; scalars too.
+        As `x` of `softmax`.
     axis : int, tuple of int or None
         Axes to sum over; None means all.
     base : float, optional
@@ -269,17 +265,12 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     Parameters
     ----------
     x, out
-        As for `softmax`.
+        As for `softmax`, like the errors.
 
     Returns
     -------
     array or scalar
         Same shape and dtype as `x` (float64 for integers).
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `softmax`.
 
     References
     ----------
@@ -302,17 +293,12 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     Parameters
     ----------
     x, out
-        As for `sigmoid`.
+        As for `softmax`, like the errors.
 
     Returns
     -------
     array or scalar
-        As for `sigmoid`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `sigmoid`.
+        Same shape and dtype as `x` (float64 for integers).
 
     References
     ----------
