@@ -1,11 +1,7 @@
 """Turns arguments into arrays: every check of an array, an axis or an output.
 
-Each error names the argument, its value and what was expected. Nothing here writes to an array.
-
-Every public function takes NumPy arrays, anything that np.asarray takes, and arrays of other libraries:
-torch, CuPy, Numba, JAX and those with DLPack or `__cuda_array_interface__`. The result is an array of
-the first argument's library on the same device, computed on the caller's current stream. No input is
-copied, and nothing waits for a device.
+Each error names the argument, its value and what was expected. Nothing here writes to an array, copies
+an input or waits for a device.
 """
 
 from __future__ import annotations

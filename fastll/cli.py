@@ -248,22 +248,21 @@ def _report() -> dict[str, Any]:
     if backends["cython"].available:
         instruction_set = importlib.import_module("fastll.backend.cython").backend.instruction_set
     versions = {"fastll": fastll.__version__, "Python": platform.python_version()}
+    packages: dict[str, str | None] = dict.fromkeys(("numpy", "numba", "llvmlite"))
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    # "GPU 0: NVIDIA H100 (UUID: GPU-...)": names without loading CUDA
+    gpus = re.findall(r"^GPU \d+: (.+?)(?: \(UUID|$)", _output("nvidia-smi", "-L"), re.MULTILINE)
     return {
-        "versions": versions | {name: _version(name) for name in ("numpy", "numba", "llvmlite")},
+        "versions": versions | packages,
         "backends": {name: status._asdict() for name, status in backends.items()},
         "threads": threads,
         "cpu": _cpu(),
         "instruction_set": instruction_set,
-        "gpu": _gpus(),
+        "gpu": gpus,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTLL_")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:
@@ -276,11 +275,6 @@ def _cpu() -> str:
             text = Path("/proc/cpuinfo").read_text(errors="replace")
             name = "".join(re.findall("^model name.*?:(.+)", text, re.MULTILINE)[:1])
     return " ".join(name.split()) or platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs, without loading CUDA."""
-    return re.findall(r"^GPU \d+: (.+?)(?: \(UUID|$)", _output("nvidia-smi", "-L"), re.MULTILINE)
 
 
 def _output(*command: str) -> str:

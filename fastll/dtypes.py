@@ -25,11 +25,6 @@ class Kind(NamedTuple):
     compute: np.dtype[Any]  # arithmetic; also the dtype of values (losses, log-sum-exp)
     element: np.dtype[Any]  # of element-wise results (softmax, gradients)
 
-    @property
-    def native(self) -> bool:
-        """Whether elements are stored in the form they are computed with."""
-        return self.code < 2 and not self.swapped
-
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _known: dict[np.dtype[Any], Kind] = {}

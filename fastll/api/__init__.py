@@ -1,7 +1,4 @@
-"""The public functions: a docstring, the checks of the arguments, then one call of a backend.
-
-Here are the checks of arguments that are not arrays.
-"""
+"""The public functions; here, the checks of their arguments that are not arrays."""
 
 from __future__ import annotations
 

@@ -58,12 +58,9 @@ class Torch(Library):
         torch.autograd.graph.increment_version(x)
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
-        inverse = None
-        if order is not None:
-            shape, inverse = libraries.permuted(shape, order)
-        owner = torch.empty(shape, dtype=_TORCH[dtype], device=str(device))
-        if inverse is not None:
-            owner = owner.permute(inverse)
+        allocated, inverse = (shape, None) if order is None else libraries.permuted(shape, order)
+        owner = torch.empty(allocated, dtype=_TORCH[dtype], device=str(device))
+        owner = owner if inverse is None else owner.permute(inverse)
         result = self.view(owner, "result").view(
             libraries.DeviceView if device.type == "cuda" else libraries.View
         )

@@ -51,8 +51,7 @@ def softplus_parts(x, positive, negative):
 def binary_cross_entropy(x, target):
     """target softplus(-x) + (1 - target) softplus(x): both coefficients together are 1."""
     c = constants(x)
-    linear, e, slope = softplus_parts(x, target, c.one - target)
-    return linear, e, slope
+    return softplus_parts(x, target, c.one - target)
 
 
 def binary_cross_entropy_pos_weight(x, target, pos_weight):
