@@ -59,9 +59,8 @@ def write(path: Path, data: bytes) -> None:
     try:
         temporary.write_bytes(digest(data) + data)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     if new:
         _prune(path.parents[1])
 
