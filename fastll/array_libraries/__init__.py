@@ -148,13 +148,9 @@ def device_view(
 #: Library of each type of array met so far; None for NumPy's, or if np.asarray converts it.
 _known: dict[type, Library | None] = dict.fromkeys((np.ndarray, list, tuple, int, float, bool))
 
-#: Modules of this package, by the package and class name of a library's arrays.
-_MODULES = {
-    ("torch", "Tensor"): "torch",
-    ("cupy", "ndarray"): "cupy",
-    ("numba", "DeviceNDArrayBase"): "numba",
-    ("numba", "FakeCUDAArray"): "numba",  # in its simulator
-}
+#: Package and class name of the arrays for which this package has a module, named after theirs.
+_ARRAYS = {("torch", "Tensor"), ("cupy", "ndarray"), ("numba", "DeviceNDArrayBase")}
+_ARRAYS |= {("numba", "FakeCUDAArray")}  # in its simulator
 
 
 def library_of(x: Any) -> Library | None:
@@ -170,9 +166,9 @@ def _find(x: Any) -> Library | None:
     if isinstance(x, np.ndarray | np.generic):
         return _known.setdefault(kind, None)
     for base in kind.__mro__:
-        module = _MODULES.get((base.__module__.partition(".")[0], base.__name__))
-        if module is not None:
-            return _known.setdefault(kind, load(module))
+        package = base.__module__.partition(".")[0]
+        if (package, base.__name__) in _ARRAYS:
+            return _known.setdefault(kind, load(package))
     if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack_device__"):
         from fastll.array_libraries.dlpack import Exchanged
 

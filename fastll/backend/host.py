@@ -25,7 +25,6 @@ class Host:
     #: (labels, classes, ignore_index, weight) -> flat position of the first label out of range, or -1,
     #: and weight of the kept ones. The labels are contiguous, of native int64.
     scan_labels: Callable[[NDArray[Any], int, int, Any], tuple[int, float]]
-
     run = staticmethod(threads.run)
 
     def labels(
