@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
 from math import nan
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from fastll import contract
 from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals, variants
-from fastll.backend.cuda.calls import Array, address, format_of, full, line, row
+from fastll.backend.cuda.calls import Array, Full, Line, Row, address, format_of, placed
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
 from fastll.contract import bad_label
@@ -57,89 +57,85 @@ class Backend:
             kernel(0, units)  # does all of them at once
 
     def map(self, call: contract.Map) -> contract.Kernel:
-        x, modern = call.inputs[0], self._gpu.capability >= (8, 0)
+        x = call.inputs[0]
         vectors = _in_vectors(x, x)
 
-        def operand(a: Array | None) -> maps.Operand | None:
-            return None if a is None else maps.Operand(_format(a), vectors and _in_vectors(a, x))
+        def stored(a: Array | None) -> Any:
+            return None if a is None else maps.Operand(format_of(a), vectors and _in_vectors(a, x))
 
-        inputs = cast("tuple[maps.Operand, ...]", tuple(operand(a) for a in call.inputs))
         variant = maps.Variant(
             call.operation,
-            inputs,
-            weight=operand(call.weight),
-            value=operand(call.value),
+            tuple(map(stored, call.inputs)),
+            weight=stored(call.weight),
+            value=stored(call.value),
             partial=call.partial is not None,
-            slope=operand(call.slope),
-            modern=modern,
+            slope=stored(call.slope),
+            modern=self._gpu.capability >= (8, 0),
         )
         outer, length = x.shape
         units = contract.units_of(length, maps.UNIT)
         told = calls.Map(
             length,
             units,
-            tuple(row(a) for a in call.inputs),
-            weight=row(call.weight),
-            value=row(call.value),
-            partial=row(call.partial),
-            slope=row(call.slope),
+            tuple(placed(Row, a) for a in call.inputs),
+            weight=placed(Row, call.weight),
+            value=placed(Row, call.value),
+            partial=placed(Row, call.partial),
+            slope=placed(Row, call.slope),
             parameters=tuple(map(float, call.parameters)),
             scale=float(call.scale),
         )
-        return self._bound(maps.kernel(variant), outer * units, maps.THREADS, told, maps.SHARED)
+        return self._bound(maps.kernel(variant), outer * units, (maps.THREADS, 1), told, maps.SHARED)
 
     def fold(self, call: contract.Fold) -> contract.Kernel:
-        steps = _team_steps(call)
-        return self._by_threads(call) if steps is None else self._by_teams(call, steps)
+        rows = _team_rows(call)
+        return self._by_threads(call) if rows is None else self._by_teams(rows)
 
-    def _by_teams(self, call: contract.Fold, steps: list[int]) -> contract.Kernel:
-        """Rows of contiguous classes, whose entries are `steps` apart."""
-        name, (outer, classes, inner) = _format(call.x), call.x.shape
-        places = (call.x, call.second, call.out, call.labels, call.value, call.lse)
-        step = dict(zip(map(id, places), steps, strict=True))
-        aligned = classes % lanes_of(name) == 0 and not any(
-            (address(a) | step[id(a)]) % VECTOR for a in places[:3] if a is not None
+    def _variant(self, call: contract.Fold) -> variants.Variant:
+        """What the kernel of a fold is made for, whatever its rows are like."""
+        return variants.Variant(
+            call.operation,
+            format_of(call.x),
+            second=format_of(call.second),
+            labels=format_of(call.labels),
+            weight=format_of(call.weight),
+            out=format_of(call.out),
+            state=call.state is not None,
+            signed=call.sign is not None,
+            smoothed=call.options.label_smoothing != 0.0,
+            capped=call.options.softcap != 0.0,
+            modern=self._gpu.capability >= (8, 0),
         )
-        inputs = 1 if call.second is None else 2
-        plan = geometry.team(classes, name, inputs, self._gpu.capability)
-        kernel, shared = _team_kernel(_variant(call, self._gpu), plan, aligned, classes)
 
-        def whole(a: Array | None) -> calls.Full:
-            return calls.Full() if a is None else calls.Full(address(a), step[id(a)], size_of(name), 0)
-
-        def entry(a: Array | None) -> calls.Row:
-            return calls.Row() if a is None else calls.Row(address(a), step[id(a)], 0)
-
-        told = _fold(call, plan.segment, plan.capacity, 1, False)._replace(
-            rows=outer * inner,
-            inner=1,
-            x=whole(call.x),
-            second=whole(call.second),
-            out=whole(call.out),
-            labels=entry(call.labels),
-            value=entry(call.value),
-            lse=entry(call.lse),
+    def _by_teams(self, call: contract.Fold) -> contract.Kernel:
+        """Rows along one axis, of contiguous classes."""
+        rows, classes = call.x.shape[:2]
+        plan = geometry.team(
+            classes, format_of(call.x), 1 if call.second is None else 2, self._gpu.capability
         )
-        blocks = -(-outer * inner // plan.teams) * plan.cluster
-        threads = (plan.threads, plan.teams)
-        return self._bound(kernel, blocks, threads, told, shared, bound=plan.bound)
+        told = _told(call, segment=plan.segment, capacity=plan.capacity)
+        aligned = classes % lanes_of(format_of(call.x)) == 0 and not any(
+            (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
+        )
+        kernel, shared = _team_kernel(self._variant(call), plan, aligned, classes)
+        blocks, block = -(-rows // plan.teams) * plan.cluster, (plan.threads, plan.teams)
+        return self._bound(kernel, blocks, block, told, shared, bound=plan.bound)
 
     def _by_threads(self, call: contract.Fold) -> contract.Kernel:
         """Rows of any strides, and short ones."""
-        name, (outer, classes, inner) = _format(call.x), call.x.shape
+        name, (outer, classes, inner) = format_of(call.x), call.x.shape
         size, lanes = size_of(name), geometry.lanes_of_row(classes)
-        weights = call.operation == "logsumexp" and call.second is not None
         # rows that are short and lie one after the other go through shared memory
         staged = (
             (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
-            and not weights
+            and not _weighted(call)
             and all(
-                _format(a) == name and a.strides[:2] == (classes * size, size)
+                format_of(a) == name and a.strides[:2] == (classes * size, size)
                 for a in (call.x, call.out)
                 if a is not None
             )
         )
-        kernel = folds.kernel(_variant(call, self._gpu)._replace(staged=staged))
+        kernel = folds.kernel(self._variant(call)._replace(staged=staged))
         real_size = np.dtype(kernel.real).itemsize
         per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
         if staged:
@@ -148,20 +144,19 @@ class Backend:
         elif lanes > 1:
             shared = states.PARTS * threads * real_size
         across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
-        told = _fold(call, 0, 0, lanes, across)
-        return self._bound(kernel, -(-outer * inner // per_block), threads, told, shared)
+        told = _told(call, lanes=lanes, across=across)
+        return self._bound(kernel, -(-outer * inner // per_block), (threads, 1), told, shared)
 
     def _bound(
         self,
         kernel: Kernel,
         blocks: int,
-        threads: int | tuple[int, int],
+        block: tuple[int, int],
         told: tuple[Any, ...],
         shared: int,
         bound: int = geometry.BLOCK,
     ) -> contract.Kernel:
         """A `Kernel` of the contract; `bound` is the most threads the kernel is compiled for."""
-        block = threads if isinstance(threads, tuple) else (threads, 1)
         words = calls.words(told, kernel.real)
         go = partial(
             self._gpu.launch, kernel, self._stream, blocks, block, words, bound=bound, shared=shared
@@ -170,8 +165,8 @@ class Backend:
 
     def _total(self, kernel: Kernel, blocks: int, told: tuple[Any, ...]) -> None:
         """Launch a kernel of `totals`."""
-        threads = totals.THREADS
-        self._bound(kernel, blocks, threads, told, totals.SHARED, bound=threads)(0, blocks)
+        block = totals.THREADS, 1
+        self._bound(kernel, blocks, block, told, totals.SHARED, bound=totals.THREADS)(0, blocks)
 
     def labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
@@ -195,7 +190,7 @@ class Backend:
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
         sums = words if blocks == 1 else self._empty((blocks,), np.float64)
         bad = self._empty((blocks,), np.float64) if check else None
-        kernel = totals.weigh(totals.Weigh(_format(labels), flat.ndim, format_of(weight)))
+        kernel = totals.weigh(format_of(labels), flat.ndim, format_of(weight))
         told = calls.Weigh(
             labels=address(labels),
             sizes=flat.shape,
@@ -203,7 +198,7 @@ class Backend:
             size=labels.size,
             classes=classes,
             ignore_index=ignore_index,
-            weight=line(weight),
+            weight=placed(Line, weight),
             out=address(sums),
             bad=address(bad),
         )
@@ -244,25 +239,22 @@ class Backend:
         while values.size > totals.UNIT:
             blocks = -(-values.size // totals.UNIT)
             sums = self._empty((blocks,), np.float64)
-            kernel = totals.add_up(totals.AddUp(_format(values), "float64"))
+            kernel = totals.add_up(format_of(values), "float64")
             told = calls.Total(values.size, address(values), address(sums), 0, 0, 1.0)
             self._total(kernel, blocks, told)
             values = sums
-        kernel = totals.add_up(totals.AddUp(_format(values), _format(out)))
+        kernel = totals.add_up(format_of(values), format_of(out))
         told = calls.Total(values.size, address(values), address(out), place, reciprocals, divisor)
         self._total(kernel, 1, told)
 
     def fill_identity(self, state: contract.Floats) -> None:
-        self._merge(state, 0)
+        self.merge(state)
 
-    def merge(self, state: contract.Floats, other: contract.Floats) -> None:
-        self._merge(state, address(other))
-
-    def _merge(self, state: contract.Floats, other: int) -> None:
+    def merge(self, state: contract.Floats, other: contract.Floats | None = None) -> None:
         count = state.size // 3
         if count:
-            told = calls.Merge(count, address(state), other)
-            self._total(totals.merge(totals.Merge()), -(-count // totals.THREADS), told)
+            told = calls.Merge(count, address(state), address(other))
+            self._total(totals.merge(), -(-count // totals.THREADS), told)
 
 
 class Weight:
@@ -279,35 +271,14 @@ class Weight:
         return self._weigh()
 
 
-def _format(a: Array) -> str:
-    return cast(str, format_of(a))
-
-
 def _in_vectors(a: Array, x: Array) -> bool:
     """Whether an operand (outer, n) can be read and written by vectors, as one in the format of x."""
-    name = _format(a)
+    name = format_of(a)
     return name in FLOATS and (
-        name == _format(x)
+        name == format_of(x)
         and a.strides[1] == size_of(name)
         and address(a) % VECTOR == 0
         and (a.shape[0] == 1 or a.strides[0] % VECTOR == 0)
-    )
-
-
-def _variant(call: contract.Fold, gpu: launch.Gpu) -> variants.Variant:
-    """What the kernel of a fold is made for, whatever its rows are like."""
-    return variants.Variant(
-        call.operation,
-        _format(call.x),
-        second=format_of(call.second),
-        labels=format_of(call.labels),
-        weight=format_of(call.weight),
-        out=format_of(call.out),
-        state=call.state is not None,
-        signed=call.sign is not None,
-        smoothed=call.options.label_smoothing != 0.0,
-        capped=call.options.softcap != 0.0,
-        modern=gpu.capability >= (8, 0),
     )
 
 
@@ -326,60 +297,58 @@ def _team_kernel(
     return kernel, (teams.SCRATCH + exchanged) * np.dtype(kernel.real).itemsize
 
 
-def _team_steps(call: contract.Fold) -> list[int] | None:
-    """Bytes from row to row of x, second, out, labels, value, lse; None if teams do not take them."""
-    classes, name = call.x.shape[1], _format(call.x)
+def _weighted(call: contract.Fold) -> bool:
+    """Whether a call is a log-sum-exp of weighted elements."""
+    return call.operation == "logsumexp" and call.second is not None
+
+
+def _team_rows(call: contract.Fold) -> contract.Fold | None:
+    """A call with its rows along one axis, if that can be and teams take them; else None."""
+    classes, name = call.x.shape[1], format_of(call.x)
     if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
         return None
-    weights = call.operation == "logsumexp" and call.second is not None
-    if weights or call.state is not None or call.sign is not None:
+    if _weighted(call) or call.state is not None or call.sign is not None:
         return None
-    steps = []
     for a in (call.x, call.second, call.out):
-        if a is not None and (_format(a) != name or a.strides[1] != size_of(name)):
+        if a is not None and (format_of(a) != name or a.strides[1] != size_of(name)):
             return None
-        steps.append(_step(a))
-    steps += [_step(a) for a in (call.labels, call.value, call.lse)]
-    return None if None in steps else cast("list[int]", steps)
+    if call.x.shape[2] == 1:
+        return call
+    merged = {}
+    for field in ("x", "second", "out", "labels", "value", "lse"):
+        a = getattr(call, field)
+        if a is not None:
+            outer, inner = a.shape[0], a.shape[-1]
+            if outer != 1 and a.strides[0] != inner * a.strides[-1]:
+                return None
+            merged[field] = np.moveaxis(a, -1, 1).reshape(outer * inner, *a.shape[1:-1], 1)
+    return call._replace(**merged)
 
 
-def _step(a: Array | None) -> int | None:
-    """Bytes from row to row of (outer, [classes,] inner); None where no one number is that."""
-    if a is None:
-        return 0
-    outer, inner = a.shape[0], a.shape[-1]
-    if inner == 1:
-        return a.strides[0]
-    if outer == 1 or a.strides[0] == inner * a.strides[-1]:
-        return a.strides[-1]
-    return None
-
-
-def _fold(call: contract.Fold, segment: int, capacity: int, lanes: int, across: bool) -> calls.Fold:
-    """What a kernel is told of a fold whose operands are as they are."""
+def _told(
+    call: contract.Fold, segment: int = 0, capacity: int = 0, lanes: int = 1, across: bool = False
+) -> calls.Fold:
+    """What a kernel is told of a fold."""
     outer, classes, inner = call.x.shape
     options = call.options
     scale, divisor = options.scale, 0
     if isinstance(scale, Weight):
-        single = compute_type(_format(call.x)) is np.float32
+        single = compute_type(format_of(call.x)) is np.float32
         divisor, scale = address(scale.words) + (16 if single else 8), 1.0
-    state = calls.Full()
-    if call.state is not None:
-        by_outer, by_inner, by_part = call.state.strides
-        state = calls.Full(address(call.state), by_outer, by_part, by_inner)
+    state = None if call.state is None else call.state.transpose(0, 2, 1)
     return calls.Fold(
         rows=outer * inner,
         classes=classes,
         inner=inner,
-        x=full(call.x),
-        second=full(call.second),
-        out=full(call.out),
-        state=state,
-        labels=row(call.labels),
-        value=row(call.value),
-        lse=row(call.lse),
-        sign=row(call.sign),
-        weight=line(call.weight),
+        x=placed(Full, call.x),
+        second=placed(Full, call.second),
+        out=placed(Full, call.out),
+        state=placed(Full, state),
+        labels=placed(Row, call.labels),
+        value=placed(Row, call.value),
+        lse=placed(Row, call.lse),
+        sign=placed(Row, call.sign),
+        weight=placed(Line, call.weight),
         divisor=divisor,
         ignore_index=options.ignore_index,
         segment=segment,

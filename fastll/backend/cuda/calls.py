@@ -6,8 +6,9 @@ An operand that is not there has the address 0. Steps are in bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from fastll.dtypes import FORMATS, kind_of
 
 Array = NDArray[Any]
+_Kind = TypeVar("_Kind")
 
 
 class Full(NamedTuple):
@@ -131,20 +133,13 @@ def address(a: Array | None) -> int:
     return 0 if a is None else int(a.__array_interface__["data"][0])
 
 
-def full(a: Array | None) -> Full:
-    return Full() if a is None else Full(address(a), *a.strides)
+def placed(kind: Callable[..., _Kind], a: Array | None) -> _Kind:
+    """An array as an operand: `Full`, `Row` or `Line`."""
+    return kind() if a is None else kind(address(a), *a.strides)
 
 
-def row(a: Array | None) -> Row:
-    return Row() if a is None else Row(address(a), *a.strides)
-
-
-def line(a: Array | None) -> Line:
-    return Line() if a is None else Line(address(a), *a.strides)
-
-
-def format_of(a: Array | None) -> str | None:
-    """Name of a storage format of `fastll.dtypes.FORMATS`."""
+def format_of(a: Array | None) -> Any:
+    """Name of a storage format of `fastll.dtypes.FORMATS`; None if there is no array."""
     return None if a is None else _named(a.dtype)
 
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+from cuda import core as core
 from numba import cuda, types
 from numba.cuda import dispatcher as _dispatcher
 from numba.cuda.cudadrv import nvvm as _nvvm
@@ -25,8 +26,10 @@ from numba.cuda.extending import intrinsic as intrinsic
 from fastll import formulas
 from fastll.backend import disk
 
+if not hasattr(core, "Device"):  # before its version 0.5
+    from cuda.core import experimental as core
+
 Capability = tuple[int, int]
-_Variant = TypeVar("_Variant", bound=tuple[Any, ...])
 
 _lock = threading.RLock()
 
@@ -45,9 +48,14 @@ class Kernel:
         self.argument = _argument(call, real, lengths)
 
 
+def number_type(real: type) -> Any:
+    """The Numba type of a NumPy type, float32 or float64."""
+    return types.float32 if real is np.float32 else types.float64
+
+
 def _argument(call: type, real: type, lengths: dict[str, int]) -> Any:
     """The Numba type of a structure, where `lengths` are those of its tuples."""
-    number = types.float32 if real is np.float32 else types.float64
+    number = number_type(real)
 
     def member(hint: Any) -> Any:
         return {int: types.int64, float: number}.get(hint) or _argument(hint, real, lengths)
@@ -68,13 +76,13 @@ def _argument(call: type, real: type, lengths: dict[str, int]) -> Any:
     return found
 
 
-def kernels(factory: Callable[[_Variant], Kernel]) -> Callable[[_Variant], Kernel]:
-    """A factory that makes the kernel of a variant, a named tuple, once."""
+def kernels(factory: Callable[..., Kernel]) -> Callable[..., Kernel]:
+    """A factory that makes the kernel of its arguments, whose texts name it, once."""
 
     @functools.cache
-    def made(variant: _Variant) -> Kernel:
-        kernel = factory(variant)
-        kernel.key = f"{factory.__module__}.{variant!r}"
+    def made(*arguments: Any) -> Kernel:
+        kernel = factory(*arguments)
+        kernel.key = f"{factory.__module__}.{factory.__name__}{arguments!r}"
         return kernel
 
     return made
@@ -94,7 +102,13 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
     and on the CPU.
     """
     signature = types.void(kernel.argument)
-    with _lock, _without_device(capability), _without_fusing():
+    # Numba asks the driver for the device's capability when a kernel calls a function of ours, and has
+    # no option for what NVVM fuses, which nvJitLink cannot undo
+    device = _replaced(
+        _dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)
+    )
+    unfused = _replaced(_nvvm, "compile_ir", functools.partial(_nvvm.compile_ir, fma=False))
+    with _lock, device, unfused:
         code, _ = cuda.compile_ptx(kernel.function, signature, cc=capability, launch_bounds=threads)
     (mangled,) = re.findall(r"\.visible \.entry (\w+)", code)
     entry = f"fastll_{kernel.function.__name__}"
@@ -103,17 +117,6 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
         required = f".explicitcluster\n.reqnctapercluster {kernel.cluster}, 1, 1"
         code = re.sub(r"(\.maxntid.*)", rf"\1\n{required}", code)
     return code, entry
-
-
-def _without_device(capability: Capability) -> Any:
-    """Numba asks the driver for the device's capability when a kernel calls a function of ours."""
-    device = SimpleNamespace(compute_capability=capability)
-    return _replaced(_dispatcher, "get_current_device", lambda: device)
-
-
-def _without_fusing() -> Any:
-    """Numba has no option for what NVVM fuses, which nvJitLink cannot undo."""
-    return _replaced(_nvvm, "compile_ir", functools.partial(_nvvm.compile_ir, fma=False))
 
 
 @contextmanager
@@ -148,14 +151,9 @@ def machine_code(kernel: Kernel, capability: Capability, threads: int) -> tuple[
 
 
 def _compiled(kernel: Kernel, capability: Capability, threads: int) -> tuple[bytes, str]:
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:  # before its version 0.5
-        from cuda.core.experimental import Program, ProgramOptions
-
     code, entry = ptx(kernel, capability, threads)
-    options = ProgramOptions(arch="sm_{}{}".format(*capability), fma=False)
-    return bytes(Program(code, "ptx", options).compile("cubin").code), entry
+    options = core.ProgramOptions(arch="sm_{}{}".format(*capability), fma=False)
+    return bytes(core.Program(code, "ptx", options).compile("cubin").code), entry
 
 
 def _version() -> str | None:

@@ -8,15 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from cuda import core
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from fastll.backend.cuda import compiler
-from fastll.backend.cuda.compiler import Kernel
-
-if not hasattr(core, "Device"):  # before its version 0.5
-    from cuda.core import experimental as core
+from fastll.backend.cuda.compiler import Kernel, core
 
 
 class Gpu:

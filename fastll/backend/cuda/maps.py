@@ -4,24 +4,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 
 from fastll.backend.cuda import calls, variants, warps
+from fastll.backend.cuda import primitives as p
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
-from fastll.backend.cuda.primitives import (
-    compute_type,
-    fma,
-    lanes_of,
-    reader,
-    size_of,
-    value_format,
-    vector_reader,
-    vector_writer,
-    writer,
-)
 from fastll.formulas import ELEMENTS
 
 THREADS = 256
@@ -52,94 +43,86 @@ class Variant(NamedTuple):
     modern: bool = False  # compute capability 8 or more
 
 
-#: The numbers of element i that the formula takes, of which a thread holds HELD of each input.
-_TAKE = {
-    1: device(lambda held, i: (held[i],)),
-    2: device(lambda held, i: (held[i], held[HELD + i])),
-    3: device(lambda held, i: (held[i], held[HELD + i], held[2 * HELD + i])),
-    4: device(lambda held, i: (held[i], held[HELD + i], held[2 * HELD + i], held[3 * HELD + i])),
-}
-
-
-def _loader(operand, lanes, real, at, pick):
-    """Function (call, outer, first, held): elements of the operand `pick` from a call to held[at:]."""
-    read, size = reader(operand.format, real), size_of(operand.format)
-    fetch = vector_reader(operand.format, 0.0) if operand.vectors else None
+def _loader(operand, real, lanes):
+    """Function (held, at, address, step, left): `lanes` elements into held[at:], 0 from `left` on."""
+    read = p.reader(operand.format, real)
+    fetch = p.vector_reader(operand.format) if operand.vectors else None
 
     @device
-    def load(call, outer, first, held):
-        source = pick(call)
-        step = source.inner if fetch is None else size
-        base, left = source.address + outer * source.outer + first * step, call.length - first
-        for q in range(HELD // lanes):
-            start = base + q * (THREADS * lanes) * step
-            if fetch is None:
-                for i in range(lanes):
-                    held[at + q * lanes + i] = read(start + i * step) if i < left else real(0)
-            else:
-                fetch(held, at + q * lanes, start, left >= lanes)
-                if left < lanes:
-                    for i in range(lanes):
-                        if i < left:
-                            held[at + q * lanes + i] = read(start + i * step)
-            left -= THREADS * lanes
+    def load(held, at, address, step, left):
+        if fetch is not None:
+            fetch(held, at, address, left >= lanes)
+        if fetch is None or left < lanes:
+            for i in range(lanes):
+                held[at + i] = read(address + i * step) if i < left else real(0)
 
     return load
 
 
-def _storer(operand, lanes, real, modern, pick):
-    """Function (call, outer, first, values) that stores elements in the operand `pick` of a call."""
-    if operand is None:
-        return device(lambda call, outer, first, values: None)
-    write, size = writer(operand.format, real), size_of(operand.format)
-    deliver = vector_writer(operand.format, modern) if operand.vectors else None
+def _storer(operand, real, lanes, modern):
+    """Function (held, at, address, step, left): the other way round."""
+    write = p.writer(operand.format, real)
+    deliver = p.vector_writer(operand.format, modern) if operand.vectors else None
 
     @device
-    def store(call, outer, first, values):
-        target = pick(call)
-        step = target.inner if deliver is None else size
-        base, left = target.address + outer * target.outer + first * step, call.length - first
-        for q in range(HELD // lanes):
-            start = base + q * (THREADS * lanes) * step
-            if deliver is not None and left >= lanes:
-                deliver(start, values, q * lanes)
-            else:
-                for i in range(lanes):
-                    if i < left:
-                        write(start + i * step, values[q * lanes + i])
-            left -= THREADS * lanes
+    def store(held, at, address, step, left):
+        if deliver is not None and left >= lanes:
+            deliver(address, held, at)
+        else:
+            for i in range(lanes):
+                if i < left:
+                    write(address + i * step, held[at + i])
 
     return store
 
 
-def _all(steps):
-    """One function that does several steps."""
-    if len(steps) == 1:
-        return steps[0]
-    first, others = steps[0], _all(steps[1:])
+def _mover(operand, lanes, at, pick, move):
+    """Function (call, outer, first, held): HELD elements of the operand `pick` of a call."""
+    vectors, size = operand.vectors, p.size_of(operand.format)
 
+    @device
+    def mover(call, outer, first, held):
+        place = pick(call)
+        step = size if vectors else place.inner
+        address, left = place.address + outer * place.outer + first * step, call.length - first
+        for q in range(0, HELD, lanes):
+            move(held, at + q, address + q * THREADS * step, step, left - q * THREADS)
+
+    return mover
+
+
+def _both(first, second):
     @device
     def both(call, outer, at, held):
         first(call, outer, at, held)
-        others(call, outer, at, held)
+        second(call, outer, at, held)
 
     return both
 
 
+def _inputs(count):
+    """Function (held, i): the numbers of element i, of which a thread holds HELD of each input."""
+    if count == 1:
+        return device(lambda held, i: (held[i],))
+    others, at = _inputs(count - 1), (count - 1) * HELD
+    return device(lambda held, i: (*others(held, i), held[at + i]))
+
+
 def _evaluator(f, real, row, count):
     """Function (call, held, i) of (value, e, slope), as `Element.log1p` says, for any formula."""
-    formula, take, zero = getattr(f, row.formula.__name__), _TAKE[count], real(0)
-    if row.log1p:
-        return device(lambda call, held, i: formula(*(take(held, i) + call.parameters)))
-    if row.slope:
+    formula, inputs, zero = getattr(f, row.formula.__name__), _inputs(count), real(0)
+    has_log1p, has_slope = row.log1p, row.slope
 
-        @device
-        def with_slope(call, held, i):
-            value, slope = formula(*(take(held, i) + call.parameters))
-            return value, zero, slope
+    @device
+    def evaluate(call, held, i):
+        found = formula(*(inputs(held, i) + call.parameters))
+        if has_log1p:
+            return found
+        if has_slope:
+            return found[0], zero, found[1]
+        return found, zero, zero
 
-        return with_slope
-    return device(lambda call, held, i: (formula(*(take(held, i) + call.parameters)), zero, zero))
+    return evaluate
 
 
 @kernels
@@ -150,30 +133,36 @@ def kernel(variant):
     q = prod (1 + e) - 1: at most 2**32, and it keeps all its digits where every e is tiny.
     """
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
-    real, lanes = compute_type(x.format), lanes_of(x.format) if x.vectors else 4
-    f = variants.shared(real, size_of(x.format) == 2, variant.modern)
-    zero, log1p, log1p_sum, post, collect = real(0), f.log1p, f.log1p_sum, f.post, f.collect
-    weighted, valued, summed = variant.weight is not None, variant.value is not None, variant.partial
-    together = row.log1p and summed and not valued and not weighted
+    real, lanes = p.compute_type(x.format), p.lanes_of(x.format) if x.vectors else 4
+    f = variants.shared(real, p.size_of(x.format) == 2, variant.modern)
+    zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p, f.log1p_sum, f.sum_of_block
+    weighted, summed = variant.weight is not None, variant.partial
+    together = row.log1p and summed and variant.value is None and not weighted
     log1p_left = row.log1p and not together
-    evaluate, write_sum = _evaluator(f, real, row, count), writer(value_format(real))
-    loads = [
-        _loader(operand, lanes, real, k * HELD, device(lambda call, k=k: call.inputs[k]))
-        for k, operand in enumerate(variant.inputs)
-    ]
+    evaluate, write_sum = _evaluator(f, real, row, count), p.writer(real.__name__)
+    weights, values, slopes = ((count + i) * HELD for i in range(3))
+
+    def mover(operand, at, pick):
+        move = (
+            _loader(operand, real, lanes)
+            if at < values
+            else _storer(operand, real, lanes, variant.modern)
+        )
+        return _mover(operand, lanes, at, device(pick), move)
+
+    loads = [mover(a, k * HELD, lambda call, k=k: call.inputs[k]) for k, a in enumerate(variant.inputs)]
     if weighted:
-        pick = device(lambda call: call.weight)
-        loads.append(_loader(variant.weight, lanes, real, count * HELD, pick))
-    load = _all(loads)
-    store_value = _storer(variant.value, lanes, real, variant.modern, device(lambda call: call.value))
-    store_slope = _storer(variant.slope, lanes, real, variant.modern, device(lambda call: call.slope))
-    size = HELD * len(loads)
+        loads.append(mover(variant.weight, weights, lambda call: call.weight))
+    stores = [device(lambda call, outer, first, held: None)]
+    if variant.value is not None:
+        stores.append(mover(variant.value, values, lambda call: call.value))
+    if variant.slope is not None:
+        stores.append(mover(variant.slope, slopes, lambda call: call.slope))
+    load, store, size = reduce(_both, loads), reduce(_both, stores), slopes + HELD
 
     def run(call):
         memory = cuda.shared.array(0, real)
         held = cuda.local.array(size, real)
-        values = cuda.local.array(HELD, real)
-        slopes = cuda.local.array(HELD, real)
         unit = np.int64(cuda.blockIdx.x)
         outer = np.int64(np.uint32(unit) // np.uint32(call.units))
         part = unit - outer * call.units
@@ -187,23 +176,20 @@ def kernel(variant):
                 if log1p_left:
                     value += log1p(e)
                 if weighted:
-                    value, slope = value * held[count * HELD + i], slope * held[count * HELD + i]
+                    value, slope = value * held[weights + i], slope * held[weights + i]
                 if summed and inside:
                     total += value
                     if together:
-                        product += fma(product, e, e)
-                values[i], slopes[i] = value, slope * call.scale
-            store_value(call, outer, first, values)
-            store_slope(call, outer, first, slopes)
+                        product += p.fma(product, e, e)
+                held[values + i], held[slopes + i] = value, slope * call.scale
+            store(call, outer, first, held)
             first += THREADS * HELD
         if summed:
             if together:
                 total += log1p_sum(Sum(product, zero))
-            post(total, memory, 0)
-            cuda.syncthreads()
+            total = sum_of_block(total, memory)
             if cuda.threadIdx.x == 0:
-                found = collect(memory, 0, 0)
                 at = call.partial.address + outer * call.partial.outer + part * call.partial.inner
-                write_sum(at, found.high + found.low)
+                write_sum(at, total)
 
     return Kernel(run, calls.Map, real, inputs=count, parameters=row.parameters)

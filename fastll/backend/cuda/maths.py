@@ -18,20 +18,9 @@ import numpy as np
 
 from fastll.backend.cuda import primitives
 from fastll.backend.cuda.compiler import device
-from fastll.backend.cuda.primitives import (
-    approximate_exp2,
-    exponent,
-    exponent_bits,
-    fma,
-    larger_or_nan,
-    power_of_two,
-    where_gt,
-)
-from fastll.formulas import bind, texts
-from fastll.formulas.constants import LIMIT, SHIFT
-from fastll.formulas.constants import of as constants_of
+from fastll.backend.cuda.primitives import exponent, exponent_bits, fma, power_of_two, where_gt
+from fastll.formulas import bind, constants, texts
 from fastll.formulas.maths import exponential, series, split
-from fastll.formulas.vocabulary import constants
 
 
 class Sum(NamedTuple):
@@ -51,31 +40,22 @@ class Reference(NamedTuple):
     lead: float  # `exponential` of the maximum; 1 where that is infinite
 
 
-class Bounds(NamedTuple):
-    """Further constants of a type."""
-
-    limit: float  # of maxima that have an exponent
-    largest: float
-    whole: float  # what a sum with it is rounded to is whole
-    shifted: float  # 2**SHIFT
-
-
-def bounds(x):
-    """The `Bounds` in the type of x."""
+#: Of the type that the texts below are bound to: its constants, the limit of maxima that have an
+#: exponent, and the largest number.
+c, limit, largest = constants.of("float32"), constants.LIMIT, np.inf
 
 
 def reference(m):
     """The `Reference` of a maximum. An enormous or infinite one has no exponent, but an offset."""
-    c, b = constants(m), bounds(m)
     n, offset = c.zero, c.zero
-    if abs(m) < b.limit:
-        n = fma(m, c.log2e, b.whole) - b.whole
-    elif abs(m) <= b.largest:
+    if abs(m) < limit:
+        n = fma(m, c.log2e, c.magic) - c.magic
+    elif abs(m) <= largest:
         offset = m
     elif m > c.zero:
-        offset = b.largest
+        offset = largest
     floor, magic = fma(n, c.ln2, c.scaled_floor), c.scaled_magic - n
-    lead = exponential(m - offset, floor, magic) if abs(m) <= b.largest else c.one
+    lead = exponential(m - offset, floor, magic) if abs(m) <= largest else c.one
     return Reference(m, offset, floor, magic, lead)
 
 
@@ -90,9 +70,8 @@ def exp_minus_scaled(x, m):
     The rounding error of the difference, found as in Knuth's two-sum, corrects the exponential:
     otherwise a difference of d would cost d roundoffs.
     """
-    c = constants(x)
     if x == m:
-        return bounds(x).shifted
+        return c.one / c.unshift
     d = x - m
     if not d > -c.infinity:
         return d - d if d != d else c.zero
@@ -105,7 +84,6 @@ def exp_minus_scaled(x, m):
 
 def add(a, b):
     """The sum of two `Sum`, the same in either order: Knuth."""
-    c = constants(a.high)
     s = a.high + b.high
     back = s - a.high
     error = (a.high - (s - back)) + (b.high - back)
@@ -116,7 +94,7 @@ def add(a, b):
 
 def plus(a, number):
     """The sum of a `Sum` and a number."""
-    return add(a, Sum(number, constants(number).zero))
+    return add(a, Sum(number, c.zero))
 
 
 def log1p_sum(r):
@@ -124,7 +102,6 @@ def log1p_sum(r):
 
     What rounding takes from s is known, by Knuth's two-sum, and comes back in f.
     """
-    c = constants(r.high)
     s = r.high + c.one
     if not (s > c.zero and s < c.infinity):
         return -c.infinity if s == c.zero else s
@@ -137,7 +114,16 @@ def log1p_sum(r):
 
 
 _TEXTS = texts(sys.modules[__name__])
-_OPERATIONS = ("fma", "where_eq", "where_gt", "where_ge", "horner", "exponent_bits", "exponent")
+_OPERATIONS = (
+    "fma",
+    "where_eq",
+    "where_gt",
+    "where_ge",
+    "horner",
+    "exponent_bits",
+    "exponent",
+    "power_of_two",
+)
 
 
 @cache
@@ -146,22 +132,20 @@ def of(real, approximate=False, modern=False) -> SimpleNamespace:
 
     `approximate`: for half-precision input; `modern`: for compute capability 8 or more.
     """
-    c, single = constants_of(np.dtype(real).name), real is np.float32
-    b = Bounds(
-        real(LIMIT), np.finfo(real).max, real(1.5 * 2 ** (23 if single else 52)), real(2.0**SHIFT)
-    )
+    c = constants.of(real.__name__)
     names = {name: getattr(primitives, name) for name in _OPERATIONS} | {
+        "c": c,
         "constants": device(lambda x: c),
-        "bounds": device(lambda x: b),
+        "limit": real(constants.LIMIT),
+        "largest": np.finfo(real).max,
         "maximum": device(lambda a, b: where_gt(a, b, a, b)),
         "absolute": device(lambda a: abs(a)),
         "downscale": device(lambda x: power_of_two(-exponent(x))),
-        "power_of_two": power_of_two,
         "Sum": Sum,
         "Reference": Reference,
     }
-    if modern and single:
-        names["maximum"] = larger_or_nan
+    if modern and real is np.float32:
+        names["maximum"] = primitives.larger_or_nan
     if approximate:
         names["exponential"] = _approximation(c, names["maximum"])
     return bind(names, device, [*texts(), *_TEXTS])
@@ -176,6 +160,6 @@ def _approximation(c, maximum):
         y = maximum(floor, x)
         z = fma(y, c.log2e, magic)
         f = fma(y, log2e_low, fma(y, c.log2e, magic - z))
-        return approximate_exp2(f) * exponent_bits(z)
+        return primitives.approximate_exp2(f) * exponent_bits(z)
 
     return exponential

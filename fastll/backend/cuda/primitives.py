@@ -1,4 +1,4 @@
-"""What kernels ask of the machine: memory by address, vectors of 16 bytes, warps, barriers, bits.
+"""What kernels ask of the machine: memory by address, vectors of 16 bytes, clusters, bits.
 
 Everything else is arithmetic, so that this is all that a simulator has to replace. Memory is named by
 its address, an int64. A factory makes the functions of one storage format of `fastll.dtypes.FORMATS`.
@@ -8,23 +8,24 @@ its address, an int64. A factory makes the functions of one storage format of `f
 
 from __future__ import annotations
 
+from functools import wraps
+from inspect import signature
+
 import numpy as np
 from llvmlite import ir
 
-from fastll.backend.cuda.compiler import cuda, device, intrinsic, types
+from fastll.backend.cuda.compiler import intrinsic, number_type, types
+from fastll.dtypes import FORMATS
 
 WARP = 32
 #: Bytes of the widest access.
 VECTOR = 16
+#: Formats that are read and written by vectors.
+FLOATS = ("float32", "float64", "float16", "bfloat16")
 
+_SIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in FORMATS}
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64, _HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
-
-_INTEGERS = {f"{sign}int{8 * size}": (sign, size) for sign in ("", "u") for size in (1, 2, 4, 8)}
-_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-#: Formats that are read and written by vectors.
-FLOATS = tuple(_SIZES)
-_SIZES |= {name: size for name, (_, size) in _INTEGERS.items()}
 
 
 def size_of(name: str) -> int:
@@ -32,31 +33,79 @@ def size_of(name: str) -> int:
     return _SIZES[name]
 
 
+def lanes_of(name: str) -> int:
+    """Elements of a vector."""
+    return VECTOR // _SIZES[name]
+
+
 def compute_type(name: str) -> type:
-    """The NumPy type that the elements of a format are computed in."""
+    """The NumPy type that the elements of a format are computed in; its name is that of a format."""
     return np.float32 if name in ("float32", "float16", "bfloat16") else np.float64
 
 
-def numba_type(real):
-    return types.float32 if real is np.float32 else types.float64
+def emits(result=None, **kinds):
+    """Make an operation of kernels from the function (builder, values) that emits its instructions.
+
+    `result` is the type of what it returns, by default that of the last value; `kinds` are those that
+    values are converted to, by name. Of an array the function takes the pointer to its elements.
+    """
+
+    def decorate(emit):
+        names = list(signature(emit).parameters)[1:]
+
+        @intrinsic
+        @wraps(emit)  # and with its signature
+        def operation(typing_context, *given):
+            def codegen(context, builder, signature, values):
+                pointers = [
+                    context.make_array(kind)(context, builder, value).data
+                    if isinstance(kind, types.Array)
+                    else value
+                    for kind, value in zip(given, values, strict=True)
+                ]
+                value = emit(builder, *pointers)
+                return context.get_dummy_value() if value is None else value
+
+            expected = map(kinds.get, names, given)
+            return (result or given[-1])(*expected), codegen
+
+        return operation
+
+    return decorate
 
 
-def value_format(real: type) -> str:
-    """The format of values (losses, log-sum-exp) that are computed in a type."""
-    return "float32" if real is np.float32 else "float64"
+def _asm(builder, result, code, constraints, *values, effects=False):
+    """Instructions of PTX."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.asm(kind, code, constraints, values, effects)
 
 
 def _pointer(builder, address, kind):
     return builder.inttoptr(address, ir.PointerType(kind, addrspace=1))
 
 
-def _widen(builder, bits):
-    """The upper half of a float32 is a bfloat16."""
-    return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), _F32)
+def _load(builder, address, name):
+    kind = {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
+    return builder.load(_pointer(builder, address, kind), align=_SIZES[name])
 
 
-def _narrow(builder, value):
-    """To the nearest bfloat16, ties to even; a NaN stays one."""
+def _decode(builder, name, bits):
+    """A stored element as a number of its compute type."""
+    if name == "float16":
+        return builder.fpext(builder.bitcast(bits, _HALF), _F32)
+    if name == "bfloat16":  # the upper half of a float32
+        return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), _F32)
+    if name in FLOATS:
+        return bits
+    return builder.uitofp(bits, _F64) if name.startswith("u") else builder.sitofp(bits, _F64)
+
+
+def _encode(builder, name, value):
+    """To the nearest number of a floating format, ties to even; a NaN stays one."""
+    if name == "float16":
+        return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
+    if name != "bfloat16":
+        return value
     bits = builder.bitcast(value, _I32)
     upper = builder.lshr(bits, _I32(16))
     odd = builder.and_(upper, _I32(1))
@@ -65,62 +114,29 @@ def _narrow(builder, value):
     return builder.trunc(builder.select(nan, builder.or_(upper, _I32(0x40)), rounded), _I16)
 
 
-def _decode(builder, name, bits):
-    """A stored element as a number of its compute type."""
-    if name == "float16":
-        return builder.fpext(builder.bitcast(bits, _HALF), _F32)
-    if name == "bfloat16":
-        return _widen(builder, bits)
-    if name in _INTEGERS:
-        signed = not name.startswith("u")
-        return builder.sitofp(bits, _F64) if signed else builder.uitofp(bits, _F64)
-    return bits
-
-
-def _encode(builder, name, value):
-    if name == "float16":
-        return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
-    if name == "bfloat16":
-        return _narrow(builder, value)
-    return value
-
-
-def _stored(name):
-    """What a format is loaded as."""
-    return {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
+def _converted(builder, value, real):
+    """A float32 or float64 as another type."""
+    return builder.fpext(value, _F64) if real is np.float64 else builder.fptrunc(value, _F32)
 
 
 def reader(name, real=None):
     """Function (address) of an element, as a number of `real`, by default its compute type."""
     real = real or compute_type(name)
-    result = numba_type(real)
 
-    @intrinsic
-    def read(typing_context, address):
-        def codegen(context, builder, signature, values):
-            kind = _stored(name)
-            bits = builder.load(_pointer(builder, values[0], kind), align=_SIZES[name])
-            value = _decode(builder, name, bits)
-            return context.cast(builder, value, numba_type(compute_type(name)), result)
-
-        return result(types.int64), codegen
+    @emits(number_type(real), address=types.int64)
+    def read(builder, address):
+        return _converted(builder, _decode(builder, name, _load(builder, address, name)), real)
 
     return read
 
 
 def writer(name, real=None):
     """Function (address, number of `real`, by default the compute type) of an element."""
-    value_type, stored = numba_type(real or compute_type(name)), numba_type(compute_type(name))
 
-    @intrinsic
-    def write(typing_context, address, value):
-        def codegen(context, builder, signature, values):
-            value = context.cast(builder, values[1], value_type, stored)
-            pointer = _pointer(builder, values[0], _stored(name))
-            builder.store(_encode(builder, name, value), pointer, align=_SIZES[name])
-            return context.get_dummy_value()
-
-        return types.none(types.int64, value_type), codegen
+    @emits(types.none, address=types.int64, value=number_type(real or compute_type(name)))
+    def write(builder, address, value):
+        bits = _encode(builder, name, _converted(builder, value, compute_type(name)))
+        builder.store(bits, _pointer(builder, address, bits.type), align=_SIZES[name])
 
     return write
 
@@ -128,82 +144,59 @@ def writer(name, real=None):
 def integer_reader(name):
     """Function (address) of an integer, as an int64; one beyond int64 is -1, which is no label."""
 
-    @intrinsic
-    def read(typing_context, address):
-        def codegen(context, builder, signature, values):
-            kind = _stored(name)
-            value = builder.load(_pointer(builder, values[0], kind), align=_SIZES[name])
-            if kind.width == 64:
-                if name == "uint64":
-                    beyond = builder.icmp_signed("<", value, _I64(0))
-                    value = builder.select(beyond, _I64(-1), value)
-                return value
-            return builder.zext(value, _I64) if name.startswith("u") else builder.sext(value, _I64)
-
-        return types.int64(types.int64), codegen
+    @emits(types.int64, address=types.int64)
+    def read(builder, address):
+        value = _load(builder, address, name)
+        if name == "uint64":
+            return builder.select(builder.icmp_signed("<", value, _I64(0)), _I64(-1), value)
+        return builder.zext(value, _I64) if name.startswith("u") else builder.sext(value, _I64)
 
     return read
 
 
-def lanes_of(name: str) -> int:
-    """Elements of a vector."""
-    return VECTOR // _SIZES[name]
+def _element(builder, values, at, i):
+    """Pointer to an element of an array, from which no memory is left once loops are unrolled."""
+    return builder.gep(values, [builder.add(at, at.type(i))])
 
 
-def _data(builder, context, array_type, array, index):
-    """Pointer to an element of a Numba array, from which no memory is left once loops are unrolled."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
+#: What a vector is loaded as: the type and number of its words, and how PTX spells it.
+_WORDS = {"float64": (_F64, 2, "d", "f64")}
+#: 0 and -inf as such words.
+_PADS = {
+    "float32": ("0", "0xFF800000"),
+    "float64": ("0d0000000000000000", "0dFFF0000000000000"),
+    "float16": ("0", "0xFC00FC00"),
+    "bfloat16": ("0", "0xFF80FF80"),
+}
 
 
-def vector_reader(name, pad):
-    """Function (values, at, address, wanted): a vector into values[at:], or `pad` if not wanted.
+def vector_reader(name, lowest=False):
+    """Function (values, at, address, wanted): a vector into values[at:]; if not wanted, 0 or -inf.
 
     The load is one instruction under a predicate, without a branch, so that many are under way at once.
     """
-    lanes, double = lanes_of(name), name == "float64"
-    word, count, letter = (_F64, 2, "d") if double else (_I32, 4, "r")
-    pads = {-np.inf: {2: 0xFF80FF80, 4: 0xFF800000}, 0.0: {2: 0, 4: 0}}[pad]
-    if name == "float16" and pad:
-        pads = {2: 0xFC00FC00}
-    outputs = ", ".join(f"${i}" for i in range(count))
-    move = "mov.f64" if double else "mov.b32"
-    code = (
-        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; "
-        + " ".join(f"{move} ${i}, ${count + 2};" for i in range(count))
-        + f" @p ld.global.v{count}.{'f64' if double else 'b32'} {{{outputs}}}, [${count}]; }}"
-    )
-    constraints = ",".join([f"=&{letter}"] * count + ["l", "r", letter])
+    word, count, letter, kind = _WORDS.get(name, (_I32, 4, "r", "b32"))
+    words = [f"${i}" for i in range(count)]
+    code = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; "
+    code += " ".join(f"mov.{kind} {word}, {_PADS[name][lowest]};" for word in words)
+    code += f" @p ld.global.v{count}.{kind} {{{', '.join(words)}}}, [${count}]; }}"
+    constraints = f"=&{letter}," * count + "l,r"
 
-    @intrinsic
-    def fetch(typing_context, values, at, address, wanted):
-        def codegen(context, builder, signature, arguments):
-            array, index, source, flag = arguments
-            kind = ir.FunctionType(ir.LiteralStructType([word] * count), [_I64, _I32, word])
-            padding = ir.Constant(_F64, pad) if double else _I32(pads[min(_SIZES[name], 4)])
-            inline = ir.InlineAsm(kind, code, constraints)
-            loaded = builder.call(inline, [source, builder.zext(flag, _I32), padding])
-            words = [builder.extract_value(loaded, i) for i in range(count)]
-            for i in range(lanes):
-                if double:
-                    value = words[i]
-                elif lanes == 4:
-                    value = builder.bitcast(words[i], _F32)
-                elif name == "bfloat16":  # one instruction an element
-                    bits = (
-                        builder.and_(words[i // 2], _I32(0xFFFF0000))
-                        if i % 2
-                        else builder.shl(words[i // 2], _I32(16))
-                    )
-                    value = builder.bitcast(bits, _F32)
-                else:
-                    half = builder.trunc(builder.lshr(words[i // 2], _I32(16 * (i % 2))), _I16)
-                    value = _decode(builder, name, half)
-                place = builder.add(index, ir.Constant(index.type, i))
-                builder.store(value, _data(builder, context, signature.args[0], array, place))
-            return context.get_dummy_value()
-
-        return types.none(values, at, types.int64, types.boolean), codegen
+    @emits(types.none, address=types.int64, wanted=types.boolean)
+    def fetch(builder, values, at, address, wanted):
+        struct = ir.LiteralStructType([word] * count)
+        vector = _asm(builder, struct, code, constraints, address, builder.zext(wanted, _I32))
+        numbers = [builder.extract_value(vector, i) for i in range(count)]
+        if name == "float32":
+            numbers = [builder.bitcast(number, _F32) for number in numbers]
+        elif word == _I32:
+            numbers = [
+                _decode(builder, name, builder.trunc(builder.lshr(two, _I32(shift)), _I16))
+                for two in numbers
+                for shift in (0, 16)
+            ]
+        for i, number in enumerate(numbers):
+            builder.store(number, _element(builder, values, at, i))
 
     return fetch
 
@@ -213,188 +206,136 @@ def vector_writer(name, modern=False):
 
     `modern`: compute capability 8 or more, which rounds two numbers to bfloat16 by one instruction.
     """
-    lanes = lanes_of(name)
-    pair = ir.InlineAsm(ir.FunctionType(_I32, [_F32, _F32]), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
-    kind = ir.VectorType(_stored(name), lanes)
-    packed = ir.VectorType(_I32, 4)
 
-    @intrinsic
-    def deliver(typing_context, address, values, at):
-        def codegen(context, builder, signature, arguments):
-            target, array, index = arguments
-            numbers = []
-            for i in range(lanes):
-                place = builder.add(index, ir.Constant(index.type, i))
-                numbers.append(builder.load(_data(builder, context, signature.args[1], array, place)))
-            if name == "bfloat16" and modern:
-                vector = ir.Constant(packed, ir.Undefined)
-                for i in range(4):
-                    two = builder.call(pair, numbers[2 * i : 2 * i + 2])
-                    vector = builder.insert_element(vector, two, _I32(i))
-            else:
-                vector = ir.Constant(kind, ir.Undefined)
-                for i, value in enumerate(numbers):
-                    vector = builder.insert_element(vector, _encode(builder, name, value), _I32(i))
-                if _SIZES[name] == 2:
-                    vector = builder.bitcast(vector, packed)
-            builder.store(vector, _pointer(builder, target, vector.type), align=VECTOR)
-            return context.get_dummy_value()
-
-        return types.none(types.int64, values, at), codegen
+    @emits(types.none, address=types.int64)
+    def deliver(builder, address, values, at):
+        numbers = [builder.load(_element(builder, values, at, i)) for i in range(lanes_of(name))]
+        if name == "bfloat16" and modern:
+            words = [
+                _asm(builder, _I32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", *two)
+                for two in zip(numbers[::2], numbers[1::2], strict=True)
+            ]
+        else:
+            words = [_encode(builder, name, number) for number in numbers]
+        vector = ir.Constant(ir.VectorType(words[0].type, len(words)), ir.Undefined)
+        for i, word in enumerate(words):
+            vector = builder.insert_element(vector, word, _I32(i))
+        if word.type == _I16:
+            vector = builder.bitcast(vector, ir.VectorType(_I32, 4))
+        builder.store(vector, _pointer(builder, address, vector.type), align=VECTOR)
 
     return deliver
 
 
-def _operation(arity, build):
-    """An operation on numbers of one type, by what makes its instructions."""
-
-    def codegen(context, builder, signature, values):
-        return build(builder, signature.return_type == types.float64, *values)
-
-    def one(typing_context, a):
-        return a(a), codegen
-
-    def two(typing_context, a, b):
-        return a(a, a), codegen
-
-    def three(typing_context, a, b, c):
-        return a(a, a, a), codegen
-
-    def four(typing_context, a, b, c, d):
-        return a(a, a, a, a), codegen
-
-    return intrinsic((one, two, three, four)[arity - 1])
+# operations of `fastll.formulas.vocabulary`
 
 
-def _layout(double):
+def _layout(x):
     """Of a floating type: the integer of its size, bits of the mantissa, bias of the exponent."""
-    return (_I64, 52, 1023) if double else (_I32, 23, 127)
+    return (_I64, 52, 1023) if x.type == _F64 else (_I32, 23, 127)
 
 
 def _select(comparison):
     """x where a compares with b, else y; without a branch."""
 
-    def build(builder, double, a, b, x, y):
+    def select(builder, a, b, x, y):
         return builder.select(builder.fcmp_ordered(comparison, a, b), x, y)
 
-    return _operation(4, build)
+    return emits()(select)
 
 
-def _larger(builder, double, a, b):
-    name = "llvm.nvvm.fmax.d" if double else "llvm.nvvm.fmax.f"
-    kind = ir.FunctionType(a.type, [a.type] * 2)
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(function, (a, b))
+where_eq, where_gt, where_ge = _select("=="), _select(">"), _select(">=")
 
 
-def _asm_float32(code, constraints):
-    def build(builder, double, *values):
-        kind = ir.FunctionType(_F32, [_F32] * len(values))
-        return builder.call(ir.InlineAsm(kind, code, constraints), values)
-
-    return build
+@emits()
+def fma(builder, a, b, c):
+    return builder.fma(a, b, c)
 
 
-def _exponent_bits(builder, double, z):
-    kind, mantissa, _ = _layout(double)
+@emits()
+def exponent_bits(builder, z):
+    kind, mantissa, _ = _layout(z)
     return builder.bitcast(builder.shl(builder.bitcast(z, kind), kind(mantissa)), z.type)
 
 
-def _exponent(builder, double, x):
-    kind, mantissa, _ = _layout(double)
-    root = 0x3FE6A09E667F3BCD if double else 0x3F3504F3  # sqrt(1/2)
+@emits()
+def exponent(builder, x):
+    kind, mantissa, _ = _layout(x)
+    root = 0x3FE6A09E667F3BCD if x.type == _F64 else 0x3F3504F3  # sqrt(1/2)
     bits = builder.sub(builder.bitcast(x, kind), kind(root))
     return builder.sitofp(builder.ashr(bits, kind(mantissa)), x.type)
 
 
-def _power(builder, double, n):
-    kind, mantissa, bias = _layout(double)
+@emits()
+def horner(builder, coefficients, x):
+    """The polynomial with these coefficients, from the highest power on."""
+    result, *others = (builder.extract_value(coefficients, i) for i in range(coefficients.type.count))
+    for coefficient in others:
+        result = builder.fma(result, x, coefficient)
+    return result
+
+
+# and of reductions
+
+
+@emits()
+def power_of_two(builder, n):
+    """2**n for a whole number n within the range of normal numbers."""
+    kind, mantissa, bias = _layout(n)
     biased = builder.add(builder.fptosi(n, kind), kind(bias))
     return builder.bitcast(builder.shl(biased, kind(mantissa)), n.type)
 
 
-#: Operations of `fastll.formulas.vocabulary`.
-fma = _operation(3, lambda builder, double, a, b, c: builder.fma(a, b, c))
-where_eq, where_gt, where_ge = _select("=="), _select(">"), _select(">=")
-exponent_bits, exponent = _operation(1, _exponent_bits), _operation(1, _exponent)
-
-#: 2**n for a whole number n within the range of normal numbers.
-power_of_two = _operation(1, _power)
-#: The larger one; the other one where one is NaN.
-larger = _operation(2, _larger)
-#: The larger one, or NaN where one is NaN: float32, compute capability 8 or more.
-larger_or_nan = _operation(2, _asm_float32("max.NaN.f32 $0, $1, $2;", "=f,f,f"))
-#: Approximately 2**x, to 2 ulp, for |x| <= 1/2, in float32.
-approximate_exp2 = _operation(1, _asm_float32("ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+@emits()
+def larger(builder, a, b):
+    """The larger one; the other one where one is NaN."""
+    name = "llvm.nvvm.fmax.d" if a.type == _F64 else "llvm.nvvm.fmax.f"
+    kind = ir.FunctionType(a.type, [a.type] * 2)
+    return builder.call(builder.module.declare_intrinsic(name, fnty=kind), (a, b))
 
 
-@intrinsic
-def horner(typing_context, coefficients, x):
-    """The polynomial with these coefficients, from the highest power on."""
-
-    def codegen(context, builder, signature, values):
-        result = builder.extract_value(values[0], 0)
-        for i in range(1, len(coefficients)):
-            result = builder.fma(result, values[1], builder.extract_value(values[0], i))
-        return result
-
-    return x(coefficients, x), codegen
+@emits()
+def larger_or_nan(builder, a, b):
+    """The larger one, or NaN where one is NaN: float32, compute capability 8 or more."""
+    return _asm(builder, _F32, "max.NaN.f32 $0, $1, $2;", "=f,f,f", a, b)
 
 
-def _special(register):
-    @intrinsic
-    def read(typing_context):
-        def codegen(context, builder, signature, values):
-            kind = ir.FunctionType(_I32, [])
-            return builder.call(ir.InlineAsm(kind, f"mov.u32 $0, %{register};", "=r"), [])
-
-        return types.int32(), codegen
-
-    return read
+@emits()
+def approximate_exp2(builder, x):
+    """Approximately 2**x, to 2 ulp, for |x| <= 1/2, in float32."""
+    return _asm(builder, _F32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
-#: The block's number in its cluster.
-cluster_rank = _special("cluster_ctarank")
+# clusters
 
 
-@intrinsic
-def cluster_barrier(typing_context):
+@emits(types.int32)
+def cluster_rank(builder):
+    """The block's number in its cluster."""
+    return _asm(builder, _I32, "mov.u32 $0, %cluster_ctarank;", "=r")
+
+
+@emits(types.none)
+def cluster_barrier(builder):
     """Wait for all blocks of the cluster, whose shared memory is then as they left it."""
-
-    def codegen(context, builder, signature, values):
-        code = "barrier.cluster.arrive; barrier.cluster.wait;"
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(ir.InlineAsm(kind, code, "~{memory}", side_effect=True), [])
-        return context.get_dummy_value()
-
-    return types.none(), codegen
+    code = "barrier.cluster.arrive; barrier.cluster.wait;"
+    _asm(builder, ir.VoidType(), code, "~{memory}", effects=True)
 
 
-@intrinsic
-def read_peer(typing_context, array, index, rank):
-    """Element of a shared array of float32 or float64 as another block of the cluster has it."""
-    double = array.dtype == types.float64
+def peer_reader(real):
+    """Function (memory, index, rank) of an element of a shared array as another block of the cluster
+    has it."""
+    word, letter, kind = (_F64, "d", "f64") if real is np.float64 else (_F32, "f", "f32")
+    code = (
+        "{ .reg .u64 s; .reg .u32 a; cvta.to.shared.u64 s, $1; cvt.u32.u64 a, s;"
+        f" mapa.shared::cluster.u32 a, a, $2; ld.shared::cluster.{kind} $0, [a]; }}"
+    )
+    constraints = f"={letter},l,r,~{{memory}}"
 
-    def codegen(context, builder, signature, values):
-        memory, place, peer = values
-        pointer = _data(builder, context, array, memory, place)
-        address = builder.ptrtoint(pointer, _I64)
-        word = _F64 if double else _F32
-        code = (
-            "{ .reg .u64 s; .reg .u32 a; cvta.to.shared.u64 s, $1; cvt.u32.u64 a, s;"
-            " mapa.shared::cluster.u32 a, a, $2;"
-            f" ld.shared::cluster.{'f64' if double else 'f32'} $0, [a]; }}"
-        )
-        kind = ir.FunctionType(word, [_I64, _I32])
-        inline = ir.InlineAsm(
-            kind, code, f"={'d' if double else 'f'},l,r,~{{memory}}", side_effect=True
-        )
-        return builder.call(inline, [address, builder.trunc(peer, _I32)])
+    @emits(number_type(real))
+    def read_peer(builder, memory, index, rank):
+        address = builder.ptrtoint(builder.gep(memory, [index]), _I64)
+        peer = builder.trunc(rank, _I32)
+        return _asm(builder, word, code, constraints, address, peer, effects=True)
 
-    return array.dtype(array, index, rank), codegen
-
-
-@device
-def shuffle(value, mask):
-    """The number that the lane with number `lane ^ mask` has."""
-    return cuda.shfl_xor_sync(0xFFFFFFFF, value, mask)
+    return read_peer

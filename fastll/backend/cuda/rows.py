@@ -29,7 +29,6 @@ class Finished(NamedTuple):
     """What is known of a row when all of its elements are."""
 
     value: float
-    lse: float
     maximum: float
     log_s: float
     factor: float  # of exp(x - maximum) in what is written
@@ -45,8 +44,18 @@ class Scales(NamedTuple):
     second: float
 
 
-def no_label(kept):
-    return Label(np.int64(-1), kept, c.zero, c.one, c.one)
+def find_label(call, place, memory):
+    """The `Label` of the row at `place`."""
+    number, kept, logit, weight, slope = np.int64(-1), True, c.zero, c.one, c.one
+    if sparse and place.live:
+        number, kept = label_within(call, start_of(call.labels, place))
+        if number >= 0:
+            logit = element(call, place, memory, number)
+            if capped:
+                logit, slope = softcap(logit, call.softcap)
+            if weighted_classes:
+                weight = read_weight(call.weight.address + number * call.weight.step)
+    return Label(number, kept, logit, weight, slope)
 
 
 def label_within(call, address):
@@ -55,15 +64,6 @@ def label_within(call, address):
     y = read_label(address)
     kept = y != call.ignore_index
     return (y if 0 <= y < call.classes else np.int64(-1)), kept
-
-
-def label_of(call, y, kept, logit):
-    slope, weight = c.one, c.one
-    if capped:
-        logit, slope = softcap(logit, call.softcap)
-    if weighted_classes:
-        weight = read_weight(call.weight.address + y * call.weight.step)
-    return Label(y, kept, logit, weight, slope)
 
 
 def target_of(call, t, j):
@@ -86,13 +86,13 @@ def finished(call, state, label, scale):
         rest = Sum(state.below.high, rest.low)  # 0, or NaN
     log_s = log1p_sum(rest)
     above = rest.high + rest.low
-    lse, s = m + log_s, c.one + above
-    value, factor, at_label = lse, c.one / s, c.zero
+    s = c.one + above
+    value, factor, at_label = m + log_s, c.one / s, c.zero
     if entropy:
         value, factor, at_label = cross_entropy(call, state, label, scale, log_s, above, s)
     if abs(m) == c.infinity or (sparse and label.number < 0):
         factor, at_label = c.nan, c.nan
-    return Finished(value, lse, m, log_s, factor, at_label, scale)
+    return Finished(value, m, log_s, factor, at_label, scale)
 
 
 def cross_entropy(call, state, label, scale, log_s, rest, s):
@@ -114,11 +114,11 @@ def cross_entropy(call, state, label, scale, log_s, rest, s):
     return loss, scale * total / s, scale * label.slope * at_label
 
 
-def store_results(call, value_address, lse_address, row):
+def store_results(call, place, row):
     if call.value.address != 0:
-        write_value(value_address, row.value)
+        write_value(start_of(call.value, place), row.value)
     if call.lse.address != 0:
-        write_value(lse_address, row.lse)
+        write_value(start_of(call.lse, place), row.maximum + row.log_s)
 
 
 def scales_of(factor, fall, lead):
@@ -136,30 +136,21 @@ def scales_of(factor, fall, lead):
     return Scales(whole / c.unshift, whole / (lead * c.unshift), c.unshift * c.unshift)
 
 
-def term_of(call, x, ref):
-    """The exponential of an element, and the slope of its cap."""
-    slope = c.one
+def written_of(call, x, u, row, ref, scales):
+    """What is written of an element, or of its exponential where that is `held`."""
+    e, slope, m = x, c.one, row.maximum
+    if logs:
+        value = log_probability(x, m, row.log_s)
+        if abs(m) == c.infinity and (value > -c.infinity or m < c.zero):
+            value = c.nan
+        return value
     if capped:
         x, slope = softcap(x, call.softcap)
-    return relative(x, ref), slope
-
-
-def product_of(e, slope, u, ref, row, scales):
-    """An element of the output, by its exponential."""
-    g = probability(e, ref.lead, scales.peak, scales.first)
+    if not held:
+        e = relative(x, ref)
+    value = probability(e, ref.lead, scales.peak, scales.first)
     if entropy or clustered:  # the factor of a softmax is 1 / s, and needs no second one
-        g *= scales.second
+        value *= scales.second
     if targets:
-        g = less_target(g, u, row.scale)
-    if capped:
-        g *= slope
-    return g
-
-
-def log_of(x, row):
-    """An element of a log-softmax."""
-    m = row.maximum
-    value = log_probability(x, m, row.log_s)
-    if abs(m) == c.infinity and (value > -c.infinity or m < c.zero):
-        value = c.nan
-    return value
+        value = less_target(value, u, row.scale)
+    return value * slope if capped else value

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.cuda.maths import *
-from fastll.backend.cuda.primitives import read_peer
 
 #: Most numbers of a state.
 PARTS = 8
@@ -23,7 +22,7 @@ class State(NamedTuple):
     """The running state of a row, or of a part of it, with sums relative to the maximum.
 
     With r = below + (at_maximum - 1), the sum without one of the largest, log1p(r) keeps its digits
-    when one element dominates.
+    when one element dominates. A sum of terms is `below`, and its maximum -inf.
     """
 
     maximum: float
@@ -31,11 +30,6 @@ class State(NamedTuple):
     at_maximum: float  # number of elements at the maximum, or the sum of their weights
     distance: Sum  # of u (maximum - x), where u is a target that is more than a point
     mass: Sum  # of u
-
-
-def identity():
-    nothing = Sum(c.zero, c.zero)
-    return State(-c.infinity, nothing, c.zero, nothing, nothing)
 
 
 def finite(m):
@@ -50,26 +44,22 @@ def farther(distance, mass, m, top):
     return distance
 
 
-def exponentials_merged(a, b):
-    """The maximum of two states, and the sums of exponentials relative to it."""
-    if a.maximum == b.maximum:
-        return a.maximum, add(a.below, b.below), a.at_maximum + b.at_maximum
-    upper, lower = a, b
-    if a.maximum < b.maximum:
-        upper, lower = b, a
-    if lower.maximum == -c.infinity:  # that of no elements; only a NaN counts
-        below = Sum(upper.below.high + lower.below.high, upper.below.low)
-        return upper.maximum, below, upper.at_maximum
-    # the product may be a normal number where the exponential is none
-    fall = exp_minus_scaled(lower.maximum, upper.maximum)
-    more = plus(lower.below, lower.at_maximum)
-    more = Sum((more.high * fall) * c.unshift, (more.low * fall) * c.unshift)
-    return upper.maximum, add(upper.below, more), upper.at_maximum
-
-
 def merged(a, b):
     """The state of two parts of a row."""
-    m, below, at_maximum = exponentials_merged(a, b)
+    m, at_maximum = a.maximum, a.at_maximum + b.at_maximum
+    if m == b.maximum:
+        below = add(a.below, b.below)
+    else:
+        upper, lower = a, b
+        if m < b.maximum:
+            upper, lower = b, a
+        m, at_maximum = upper.maximum, upper.at_maximum
+        if lower.maximum == -c.infinity:  # that of no elements; only a NaN counts
+            below = Sum(upper.below.high + lower.below.high, upper.below.low)
+        else:  # the product may be a normal number where the exponential is none
+            fall = exp_minus_scaled(lower.maximum, m)
+            more = plus(lower.below, lower.at_maximum)
+            below = add(upper.below, Sum((more.high * fall) * c.unshift, (more.low * fall) * c.unshift))
     distance, mass = a.distance, a.mass
     if targets:
         distance = farther(a.distance, a.mass.high, a.maximum, m)
@@ -80,12 +70,11 @@ def merged(a, b):
 
 def joined(a, b):
     """Two running states (m, e, k) together; in float64."""
-    nothing = Sum(c.zero, c.zero)
-    m, below, at_maximum = exponentials_merged(
+    state = merged(
         State(a[0], Sum(a[1], c.zero), a[2], nothing, nothing),
         State(b[0], Sum(b[1], c.zero), b[2], nothing, nothing),
     )
-    return m, below.high + below.low, at_maximum
+    return state.maximum, state.below.high + state.below.low, state.at_maximum
 
 
 def relative_to(lead, below):
@@ -93,36 +82,36 @@ def relative_to(lead, below):
     return Sum(below.high / lead, below.low / lead)
 
 
-def put_sum(memory, at, step, value):
-    memory[np.uint32(at)], memory[np.uint32(at + step)] = value.high, value.low
-
-
-def take_sum(memory, at, step, peer):
-    return Sum(number(memory, at, peer), number(memory, at + step, peer))
+def leave(memory, at, step, numbers):
+    """Leave four numbers in shared memory, `step` apart."""
+    memory[np.uint32(at)], memory[np.uint32(at + step)] = numbers[0], numbers[1]
+    memory[np.uint32(at + 2 * step)], memory[np.uint32(at + 3 * step)] = numbers[2], numbers[3]
 
 
 def number(memory, at, peer):
     """A number in shared memory, as another thread block of a cluster has it."""
-    if clustered:
-        return read_peer(memory, at, peer)
-    return memory[np.uint32(at)]
+    return read_peer(memory, at, peer) if clustered else memory[np.uint32(at)]
 
 
 def put(memory, at, step, state):
-    """Leave a state in shared memory, its numbers `step` apart."""
-    memory[np.uint32(at)], memory[np.uint32(at + 3 * step)] = state.maximum, state.at_maximum
-    put_sum(memory, at + step, step, state.below)
+    """Leave a state in shared memory."""
+    sums, distance, mass = state.below, state.distance, state.mass
+    leave(memory, at, step, (state.maximum, state.at_maximum, sums.high, sums.low))
     if targets:
-        put_sum(memory, at + 4 * step, step, state.distance)
-        put_sum(memory, at + 6 * step, step, state.mass)
+        leave(memory, at + 4 * step, step, (distance.high, distance.low, mass.high, mass.low))
 
 
 def take(memory, at, step, peer):
     """A state from shared memory."""
-    distance, mass = Sum(c.zero, c.zero), Sum(c.zero, c.zero)
+    numbers = taken(memory, at, step, peer)
+    below, distance, mass = Sum(numbers[2], numbers[3]), nothing, nothing
     if targets:
-        distance = take_sum(memory, at + 4 * step, step, peer)
-        mass = take_sum(memory, at + 6 * step, step, peer)
-    below = take_sum(memory, at + step, step, peer)
-    at_maximum = number(memory, at + 3 * step, peer)
-    return State(number(memory, at, peer), below, at_maximum, distance, mass)
+        sums = taken(memory, at + 4 * step, step, peer)
+        distance, mass = Sum(sums[0], sums[1]), Sum(sums[2], sums[3])
+    return State(numbers[0], below, numbers[1], distance, mass)
+
+
+def taken(memory, at, step, peer):
+    """Four numbers, as `leave` left them."""
+    a, b = number(memory, at, peer), number(memory, at + step, peer)
+    return a, b, number(memory, at + 2 * step, peer), number(memory, at + 3 * step, peer)

@@ -45,7 +45,7 @@ class Place(NamedTuple):
     rank: int  # of the thread block in its cluster
     member: int  # the team whose row the thread finishes
     own_row: int  # that row
-    finisher: bool
+    live: bool  # whether there is one
 
 
 class Part(NamedTuple):
@@ -66,27 +66,27 @@ def locate(call, memory):
     row, shift = group * teams + cuda.threadIdx.y, np.int32(0)
     ragged = not aligned and (call.classes & (lanes - 1)) != 0
     if ragged:
-        shift = np.int32((start_of(call.x, row) & (VECTOR - 1)) // size)
+        shift = np.int32(((call.x.address + row * call.x.outer) & (VECTOR - 1)) // size)
     first = rank * call.segment
     last = min(call.classes, first + call.segment) if row < call.rows else first
     member = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     own_row = group * teams + member
-    finisher = member < teams and own_row < call.rows
-    return Place(row, first, last, ragged, shift, rank, member, own_row, finisher)
+    live = member < teams and own_row < call.rows
+    return Place(row, first, last, ragged, shift, rank, member, own_row, live)
 
 
-def start_of(operand, row):
-    """Address of a row, or of its entry."""
-    return operand.address + row * operand.outer
+def row_of(operand, place):
+    """Address of the row of the thread's team, or of its entry."""
+    return operand.address + place.row * operand.outer
 
 
-def find_label(call, place, memory):
-    if sparse and place.finisher:
-        y, kept = label_within(call, start_of(call.labels, place.own_row))
-        if y >= 0:
-            return label_of(call, y, kept, read_x(start_of(call.x, place.own_row) + y * size))
-        return no_label(kept)
-    return no_label(True)
+def start_of(operand, place):
+    """The same of the row that the thread finishes."""
+    return operand.address + place.own_row * operand.outer
+
+
+def element(call, place, memory, j):
+    return read_x(start_of(call.x, place) + j * size)
 
 
 def part_of(call, place, begin):
@@ -97,9 +97,15 @@ def part_of(call, place, begin):
 # load
 
 
-def nth(q, shift):
-    """Number in the chunk of the first element of the thread's vector q; below 0 before it."""
-    return np.int32(np.int32(cuda.threadIdx.x + q * cuda.blockDim.x) * lanes - shift)
+def nth(i, shift):
+    """Number in the chunk of the first element of the vector that the thread holds from its i-th number
+    on; below 0 before the chunk."""
+    return np.int32(np.int32(cuda.threadIdx.x + i // lanes * cuda.blockDim.x) * lanes - shift)
+
+
+def inside(i, part):
+    """Whether the thread's i-th number is an element of the chunk."""
+    return np.uint32(nth(i, part.shift) + i % lanes) < np.uint32(part.length)
 
 
 def whole_below(address, part):
@@ -109,56 +115,31 @@ def whole_below(address, part):
     return np.uint32(max(part.length - (lanes - 1), 0))
 
 
-def load(values, row_address, part):
-    """The thread's elements of a chunk, and -inf where it has none."""
-    source = row_address + part.begin * size
+def load(fetch, values, row, part):
+    """The thread's elements of a chunk; others are as `fetch` leaves what is not wanted."""
+    source = row + part.begin * size
     limit = whole_below(source, part)
-    for q in range(vectors):
-        j = nth(q, part.shift)
-        fetch_x(values, q * lanes, source + j * size, np.uint32(j) < limit)  # nor one below 0
-    load_rest(values, source, part, limit)
-
-
-def load_second(values, row_address, part):
-    """The same of the second operand, and 0."""
-    source = row_address + part.begin * size
-    limit = whole_below(source, part)
-    for q in range(vectors):
-        j = nth(q, part.shift)
-        fetch_second(values, q * lanes, source + j * size, np.uint32(j) < limit)
-    load_rest(values, source, part, limit)
-
-
-def load_rest(values, source, part, limit):
-    """Elements of vectors that are not whole."""
+    for i in range(0, count, lanes):
+        j = nth(i, part.shift)
+        fetch(values, i, source + j * size, np.uint32(j) < limit)  # nor one below 0
     if not aligned:
-        for q in range(vectors):
-            j = nth(q, part.shift)
+        for i in range(0, count, lanes):
+            j = nth(i, part.shift)
             if j < part.length and not np.uint32(j) < limit:
-                for i in range(lanes):
-                    if np.uint32(j + i) < np.uint32(part.length):
-                        values[q * lanes + i] = read_x(source + (j + i) * size)
-
-
-def cap_all(values, part, cap):
-    for q in range(vectors):
-        j = nth(q, part.shift)
-        for i in range(lanes):
-            if 0 <= j + i < part.length:
-                values[q * lanes + i] = softcap(values[q * lanes + i], cap)[0]
+                for k in range(lanes):
+                    if np.uint32(j + k) < np.uint32(part.length):
+                        values[i + k] = read_x(source + (j + k) * size)
 
 
 def find_targets(call, place, part, u):
     """The thread's targets u, 0 where it has none."""
     if dense:
-        load_second(u, start_of(call.second, place.row), part)
-    for q in range(vectors):
-        j = nth(q, part.shift)
-        for i in range(lanes):
-            value = c.zero
-            if 0 <= j + i < part.length:
-                value = target_of(call, u[q * lanes + i], part.begin + (j + i))
-            u[q * lanes + i] = value
+        load(fetch_second, u, row_of(call.second, place), part)
+    for i in range(count):
+        value = c.zero
+        if inside(i, part):
+            value = target_of(call, u[i], part.begin + nth(i, part.shift) + i % lanes)
+        u[i] = value
 
 
 # fold
@@ -168,19 +149,18 @@ def fold(call, place, values, second, memory):
     """The state of the thread block's part of a row, for who finishes it; the reference of its last
     chunk."""
     lane = cuda.local.array(lanes, real)
-    state, ref, begin = identity(), reference(-c.infinity), np.int64(place.first)
+    clear(lane)
+    state, ref, begin = identity, reference(-c.infinity), np.int64(place.first)
     while True:
         part = part_of(call, place, begin)
-        load(values, start_of(call.x, place.row), part)
+        load(fetch_x, values, row_of(call.x, place), part)
         ref = fold_part(call, place, part, values, second, lane, memory)
         cuda.syncthreads()
-        if place.finisher:
+        if place.live:
             found = collected(memory, place.member, ref)
             state = merged(state, found) if chunked else found
-        if not chunked:
-            break
         begin += call.capacity
-        if begin >= place.last:
+        if not chunked or begin >= place.last:
             break
     return state, ref
 
@@ -188,7 +168,9 @@ def fold(call, place, values, second, memory):
 def fold_part(call, place, part, values, u, lane, memory):
     """Leave the sums of a chunk for `collected`; its reference."""
     if capped:
-        cap_all(values, part, call.softcap)
+        for i in range(count):
+            if inside(i, part):
+                values[i] = softcap(values[i], call.softcap)[0]
     top = values[0]
     for i in range(1, count):
         top = larger(top, values[i])
@@ -205,11 +187,9 @@ def fold_part(call, place, part, values, u, lane, memory):
 
 def post_targets(part, values, u, top, lane, memory):
     base = finite(top)
-    clear(lane)
     for i in range(count):
         lane[i % lanes] += distance(values[i], u[i], base)
     post_lanes(lane, part, memory, DISTANCES)
-    clear(lane)
     for i in range(count):
         lane[i % lanes] += u[i]
     post_lanes(lane, part, memory, MASSES)
@@ -222,7 +202,6 @@ def post_exponentials(part, values, ref, lane, memory):
         if not logs:
             for i in range(count):
                 values[i] -= ref.offset
-    clear(lane)
     for i in range(count):
         v = values[i] - ref.offset if logs else values[i]
         e = exponential(v, ref.floor, ref.magic)
@@ -242,12 +221,13 @@ def clear(lane):
 
 
 def post_lanes(lane, part, memory, at):
-    """Leave the sum of the team's lanes for `collect`."""
+    """Leave the sum of the team's lanes for `collect`, and them empty."""
     if part.ragged:
         in_order(lane, part.shift, memory)
     value = lane[0]
     for i in range(1, lanes):
         value += lane[i]
+    clear(lane)
     post(value, memory, at)
 
 
@@ -271,7 +251,7 @@ def collected(memory, member, ref):
         top = memory[np.uint32(RESULTS + member)]
         lead = memory[np.uint32(RESULTS + WARPS + member)]
     below, equal = collect(memory, SUMS, member), collect(memory, EQUALS, member)
-    away, mass = Sum(c.zero, c.zero), Sum(c.zero, c.zero)
+    away, mass = nothing, nothing
     if targets:
         away, mass = collect(memory, DISTANCES, member), collect(memory, MASSES, member)
     at_maximum = equal.high if top > -c.infinity else c.zero
@@ -284,10 +264,10 @@ def collected(memory, member, ref):
 def merge(call, place, state, memory):
     """The state of a whole row, for who finishes it."""
     if clustered:
-        if place.finisher:
+        if place.live:
             put(memory, RESULTS, np.int64(1), state)
         cluster_barrier()
-        if place.finisher:
+        if place.live:
             state = take(memory, RESULTS, np.int64(1), np.int64(0))
             for peer in range(np.int64(1), np.int64(cluster)):
                 state = merged(state, take(memory, RESULTS, np.int64(1), peer))
@@ -297,27 +277,22 @@ def merge(call, place, state, memory):
 def finish(call, place, label, state, memory):
     """Finish rows, and tell every thread what became of its own."""
     scale, at = gradient_scale(call), FINISHED + cuda.threadIdx.y
-    if place.finisher:
+    if place.live:
         row = finished(call, state, label, scale)
         if place.rank == 0:
-            value, lse = start_of(call.value, place.own_row), start_of(call.lse, place.own_row)
-            store_results(call, value, lse, row)
+            store_results(call, place, row)
         if written:
-            put_finished(memory, FINISHED + place.member, row)
+            numbers = row.maximum, row.log_s, row.factor, row.at_label
+            leave(memory, FINISHED + place.member, np.int64(WARPS), numbers)
     if clustered:
         cluster_barrier()  # before a block is gone whose memory another one reads
     elif written:
         cuda.syncthreads()
-    m, factor, log_s, at_label = c.zero, c.zero, c.zero, c.zero
+    m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
     if written and place.row < call.rows:
-        m, factor = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
-        log_s, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
-    return Finished(c.zero, c.zero, m, log_s, factor, at_label, scale)
-
-
-def put_finished(memory, at, row):
-    memory[np.uint32(at)], memory[np.uint32(at + WARPS)] = row.maximum, row.factor
-    memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)] = row.log_s, row.at_label
+        m, log_s = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
+        factor, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
+    return Finished(c.zero, m, log_s, factor, at_label, scale)
 
 
 # write
@@ -329,7 +304,7 @@ def write(call, place, label, row, ref, values, second, memory):
         return
     y, kept, begin = np.int64(-1), True, np.int64(place.first)
     if sparse:
-        y, kept = label_within(call, start_of(call.labels, place.row))
+        y, kept = label_within(call, row_of(call.labels, place))
     fall = c.one / c.unshift
     if apart:
         fall = exp_minus_scaled(ref.maximum, row.maximum)
@@ -339,52 +314,37 @@ def write(call, place, label, row, ref, values, second, memory):
     while True:
         part = part_of(call, place, begin)
         if not held:
-            load(values, start_of(call.x, place.row), part)
+            load(fetch_x, values, row_of(call.x, place), part)
             if targets:
                 find_targets(call, place, part, second)
-        make(call, values, second, ref, row, scales, kept)
-        target = start_of(call.out, place.row)
-        store(target, values, part)
-        if sparse and kept and 0 <= y - begin < part.length:
-            store_label(target + y * size, np.int32(y - begin), part.shift, row.at_label)
-        if not chunked:
-            break
-        begin += call.capacity
-        if begin >= place.last:
-            break
-
-
-def make(call, values, u, ref, row, scales, kept):
-    """Of the elements a thread holds, or of their exponentials, what is written."""
-    for i in range(count):
-        e, slope = values[i], c.one
-        if logs:
-            values[i] = log_of(e, row)
-        else:
-            if not held:
-                e, slope = term_of(call, e, ref)
-            values[i] = product_of(e, slope, u[i], ref, row, scales)
-    if sparse and not kept:
         for i in range(count):
-            values[i] = c.zero
+            values[i] = written_of(call, values[i], second[i], row, ref, scales)
+        if sparse and not kept:
+            for i in range(count):
+                values[i] = c.zero
+        store(row_of(call.out, place), values, part)
+        if sparse and kept and 0 <= y - begin < part.length:
+            store_label(row_of(call.out, place) + y * size, np.int32(y - begin), part, row.at_label)
+        begin += call.capacity
+        if not chunked or begin >= place.last:
+            break
 
 
-def store(row_address, values, part):
-    target = row_address + part.begin * size
+def store(row, values, part):
+    target = row + part.begin * size
     limit = whole_below(target, part)
-    for q in range(vectors):
-        j = nth(q, part.shift)
+    for i in range(0, count, lanes):
+        j = nth(i, part.shift)
         if np.uint32(j) < limit:
-            deliver(target + j * size, values, q * lanes)
+            deliver(target + j * size, values, i)
         elif not aligned and j < part.length:
-            for i in range(lanes):
-                if np.uint32(j + i) < np.uint32(part.length):
-                    write_out(target + (j + i) * size, values[q * lanes + i])
+            for k in range(lanes):
+                if np.uint32(j + k) < np.uint32(part.length):
+                    write_out(target + (j + k) * size, values[i + k])
 
 
-def store_label(address, at, shift, value):
+def store_label(address, at, part, value):
     """The thread that has stored the element of the label stores it once more."""
-    for q in range(vectors):
-        j = nth(q, shift)
-        if j <= at and at < j + lanes:
+    for i in range(0, count, lanes):
+        if nth(i, part.shift) <= at < nth(i, part.shift) + lanes:
             write_out(address, value)

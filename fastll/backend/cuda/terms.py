@@ -9,48 +9,29 @@ from fastll.backend.cuda.teams import *
 from fastll.backend.cuda.threads import TOGETHER
 
 
-def identity():
-    return Sum(c.zero, c.zero)
-
-
-def merged(a, b):
-    return add(a, b)
-
-
-def put(memory, at, step, state):
-    put_sum(memory, at, step, state)
-
-
-def take(memory, at, step, peer):
-    return take_sum(memory, at, step, peer)
-
-
 def finished(call, state, label, scale):
-    value = call.scale * (state.high + state.low)
-    return Finished(value, c.zero, c.zero, c.zero, c.zero, c.zero, scale)
+    value = call.scale * (state.below.high + state.below.low)
+    return Finished(value, c.zero, c.zero, c.zero, c.zero, scale)
 
 
 def fold_part(call, place, part, values, second, lane, memory):
     """For teams: leave the sum of a chunk for `collected`."""
     if paired:
-        load_second(second, start_of(call.second, place.row), part)
-    clear(lane)
-    for q in range(vectors):
-        j = nth(q, part.shift)
-        for i in range(lanes):
-            found = term(values, second, q * lanes + i)
-            lane[i] += found if 0 <= j + i < part.length else c.zero
+        load(fetch_second, second, row_of(call.second, place), part)
+    for i in range(count):
+        value = term(values, second, i)
+        lane[i % lanes] += value if inside(i, part) else c.zero
     post_lanes(lane, part, memory, SUMS)
     return reference(-c.infinity)
 
 
 def collected(memory, member, ref):
-    return collect(memory, SUMS, member)
+    return State(-c.infinity, collect(memory, SUMS, member), c.zero, nothing, nothing)
 
 
 def fold_alone(call, place, held, second, memory):
     """For threads on their own."""
-    total, stop = Sum(c.zero, c.zero), call.classes if place.live else 0
+    total, stop = nothing, call.classes if place.live else 0
     for begin in range(place.lane, stop, call.lanes * TOGETHER):
         part = c.zero
         for i in range(TOGETHER):
@@ -61,4 +42,4 @@ def fold_alone(call, place, held, second, memory):
                     second[i] = second_element(call, place, j)
                 part += term(held, second, i)
         total = plus(total, part)
-    return total, reference(-c.infinity)
+    return State(-c.infinity, total, c.zero, nothing, nothing), reference(-c.infinity)

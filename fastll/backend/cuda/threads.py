@@ -35,7 +35,6 @@ class Place(NamedTuple):
     live: bool  # whether there is such a row
     lane: int  # of the threads that share it
     apart: int  # how far these are from each other
-    source: int  # address of the row in x
     tile: int  # place of the row in shared memory
 
 
@@ -56,24 +55,14 @@ def locate(call, memory):
     if staged:
         move(memory, call.x.address + first_row * call.x.outer, present, call.classes, True)
         cuda.syncthreads()
-    source = call.x.address + outer * call.x.outer + inner * call.x.inner
     apart = rows_of_block if call.across else 1
     tile = local_row * (call.classes | 1)
-    return Place(first_row, present, outer, inner, row < call.rows, lane, apart, source, tile)
+    return Place(first_row, present, outer, inner, row < call.rows, lane, apart, tile)
 
 
 def start_of(operand, place):
-    """Address of the thread's row, or of its entry, in an operand."""
+    """Address of the row, or of its entry, in an operand."""
     return operand.address + place.outer * operand.outer + place.inner * operand.inner
-
-
-def find_label(call, place, memory):
-    if sparse and place.live:
-        y, kept = label_within(call, start_of(call.labels, place))
-        if y >= 0:
-            return label_of(call, y, kept, element(call, place, memory, y))
-        return no_label(kept)
-    return no_label(True)
 
 
 # access to the elements of a row
@@ -85,11 +74,11 @@ def move(memory, address, count, classes, inwards):
     There their pitch is odd, so that neighbouring rows are in different banks.
     """
     part = cuda.local.array(lanes, real)
-    elements, width, ready = np.uint32(count * classes), np.uint32(classes), np.uint32(0)
+    elements, width, whole = np.uint32(count * classes), np.uint32(classes), np.uint32(0)
     if address & (VECTOR - 1) == 0:
-        ready = np.uint32(elements & ~np.uint32(lanes - 1))
+        whole = np.uint32(elements & ~np.uint32(lanes - 1))
     at = np.uint32(cuda.threadIdx.x * lanes)
-    while at < ready:
+    while at < whole:
         if inwards:
             fetch_x(part, 0, address + at * size, True)
         i = np.uint32(at // width)
@@ -105,10 +94,9 @@ def move(memory, address, count, classes, inwards):
         if not inwards:
             deliver(address + at * size, part, 0)
         at = np.uint32(at + cuda.blockDim.x * lanes)
-    at = np.uint32(ready + cuda.threadIdx.x)
+    at = np.uint32(whole + cuda.threadIdx.x)
     while at < elements:
-        i = np.uint32(at // width)
-        place = np.uint32(i * (width | 1) + (at - i * width))
+        place = np.uint32(at + at // width * ((width | 1) - width))
         if inwards:
             memory[place] = read_x(address + at * size)
         else:
@@ -119,15 +107,11 @@ def move(memory, address, count, classes, inwards):
 def element(call, place, memory, j):
     if staged:
         return memory[np.uint32(place.tile + j)]
-    return read_x(place.source + j * call.x.classes)
+    return read_x(start_of(call.x, place) + j * call.x.classes)
 
 
 def second_element(call, place, j):
     return read_second(start_of(call.second, place) + j * call.second.classes)
-
-
-def target(call, place, j):
-    return target_of(call, second_element(call, place, j) if dense else c.zero, j)
 
 
 def put_element(call, place, memory, j, value):
@@ -144,7 +128,7 @@ def fold(call, place, held, u, memory):
     """The state of a thread's elements, and their reference."""
     if two_passes:
         return fold_staged(call, place, memory)
-    state, ref = identity(), reference(-c.infinity)
+    state, ref = identity, reference(-c.infinity)
     stop = call.classes if place.live and not whole_state else 0
     for begin in range(place.lane, stop, call.lanes * TOGETHER):
         top = load(call, place, begin, held, u, memory)
@@ -159,16 +143,15 @@ def fold(call, place, held, u, memory):
 
 def fold_staged(call, place, memory):
     """The same of a row in shared memory: its maximum first, then its exponentials."""
-    tile, width = np.uint32(place.tile), np.uint32(call.classes if place.live else 0)
-    top, j = -c.infinity, np.uint32(0)
+    width, top, j = np.uint32(call.classes if place.live else 0), -c.infinity, np.uint32(0)
     while j < width:
-        top = larger(top, memory[np.uint32(tile + j)])
+        top = larger(top, element(call, place, memory, j))
         j = np.uint32(j + 1)
     ref = reference(top)
-    level, part, equal, total = top - ref.offset, c.zero, c.zero, Sum(c.zero, c.zero)
+    level, part, equal, total = top - ref.offset, c.zero, c.zero, nothing
     j = np.uint32(0)
     while j < width:
-        v = memory[np.uint32(tile + j)] - ref.offset
+        v = element(call, place, memory, j) - ref.offset
         if v == level:
             equal += c.one
         else:
@@ -177,8 +160,7 @@ def fold_staged(call, place, memory):
         if j & np.uint32(15) == 0:  # so often that nothing is lost
             total, part = plus(total, part), c.zero
     below = relative_to(ref.lead, plus(total, part))
-    equal = equal if top > -c.infinity else c.zero
-    return State(top, below, equal, Sum(c.zero, c.zero), Sum(c.zero, c.zero)), ref
+    return State(top, below, equal if top > -c.infinity else c.zero, nothing, nothing), ref
 
 
 def load(call, place, begin, held, u, memory):
@@ -197,7 +179,7 @@ def load(call, place, begin, held, u, memory):
                 if u[i] == c.zero:
                     v = -c.infinity
             if targets:
-                u[i] = target(call, place, j)
+                u[i] = target_of(call, second_element(call, place, j) if dense else c.zero, j)
             held[i] = v
             if v > top:
                 top = v
@@ -272,7 +254,7 @@ def finish(call, place, label, state, memory):
         state = State(read_state(at), below, at_maximum, state.distance, state.mass)
     row = finished(call, state, label, gradient_scale(call))
     if place.live and place.lane == 0:
-        store_results(call, start_of(call.value, place), start_of(call.lse, place), row)
+        store_results(call, place, row)
     return row
 
 
@@ -290,7 +272,7 @@ def finish_exactly(call, place, label, state, memory):
             elif s < 0.0:
                 result = np.nan
             write_double(start_of(call.lse, place), result)
-    return Finished(c.zero, c.zero, c.zero, c.zero, c.zero, c.zero, c.zero)
+    return Finished(c.zero, c.zero, c.zero, c.zero, c.zero, c.zero)
 
 
 def log_of_sum(below, at_maximum):
@@ -325,7 +307,16 @@ def write(call, place, label, row, ref, held, u, memory):
     scales = scales_of(row.factor, c.one / c.unshift, ref.lead)
     j, stop, step = index(place.lane), index(call.classes if place.live else 0), index(call.lanes)
     while j < stop:
-        write_element(call, place, label, row, ref, scales, memory, j)
+        x, u = element(call, place, memory, j), c.zero
+        if targets:
+            u = target_of(call, second_element(call, place, j) if dense else c.zero, j)
+        value = written_of(call, x, u, row, ref, scales)
+        if sparse:
+            if not staged and j == label.number:
+                value = row.at_label
+            if not label.kept:
+                value = c.zero
+        put_element(call, place, memory, j, value)
         j = index(j + step)
     if staged:
         if sparse and label.kept and label.number >= 0:
@@ -333,19 +324,3 @@ def write(call, place, label, row, ref, held, u, memory):
         cuda.syncthreads()
         address = call.out.address + place.first_row * call.out.outer
         move(memory, address, place.present, call.classes, False)
-
-
-def write_element(call, place, label, row, ref, scales, memory, j):
-    """Write element j; of a staged row, that of the label follows."""
-    x = element(call, place, memory, j)
-    if logs:
-        value = log_of(x, row)
-    else:
-        e, slope = term_of(call, x, ref)
-        value = product_of(e, slope, target(call, place, j) if targets else c.zero, ref, row, scales)
-        if sparse:
-            if not staged and j == label.number:
-                value = row.at_label
-            if not label.kept:
-                value = c.zero
-    put_element(call, place, memory, j, value)

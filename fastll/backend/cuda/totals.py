@@ -7,8 +7,6 @@ All in float64: there is one number per row at most.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from fastll.backend.cuda import calls, variants, warps
@@ -25,8 +23,7 @@ SHARED = 2 * 8 * warps.WARPS
 
 _read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
 _shared = variants.shared(np.float64)
-_post, _collect, _maximum = _shared.post, _shared.collect, _shared.maximum_of_team
-_joined = _shared.joined
+_sum, _maximum, _joined = _shared.sum_of_block, _shared.maximum_of_team, _shared.joined
 
 
 @device
@@ -35,30 +32,11 @@ def _write_reciprocals(address, total):
     _write_single(address + 8, 1.0 / total)
 
 
-class AddUp(NamedTuple):
-    """Formats of the numbers and of their sum."""
-
-    values: str
-    out: str
-
-
-class Weigh(NamedTuple):
-    """The format and the number of axes of labels, and the format of class weights."""
-
-    labels: str
-    axes: int
-    weight: str | None
-
-
-class Merge(NamedTuple):
-    """Nothing differs."""
-
-
 @kernels
-def add_up(variant):
-    """The kernel that adds up numbers; the last one of a tree divides."""
-    read, write = reader(variant.values, np.float64), writer(variant.out, np.float64)
-    size, out_size = size_of(variant.values), size_of(variant.out)
+def add_up(values, out):
+    """The kernel that adds up numbers of a format; the last one of a tree divides."""
+    read, write = reader(values, np.float64), writer(out, np.float64)
+    size, out_size = size_of(values), size_of(out)
 
     def run(call):
         memory = cuda.shared.array(0, np.float64)
@@ -66,11 +44,8 @@ def add_up(variant):
         first, end = block * UNIT + cuda.threadIdx.x, min(call.size, (block + 1) * UNIT)
         for i in range(first, end, THREADS):
             total += read(call.values + i * size)
-        _post(total, memory, 0)
-        cuda.syncthreads()
+        total = _sum(total, memory)
         if cuda.threadIdx.x == 0:
-            found = _collect(memory, 0, 0)
-            total = found.high + found.low
             total /= _read(call.denominator) if call.denominator != 0 else call.divisor
             write(call.out + block * out_size, total)
             if call.reciprocals != 0:
@@ -80,14 +55,13 @@ def add_up(variant):
 
 
 @kernels
-def weigh(variant):
+def weigh(labels, axes, weight):
     """The kernel that adds up the weights of a thread block's labels, and finds the first bad one.
 
     If there is one thread block it leaves all of the words.
     """
-    weighted, axes = variant.weight is not None, variant.axes
-    read_label = integer_reader(variant.labels)
-    read_weight = reader(variant.weight or "float64", np.float64)
+    read_label, weighted = integer_reader(labels), weight is not None
+    read_weight = reader(weight or "float64", np.float64)
 
     @device
     def address_of(call, i):
@@ -112,11 +86,8 @@ def weigh(variant):
                     first_bad = max(first_bad, -np.float64(i))
         if call.bad != 0:
             first_bad = _maximum(first_bad, memory, warps.WARPS)
-        _post(total, memory, 0)
-        cuda.syncthreads()
+        total = _sum(total, memory)
         if cuda.threadIdx.x == 0:
-            found = _collect(memory, 0, 0)
-            total = found.high + found.low
             _write(call.out + block * 8, total)
             if cuda.gridDim.x == 1:
                 _write_reciprocals(call.out + 8, total)
@@ -126,13 +97,14 @@ def weigh(variant):
     return Kernel(run, calls.Weigh, np.float64, sizes=axes, steps=axes)
 
 
-@kernels
-def merge(variant):
-    """The kernel that adds one running state (rows, 3) to another; without the other, the identity."""
+@device
+def _read_state(address):
+    return _read(address), _read(address + 8), _read(address + 16)
 
-    @device
-    def read_state(address):
-        return _read(address), _read(address + 8), _read(address + 16)
+
+@kernels
+def merge():
+    """The kernel that adds one running state (rows, 3) to another; without the other, the identity."""
 
     def run(call):
         row = np.int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
@@ -140,7 +112,7 @@ def merge(variant):
             return
         at, m, below, at_maximum = call.state + row * 24, -np.inf, 0.0, 0.0
         if call.other != 0:
-            m, below, at_maximum = _joined(read_state(at), read_state(call.other + row * 24))
+            m, below, at_maximum = _joined(_read_state(at), _read_state(call.other + row * 24))
         _write(at, m)
         _write(at + 8, below)
         _write(at + 16, at_maximum)

@@ -14,20 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import maths, states, warps
+from fastll.backend.cuda import maths, primitives, states, warps
 from fastll.backend.cuda.compiler import device
-from fastll.backend.cuda.primitives import (
-    compute_type,
-    integer_reader,
-    lanes_of,
-    reader,
-    size_of,
-    value_format,
-    vector_reader,
-    vector_writer,
-    writer,
-)
-from fastll.formulas import TERMS, bind, constants, texts
+from fastll.backend.cuda.primitives import compute_type, lanes_of, reader, size_of, writer
+from fastll.formulas import TERMS, bind, texts
 
 
 class Variant(NamedTuple):
@@ -64,13 +54,21 @@ def bound(names, *modules):
 @cache
 def shared(real, approximate=False, modern=False, targets=False, clustered=False):
     """What many variants share: formulas, and the texts of `maths`, `warps` and `states`."""
-    names = {"c": constants.of(np.dtype(real).name), "targets": targets, "clustered": clustered}
+    zero = real(0)
+    nothing = maths.Sum(zero, zero)
+    names = {
+        "targets": targets,
+        "clustered": clustered,
+        "nothing": nothing,
+        "identity": states.State(real(-np.inf), nothing, zero, nothing, nothing),
+        "read_peer": primitives.peer_reader(real),
+    }
     return bound(vars(maths.of(real, approximate, modern)) | names, warps, states)
 
 
 def names(v):
-    """The names of a variant."""
-    x, out = v.x, v.out or v.x
+    """The names of a variant: its own, those of what it shares, and what follows from it."""
+    x, out, value = v.x, v.out or v.x, compute_type(v.x).__name__
     terms, weighted = v.operation in TERMS, v.operation == "logsumexp" and v.second is not None
     entropy = v.operation == "cross_entropy"
     dense, sparse = entropy and v.second is not None, entropy and v.labels is not None
@@ -79,57 +77,54 @@ def names(v):
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(x)
     f = shared(real, size_of(x) == 2 and not weighted, v.modern, targets, v.cluster > 1)
-    value = value_format(compute_type(x))
     # the slope of the cap needs the elements themselves once more
-    held = v.out is not None and not v.capped and not v.chunked
+    held = v.vectors > 0 and v.out is not None and not v.capped and not v.chunked
     floating = x if v.vectors or v.staged else "float32"
-    return vars(f) | {
-        "real": real,  # the type that is computed in
-        "paired": v.second is not None,  # whether there is a second full operand
-        "weighted": weighted,  # a log-sum-exp of weighted elements
-        "entropy": entropy,  # a cross-entropy
-        "dense": dense,
-        "sparse": sparse,
-        "logs": logs,  # a log-softmax
-        # a log-sum-exp that is finished in float64: weighted, or of a running state
-        "exact": v.operation == "logsumexp" and (weighted or v.state or v.signed),
-        "whole_state": v.state and v.operation != "logsumexp",  # the state is that of the whole row
-        "capped": v.capped,
-        "weighted_classes": v.weight is not None,
-        "running": v.state,
-        "signed": v.signed,
-        "written": v.out is not None,
-        "staged": v.staged,
-        "index": np.uint32 if v.staged else np.int64,  # type of the number of a class
-        # rereading shared memory is cheaper than rescaling sums for each new maximum
-        "two_passes": v.staged and not (targets or v.capped or terms),
-        "held": held,  # exponentials stay in registers until they are written
-        "aligned": v.aligned,
-        "chunked": v.chunked,
-        # what is held is relative to the maximum of one thread block of a cluster
-        "apart": v.cluster > 1 and held and not logs,
-        "cluster": v.cluster,
-        "lanes": lanes_of(floating),  # elements of a vector
-        "size": size_of(x),  # bytes of an element
-        "vectors": v.vectors,  # that a thread holds, and their elements
-        "count": v.vectors * lanes_of(floating),
-        "read_x": reader(x, real),  # readers take an address, writers an address and a number
-        "read_second": reader(v.second or x, real),
-        "read_weight": reader(v.weight or value, real),
-        "read_number": reader(value, real),
-        "read_label": integer_reader(v.labels or "int64"),
-        "read_state": reader("float64", real),
-        "read_double": reader("float64"),
-        "write_out": writer(out, real),
-        "write_value": writer(value, real),
-        "write_double": writer(value, np.float64),  # the same of a double
-        "write_state": writer("float64"),
-        "joined": shared(np.float64).joined,
-        "fetch_x": vector_reader(floating, -np.inf if v.vectors else 0.0),
-        "fetch_second": vector_reader(floating, 0.0),
-        "deliver": vector_writer(floating, v.modern),
-        "term": _term(f, v) if terms else None,  # (values, second, i): that of an element held
-    }
+    return (
+        v._asdict()
+        | vars(f)
+        | {
+            "real": real,  # the type that is computed in
+            "paired": v.second is not None,  # whether there is a second full operand
+            "weighted": weighted,  # a log-sum-exp of weighted elements
+            "entropy": entropy,
+            "dense": dense,
+            "sparse": sparse,
+            "logs": logs,
+            # a log-sum-exp that is finished in float64: weighted, or of a running state
+            "exact": v.operation == "logsumexp" and (weighted or v.state or v.signed),
+            "whole_state": v.state and v.operation != "logsumexp",  # the state is that of the whole row
+            "weighted_classes": v.weight is not None,
+            "running": v.state,
+            "written": v.out is not None,
+            "index": np.uint32 if v.staged else np.int64,  # type of the number of a class
+            # rereading shared memory is cheaper than rescaling sums for each new maximum
+            "two_passes": v.staged and not (targets or v.capped or terms),
+            "held": held,  # exponentials stay in registers until they are written
+            # what is held is relative to the maximum of one thread block of a cluster
+            "apart": v.cluster > 1 and held and not logs,
+            "lanes": lanes_of(floating),  # elements of a vector
+            "size": size_of(x),  # bytes of an element
+            "count": v.vectors * lanes_of(floating),  # elements that a thread of a team holds
+            # readers take an address, writers an address and a number
+            "read_x": reader(x, real),
+            "read_second": reader(v.second or x, real),
+            "read_weight": reader(v.weight or value, real),
+            "read_number": reader(value, real),
+            "read_label": primitives.integer_reader(v.labels or "int64"),
+            "read_state": reader("float64", real),
+            "read_double": reader("float64"),
+            "write_out": writer(out, real),
+            "write_value": writer(value, real),
+            "write_double": writer(value, np.float64),  # the same of a double
+            "write_state": writer("float64"),
+            "joined": shared(np.float64).joined,
+            "fetch_x": primitives.vector_reader(floating, lowest=v.vectors > 0),
+            "fetch_second": primitives.vector_reader(floating),
+            "deliver": primitives.vector_writer(floating, v.modern),
+            "term": _term(f, v) if terms else None,  # (values, second, i): that of an element held
+        }
+    )
 
 
 def _term(f, v):

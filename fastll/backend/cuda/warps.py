@@ -16,7 +16,7 @@ import numpy as np
 
 from fastll.backend.cuda.compiler import cuda
 from fastll.backend.cuda.maths import *
-from fastll.backend.cuda.primitives import WARP, larger, shuffle
+from fastll.backend.cuda.primitives import WARP, larger
 
 #: Most warps of a thread block, and so the numbers of one kind that they leave in shared memory.
 WARPS = 32
@@ -24,13 +24,13 @@ WARPS = 32
 
 def warp_maximum(value):
     for mask in (16, 8, 4, 2, 1):
-        value = larger(value, shuffle(value, mask))
+        value = larger(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, mask))
     return value
 
 
 def warp_sum(value):
     for mask in (16, 8, 4, 2, 1):
-        value += shuffle(value, mask)
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, mask)
     return value
 
 
@@ -72,8 +72,18 @@ def post(value, memory, at):
 
 def collect(memory, at, member):
     """The sum of a team, by its number in the thread block."""
-    total = Sum(c.zero, c.zero)
+    total = nothing
     first = np.uint32(at + member * warps_of_team())
     for i in range(warps_of_team()):
         total = plus(total, memory[np.uint32(first + i)])
     return total
+
+
+def sum_of_block(value, memory):
+    """The sum of a thread block, for its first thread."""
+    post(value, memory, 0)
+    cuda.syncthreads()
+    total = nothing
+    if cuda.threadIdx.x == 0:
+        total = collect(memory, 0, 0)
+    return total.high + total.low
