@@ -23,7 +23,7 @@ from fastll.formulas.vocabulary import constants, fma, where_gt
 
 pytest.importorskip("numba_cuda")
 device, ptx, cuda = map(import_module, ("device", "ptx", "fastll.backend.cuda"))
-compiler, folds, geometry, launch, maps, primitives, teams, variants = (
+compiler, folds, geometry, launch, maps, primitives, states, teams = (
     import_module(f"fastll.backend.cuda.{name}")
     for name in (
         "compiler",
@@ -32,8 +32,8 @@ compiler, folds, geometry, launch, maps, primitives, teams, variants = (
         "launch",
         "maps",
         "primitives",
+        "states",
         "teams",
-        "variants",
     )
 )
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -53,7 +53,7 @@ def launched():
     entropy, single = "cross_entropy", {"modern": True, "aligned": True, "vectors": 8}
     half = maps.Operand("bfloat16", vectors=True)
     whole = maps.Operand("float32", vectors=True)
-    rows_of = variants.Variant
+    rows_of = folds.Variant
     return {
         "softmax float32": (rows_of("softmax", "float32", out="float32", **single), 768),
         "softmax float32 of any length": (
@@ -87,7 +87,7 @@ def launched():
 
 
 def kernel_of(variant):
-    return (folds if isinstance(variant, variants.Variant) else maps).kernel(variant)
+    return (folds if isinstance(variant, folds.Variant) else maps).kernel(variant)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
@@ -195,7 +195,6 @@ def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
     monkeypatch.setattr(geometry, "BLOCK", 32)
     monkeypatch.setattr(geometry, "CLUSTERS", (1, cluster))
     monkeypatch.setattr(geometry, "team", geometry.team.__wrapped__)
-    monkeypatch.setattr(cuda, "_team_kernel", cuda._team_kernel.__wrapped__)
     classes = 9003
     x = (5 * rng.standard_normal((3, classes))).astype(np.float32)
     x[0, 7000] = 30
@@ -376,8 +375,8 @@ def trial(monkeypatch, gpu):
         monkeypatch.setitem(table, name, row)
     # what was bound before the rows were there is bound anew
     monkeypatch.setattr(maths, "of", cache(maths.of.__wrapped__))
-    variants = import_module("fastll.backend.cuda.variants")
-    monkeypatch.setattr(variants, "shared", cache(variants.shared.__wrapped__))
+    monkeypatch.setattr(states, "shared", cache(states.shared.__wrapped__))
+    monkeypatch.setattr(folds, "shared", states.shared)
     return SimpleNamespace(
         gpu=gpu,
         backend=cuda.Backend(gpu, 7, None),

@@ -6,14 +6,14 @@ An operation's kernel is made for the formats and options it meets, when it firs
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from math import nan
 from typing import Any
 
 import numpy as np
 
 from fastll import contract
-from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals, variants
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals
 from fastll.backend.cuda.calls import Array, Full, Line, Row, address, format_of, placed
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
@@ -91,9 +91,9 @@ class Backend:
         rows = _team_rows(call)
         return self._by_threads(call) if rows is None else self._by_teams(rows)
 
-    def _variant(self, call: contract.Fold) -> variants.Variant:
-        """What the kernel of a fold is made for, whatever its rows are like."""
-        return variants.Variant(
+    def _kernel(self, call: contract.Fold, **rows: Any) -> Kernel:
+        """The kernel of a fold, for rows that are like that."""
+        variant = folds.Variant(
             call.operation,
             format_of(call.x),
             second=format_of(call.second),
@@ -105,19 +105,24 @@ class Backend:
             smoothed=call.options.label_smoothing != 0.0,
             capped=call.options.softcap != 0.0,
             modern=self._gpu.capability >= (8, 0),
+            **rows,
         )
+        return folds.kernel(variant)
 
     def _by_teams(self, call: contract.Fold) -> contract.Kernel:
         """Rows along one axis, of contiguous classes."""
-        rows, classes = call.x.shape[:2]
-        plan = geometry.team(
-            classes, format_of(call.x), 1 if call.second is None else 2, self._gpu.capability
-        )
+        (rows, classes, _), name = call.x.shape, format_of(call.x)
+        inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
+        plan = geometry.team(classes, name, inputs, self._gpu.capability)
         told = _told(call, segment=plan.segment, capacity=plan.capacity)
-        aligned = classes % lanes_of(format_of(call.x)) == 0 and not any(
+        aligned = classes % lanes == 0 and not any(
             (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
         )
-        kernel, shared = _team_kernel(self._variant(call), plan, aligned, classes)
+        kernel = self._kernel(
+            call, vectors=plan.vectors, cluster=plan.cluster, chunked=plan.chunked, aligned=aligned
+        )
+        exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
+        shared = (teams.SCRATCH + exchanged) * kernel.real_size
         blocks, block = -(-rows // plan.teams) * plan.cluster, (plan.threads, plan.teams)
         return self._bound(kernel, blocks, block, told, shared, bound=plan.bound)
 
@@ -135,14 +140,13 @@ class Backend:
                 if a is not None
             )
         )
-        kernel = folds.kernel(self._variant(call)._replace(staged=staged))
-        real_size = np.dtype(kernel.real).itemsize
+        kernel = self._kernel(call, staged=staged)
         per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
         if staged:
-            per_block = threads = geometry.staged_rows(classes, real_size)
-            shared = threads * (classes | 1) * real_size
+            per_block = threads = geometry.staged_rows(classes, kernel.real_size)
+            shared = threads * (classes | 1) * kernel.real_size
         elif lanes > 1:
-            shared = states.PARTS * threads * real_size
+            shared = states.PARTS * threads * kernel.real_size
         across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
         told = _told(call, lanes=lanes, across=across)
         return self._bound(kernel, -(-outer * inner // per_block), (threads, 1), told, shared)
@@ -158,10 +162,11 @@ class Backend:
     ) -> contract.Kernel:
         """A `Kernel` of the contract; `bound` is the most threads the kernel is compiled for."""
         words = calls.words(told, kernel.real)
-        go = partial(
-            self._gpu.launch, kernel, self._stream, blocks, block, words, bound=bound, shared=shared
-        )
-        return lambda start, stop: go()
+
+        def go(start: int, stop: int) -> None:
+            self._gpu.launch(kernel, self._stream, blocks, block, words, bound=bound, shared=shared)
+
+        return go
 
     def _total(self, kernel: Kernel, blocks: int, told: tuple[Any, ...]) -> None:
         """Launch a kernel of `totals`."""
@@ -171,18 +176,14 @@ class Backend:
     def labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
     ) -> tuple[Array, Weight]:
-        kept = Weight(partial(self._weigh, labels, classes, ignore_index, weight))
+        weigh = partial(self._weigh, labels, classes, ignore_index, weight)
+        kept = Weight(partial(weigh, check=False))
         if check:
-            kept.words = self._weigh(labels, classes, ignore_index, weight, check=True)
+            kept.words = weigh(check=True)
         return labels, kept
 
     def _weigh(
-        self,
-        labels: Array,
-        classes: int,
-        ignore_index: int,
-        weight: Array | None,
-        check: bool = False,
+        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
     ) -> Array:
         """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
         flat = labels.reshape(-1) if labels.flags.c_contiguous else labels
@@ -236,16 +237,13 @@ class Backend:
             place = address(denominator.words)
         elif denominator is not None:
             divisor = float(denominator)
-        while values.size > totals.UNIT:
-            blocks = -(-values.size // totals.UNIT)
-            sums = self._empty((blocks,), np.float64)
-            kernel = totals.add_up(format_of(values), "float64")
-            told = calls.Total(values.size, address(values), address(sums), 0, 0, 1.0)
-            self._total(kernel, blocks, told)
+        blocks = 0
+        while blocks != 1:
+            blocks = max(1, -(-values.size // totals.UNIT))
+            sums = out if blocks == 1 else self._empty((blocks,), np.float64)
+            told = calls.Total(values.size, address(values), address(sums), place, reciprocals, divisor)
+            self._total(totals.add_up(format_of(values), format_of(sums)), blocks, told)
             values = sums
-        kernel = totals.add_up(format_of(values), format_of(out))
-        told = calls.Total(values.size, address(values), address(out), place, reciprocals, divisor)
-        self._total(kernel, 1, told)
 
     def fill_identity(self, state: contract.Floats) -> None:
         self.merge(state)
@@ -280,21 +278,6 @@ def _in_vectors(a: Array, x: Array) -> bool:
         and address(a) % VECTOR == 0
         and (a.shape[0] == 1 or a.strides[0] % VECTOR == 0)
     )
-
-
-@lru_cache(1024)
-def _team_kernel(
-    variant: variants.Variant, plan: geometry.Team, aligned: bool, classes: int
-) -> tuple[Kernel, int]:
-    """The kernel for rows in teams, and bytes of shared memory."""
-    kernel = folds.kernel(
-        variant._replace(
-            vectors=plan.vectors, cluster=plan.cluster, chunked=plan.chunked, aligned=aligned
-        )
-    )
-    lanes = lanes_of(variant.x)
-    exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
-    return kernel, (teams.SCRATCH + exchanged) * np.dtype(kernel.real).itemsize
 
 
 def _weighted(call: contract.Fold) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -43,7 +43,8 @@ class Kernel:
         self, function: Callable[[Any], None], call: type, real: type, cluster: int = 1, **lengths: int
     ) -> None:
         self.function = function
-        self.real = real  # the NumPy type of the numbers in the call
+        self.real = real  # the NumPy type of the numbers in the call, and its bytes
+        self.real_size = np.dtype(real).itemsize
         self.cluster = cluster  # thread blocks that work together
         self.argument = _argument(call, real, lengths)
 
@@ -92,6 +93,15 @@ def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that vanishes into the kernels that call it."""
     compiled: Callable[..., Any] = cuda.jit(device=True, forceinline=True)(function)
     return compiled
+
+
+def bound(names: dict[str, Any], *modules: ModuleType) -> SimpleNamespace:
+    """The texts of modules bound to names. Of two texts of one name, the later module's is taken; what
+    else the modules have goes by the earlier ones."""
+    found = {text.__name__: text for module in modules for text in formulas.texts(module)}
+    known = {name: value for module in reversed(modules) for name, value in vars(module).items()}
+    known = {name: value for name, value in (known | names).items() if name not in found}
+    return formulas.bind(known, device, list(found.values()))
 
 
 def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]:

@@ -3,28 +3,101 @@
 Threads find their place; load and fold their part of a row; merge what they have found; finish the row;
 and write what has its shape. Rows of contiguous classes have a team of threads each (`teams`), others
 and short ones a few threads or one (`threads`).
+
+The phases are plain functions, and so is what they call, in `maths`, `states`, `rows`, `teams`,
+`threads` and `terms`. Their texts are bound to the names of one variant: all of them, the formulas and
+what `names` has share one namespace.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
-from fastll.backend.cuda import calls, rows, teams, terms, threads, variants
-from fastll.backend.cuda.compiler import Kernel, cuda, kernels
-from fastll.backend.cuda.variants import bound
+from typing import NamedTuple
+
+import numpy as np
+
+from fastll.backend.cuda import calls, primitives, rows, teams, terms, threads
+from fastll.backend.cuda.compiler import Kernel, bound, cuda, kernels
+from fastll.backend.cuda.primitives import compute_type, lanes_of, reader, size_of, writer
+from fastll.backend.cuda.states import shared
 from fastll.formulas import TERMS
+
+
+class Variant(NamedTuple):
+    """The operation, and how its operands are stored (None: not there)."""
+
+    operation: str
+    x: str
+    second: str | None = None  # weights of elements, a dense target or a second distribution
+    labels: str | None = None
+    weight: str | None = None  # of classes
+    out: str | None = None
+    state: bool = False  # whether there is a running state
+    signed: bool = False  # whether the sign of a log-sum-exp is asked for
+    smoothed: bool = False
+    capped: bool = False
+    modern: bool = False  # compute capability 8 or more
+    staged: bool = False  # for threads on their own: whether rows go through shared memory
+    # for teams, which have vectors:
+    vectors: int = 0  # of a thread
+    cluster: int = 1  # thread blocks that share a row
+    chunked: bool = False  # whether a thread block takes its part of a row in chunks
+    aligned: bool = False  # whether every row begins and ends with a vector
+
+
+def names(v):
+    """The names of a variant: its own, those of what it shares, and these, which follow from it."""
+    stored, value, out = v.x, compute_type(v.x).__name__, v.out or v.x
+    terms, formula = v.operation in TERMS, None
+    paired, running, written = v.second is not None, v.state, v.out is not None
+    weighted_classes = v.weight is not None
+    weighted = v.operation == "logsumexp" and paired  # a log-sum-exp of weighted elements
+    # one that is finished in float64: weighted, or of a running state
+    exact = v.operation == "logsumexp" and (weighted or running or v.signed)
+    whole_state = running and v.operation != "logsumexp"  # the state is that of the whole row
+    entropy, logs = v.operation == "cross_entropy", v.operation == "log_softmax"
+    dense, sparse = entropy and paired, entropy and v.labels is not None
+    targets = dense or v.smoothed  # a cross-entropy with a target that is more than a point
+    # weights may cancel, and what is left of a sum must not be its rounding errors
+    real = np.float64 if weighted else compute_type(stored)
+    # exponentials stay in registers until they are written; the slope of the cap needs the elements
+    held = v.vectors > 0 and written and not v.capped and not v.chunked
+    # what is held is relative to the maximum of one thread block of a cluster
+    apart = v.cluster > 1 and held and not logs
+    # rereading shared memory is cheaper than rescaling sums for each new maximum
+    two_passes = v.staged and not (targets or v.capped or terms)
+    index = np.uint32 if v.staged else np.int64  # type of the number of a class
+    vector = stored if v.vectors or v.staged else "float32"
+    size, lanes = size_of(stored), lanes_of(vector)  # bytes of an element, elements of a vector
+    count = v.vectors * lanes  # elements that a thread of a team holds
+    # readers take an address, writers an address and a number
+    read_x, read_second = reader(stored, real), reader(v.second or stored, real)
+    read_weight, read_number = reader(v.weight or value, real), reader(value, real)
+    read_label = primitives.integer_reader(v.labels or "int64")
+    read_state, write_state = reader("float64", real), writer("float64")
+    read_double, write_double = reader("float64"), writer(value, np.float64)
+    write_out, write_value = writer(out, real), writer(value, real)
+    fetch_x = primitives.vector_reader(vector, lowest=v.vectors > 0)
+    fetch_second = primitives.vector_reader(vector)
+    deliver = primitives.vector_writer(vector, v.modern)
+    joined = shared(np.float64).joined
+    f = vars(shared(real, size == 2 and not weighted, v.modern, targets, v.cluster > 1))
+    if terms:
+        formula = f[TERMS[v.operation].formula.__name__]
+    return v._asdict() | f | locals()
 
 
 @kernels
 def kernel(variant):
-    """The kernel of a `variants.Variant`."""
+    """The kernel of a `Variant`."""
     alone, is_sum = not variant.vectors, variant.operation in TERMS
-    names = variants.names(variant)
-    f = bound(names, rows, threads if alone else teams, *([terms] if is_sum else []))
+    known = names(variant)
+    f = bound(known, rows, threads if alone else teams, *([terms] if is_sum else []))
     locate, find_label, merge, write = f.locate, f.find_label, f.merge, f.write
     fold = f.fold_alone if alone and is_sum else f.fold
-    finish = f.finish_exactly if names["exact"] else f.finish
-    real, held = names["real"], names["count"] or threads.TOGETHER
+    finish = f.finish_exactly if known["exact"] else f.finish
+    real, held = known["real"], known["count"] or threads.TOGETHER
 
     def reduce(call):
         memory = cuda.shared.array(0, real)

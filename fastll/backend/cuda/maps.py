@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, variants, warps
+from fastll.backend.cuda import calls, states
 from fastll.backend.cuda import primitives as p
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
@@ -21,7 +21,7 @@ HELD, ROUNDS = 8, 4
 #: Elements of a unit, whose values add up to one number.
 UNIT = THREADS * HELD * ROUNDS
 #: Bytes of shared memory: what the warps have found.
-SHARED = 8 * warps.WARPS
+SHARED = 8 * states.WARPS
 
 
 class Operand(NamedTuple):
@@ -54,7 +54,10 @@ def _loader(operand, real, lanes):
             fetch(held, at, address, left >= lanes)
         if fetch is None or left < lanes:
             for i in range(lanes):
-                held[at + i] = read(address + i * step) if i < left else real(0)
+                if i < left:
+                    held[at + i] = read(address + i * step)
+                elif fetch is None:
+                    held[at + i] = real(0)
 
     return load
 
@@ -85,8 +88,9 @@ def _mover(operand, lanes, at, pick, move):
         place = pick(call)
         step = size if vectors else place.inner
         address, left = place.address + outer * place.outer + first * step, call.length - first
-        for q in range(0, HELD, lanes):
-            move(held, at + q, address + q * THREADS * step, step, left - q * THREADS)
+        for q in range(HELD // lanes):
+            move(held, at + q * lanes, address + q * (THREADS * lanes) * step, step, left)
+            left -= THREADS * lanes
 
     return mover
 
@@ -134,7 +138,7 @@ def kernel(variant):
     """
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
     real, lanes = p.compute_type(x.format), p.lanes_of(x.format) if x.vectors else 4
-    f = variants.shared(real, p.size_of(x.format) == 2, variant.modern)
+    f = states.shared(real, p.size_of(x.format) == 2, variant.modern)
     zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p, f.log1p_sum, f.sum_of_block
     weighted, summed = variant.weight is not None, variant.partial
     together = row.log1p and summed and variant.value is None and not weighted

@@ -1,6 +1,6 @@
 """What belongs to a row and becomes of its state, whatever the threads of the row are.
 
-Texts, bound to the names of a variant: see `fastll.backend.cuda.variants`.
+Texts, bound to the names of a variant: see `fastll.backend.cuda.folds`.
 """
 
 # mypy: ignore-errors

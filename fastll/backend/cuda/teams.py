@@ -9,7 +9,7 @@ The order of a sum depends on the number of classes alone. Element j of a chunk 
 (lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
 another thread are exchanged before they fold.
 
-Texts, bound to the names of a variant: see `fastll.backend.cuda.variants`.
+Texts, bound to the names of a variant: see `fastll.backend.cuda.folds`.
 """
 
 # mypy: ignore-errors
@@ -24,7 +24,6 @@ import numpy as np
 from fastll.backend.cuda.compiler import cuda
 from fastll.backend.cuda.primitives import VECTOR, cluster_barrier, cluster_rank, larger
 from fastll.backend.cuda.rows import *
-from fastll.backend.cuda.warps import *
 
 #: Places in shared memory: what the warps and then the teams have found, and what became of it. (Each
 #: Python integer would make further versions of the functions that take it.)
@@ -324,7 +323,10 @@ def write(call, place, label, row, ref, values, second, memory):
                 values[i] = c.zero
         store(row_of(call.out, place), values, part)
         if sparse and kept and 0 <= y - begin < part.length:
-            store_label(row_of(call.out, place) + y * size, np.int32(y - begin), part, row.at_label)
+            for i in range(0, count, lanes):  # by the thread that has stored this element
+                j = nth(i, part.shift)
+                if j <= np.int32(y - begin) and np.int32(y - begin) < j + lanes:
+                    write_out(row_of(call.out, place) + y * size, row.at_label)
         begin += call.capacity
         if not chunked or begin >= place.last:
             break
@@ -341,10 +343,3 @@ def store(row, values, part):
             for k in range(lanes):
                 if np.uint32(j + k) < np.uint32(part.length):
                     write_out(target + (j + k) * size, values[i + k])
-
-
-def store_label(address, at, part, value):
-    """The thread that has stored the element of the label stores it once more."""
-    for i in range(0, count, lanes):
-        if nth(i, part.shift) <= at < nth(i, part.shift) + lanes:
-            write_out(address, value)

@@ -14,6 +14,13 @@ def finished(call, state, label, scale):
     return Finished(value, c.zero, c.zero, c.zero, c.zero, scale)
 
 
+def term(values, second, i):
+    """That of an element which a thread holds."""
+    if paired:
+        return formula(values[i], second[i])
+    return formula(values[i])
+
+
 def fold_part(call, place, part, values, second, lane, memory):
     """For teams: leave the sum of a chunk for `collected`."""
     if paired:

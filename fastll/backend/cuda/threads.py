@@ -4,7 +4,7 @@ The threads of a row take its classes in turn, four at a time, each with a runni
 by halves; how many they are depends on the number of classes alone. Rows that lie one after the other
 and are short come and go through shared memory, so that memory sees whole vectors.
 
-Texts, bound to the names of a variant: see `fastll.backend.cuda.variants`.
+Texts, bound to the names of a variant: see `fastll.backend.cuda.folds`.
 """
 
 # mypy: ignore-errors
@@ -262,7 +262,15 @@ def finish_exactly(call, place, label, state, memory):
     """Finish a log-sum-exp in float64, as running states are, with what is left where weights cancel;
     add it to the running state if there is one."""
     if place.live and place.lane == 0:
-        m, below, at_maximum = continued(call, place, state)
+        below = np.float64(state.below.high) + np.float64(state.below.low)
+        m, at_maximum = np.float64(state.maximum), np.float64(state.at_maximum)
+        if running:
+            at, step = start_of(call.state, place), call.state.classes
+            before = read_double(at), read_double(at + step), read_double(at + 2 * step)
+            m, below, at_maximum = joined(before, (m, below, at_maximum))
+            write_state(at, m)
+            write_state(at + step, below)
+            write_state(at + 2 * step, at_maximum)
         if call.lse.address != 0:
             s = below + at_maximum
             result = m + log_of_sum(below, at_maximum) if m > -np.inf else m + below
@@ -280,20 +288,6 @@ def log_of_sum(below, at_maximum):
     if abs(below) < abs(at_maximum):
         return math.log(abs(at_maximum)) + math.log1p(below / at_maximum)
     return math.log(abs(below + at_maximum)) if below + at_maximum != 0.0 else -np.inf
-
-
-def continued(call, place, state):
-    """Maximum and sums of a row in float64, and with what its running state has."""
-    below = np.float64(state.below.high) + np.float64(state.below.low)
-    m, at_maximum = np.float64(state.maximum), np.float64(state.at_maximum)
-    if running:
-        at, step = start_of(call.state, place), call.state.classes
-        before = read_double(at), read_double(at + step), read_double(at + 2 * step)
-        m, below, at_maximum = joined(before, (m, below, at_maximum))
-        write_state(at, m)
-        write_state(at + step, below)
-        write_state(at + 2 * step, at_maximum)
-    return m, below, at_maximum
 
 
 # write

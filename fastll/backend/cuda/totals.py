@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastll.backend.cuda import calls, variants, warps
+from fastll.backend.cuda import calls, states
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.primitives import integer_reader, reader, size_of, writer
 
@@ -19,10 +19,10 @@ UNIT = 16 * THREADS
 #: What `weigh` leaves of all labels: the sum, 1 / sum, and 1 / sum in float32.
 WEIGHT_WORDS = 3
 #: Bytes of shared memory: what the warps have found, twice.
-SHARED = 2 * 8 * warps.WARPS
+SHARED = 2 * 8 * states.WARPS
 
 _read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
-_shared = variants.shared(np.float64)
+_shared = states.shared(np.float64)
 _sum, _maximum, _joined = _shared.sum_of_block, _shared.maximum_of_team, _shared.joined
 
 
@@ -34,7 +34,7 @@ def _write_reciprocals(address, total):
 
 @kernels
 def add_up(values, out):
-    """The kernel that adds up numbers of a format; the last one of a tree divides."""
+    """The kernel that adds up numbers of a format; the last of a tree divides."""
     read, write = reader(values, np.float64), writer(out, np.float64)
     size, out_size = size_of(values), size_of(out)
 
@@ -46,10 +46,11 @@ def add_up(values, out):
             total += read(call.values + i * size)
         total = _sum(total, memory)
         if cuda.threadIdx.x == 0:
-            total /= _read(call.denominator) if call.denominator != 0 else call.divisor
+            if cuda.gridDim.x == 1:
+                total /= _read(call.denominator) if call.denominator != 0 else call.divisor
+                if call.reciprocals != 0:
+                    _write_reciprocals(call.reciprocals, total)
             write(call.out + block * out_size, total)
-            if call.reciprocals != 0:
-                _write_reciprocals(call.reciprocals, total)
 
     return Kernel(run, calls.Total, np.float64)
 
@@ -85,7 +86,7 @@ def weigh(labels, axes, weight):
                 elif call.bad != 0:
                     first_bad = max(first_bad, -np.float64(i))
         if call.bad != 0:
-            first_bad = _maximum(first_bad, memory, warps.WARPS)
+            first_bad = _maximum(first_bad, memory, states.WARPS)
         total = _sum(total, memory)
         if cuda.threadIdx.x == 0:
             _write(call.out + block * 8, total)
