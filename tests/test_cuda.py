@@ -249,6 +249,13 @@ def test_labels_out_of_range(gpu, rng):
             fastll.cross_entropy(x, y)
 
 
+def test_integers_of_two_bytes(gpu):
+    """They are computed in float64, although they have the size of half precision."""
+    x = (np.arange(400) % 7).astype(np.int16).reshape(2, 200)
+    assert_close(fastll.softmax(x), oracle.softmax(x, 1), np.float64)
+    assert_close(fastll.sigmoid(x), oracle.sigmoid(x), np.float64)
+
+
 def test_ignored_rows_do_not_leak(gpu):
     for classes in (5, 600):
         x = np.full((3, classes), np.nan, np.float32)

@@ -88,8 +88,8 @@ class Backend:
         return self._bound(maps.kernel(variant), outer * units, (maps.THREADS, 1), told, maps.SHARED)
 
     def fold(self, call: contract.Fold) -> contract.Kernel:
-        rows = _team_rows(call)
-        return self._by_threads(call) if rows is None else self._by_teams(rows)
+        steps = _team_steps(call)
+        return self._by_threads(call) if steps is None else self._by_teams(call, steps)
 
     def _kernel(self, call: contract.Fold, **rows: Any) -> Kernel:
         """The kernel of a fold, for rows that are like that."""
@@ -109,12 +109,13 @@ class Backend:
         )
         return folds.kernel(variant)
 
-    def _by_teams(self, call: contract.Fold) -> contract.Kernel:
-        """Rows along one axis, of contiguous classes."""
-        (rows, classes, _), name = call.x.shape, format_of(call.x)
+    def _by_teams(self, call: contract.Fold, steps: dict[str, int]) -> contract.Kernel:
+        """Rows of contiguous classes."""
+        (outer, classes, inner), name = call.x.shape, format_of(call.x)
         inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
         plan = geometry.team(classes, name, inputs, self._gpu.capability)
         told = _told(call, segment=plan.segment, capacity=plan.capacity)
+        told = told._replace(**{key: getattr(told, key)._replace(outer=steps[key]) for key in steps})
         aligned = classes % lanes == 0 and not any(
             (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
         )
@@ -123,7 +124,7 @@ class Backend:
         )
         exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
         shared = (teams.SCRATCH + exchanged) * kernel.real_size
-        blocks, block = -(-rows // plan.teams) * plan.cluster, (plan.threads, plan.teams)
+        blocks, block = -(-outer * inner // plan.teams) * plan.cluster, (plan.threads, plan.teams)
         return self._bound(kernel, blocks, block, told, shared, bound=plan.bound)
 
     def _by_threads(self, call: contract.Fold) -> contract.Kernel:
@@ -285,8 +286,9 @@ def _weighted(call: contract.Fold) -> bool:
     return call.operation == "logsumexp" and call.second is not None
 
 
-def _team_rows(call: contract.Fold) -> contract.Fold | None:
-    """A call with its rows along one axis, if that can be and teams take them; else None."""
+def _team_steps(call: contract.Fold) -> dict[str, int] | None:
+    """Bytes from row to row of operands where that is not the first step; None if teams do not take
+    the rows of a call."""
     classes, name = call.x.shape[1], format_of(call.x)
     if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
         return None
@@ -295,17 +297,14 @@ def _team_rows(call: contract.Fold) -> contract.Fold | None:
     for a in (call.x, call.second, call.out):
         if a is not None and (format_of(a) != name or a.strides[1] != size_of(name)):
             return None
-    if call.x.shape[2] == 1:
-        return call
-    merged = {}
-    for field in ("x", "second", "out", "labels", "value", "lse"):
-        a = getattr(call, field)
-        if a is not None:
-            outer, inner = a.shape[0], a.shape[-1]
-            if outer != 1 and a.strides[0] != inner * a.strides[-1]:
+    steps = {}
+    for key in ("x", "second", "out", "labels", "value", "lse"):
+        a = getattr(call, key)
+        if a is not None and a.shape[-1] > 1:
+            if a.shape[0] > 1 and a.strides[0] != a.shape[-1] * a.strides[-1]:
                 return None
-            merged[field] = np.moveaxis(a, -1, 1).reshape(outer * inner, *a.shape[1:-1], 1)
-    return call._replace(**merged)
+            steps[key] = a.strides[-1]
+    return steps
 
 
 def _told(

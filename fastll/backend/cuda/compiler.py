@@ -49,14 +49,9 @@ class Kernel:
         self.argument = _argument(call, real, lengths)
 
 
-def number_type(real: type) -> Any:
-    """The Numba type of a NumPy type, float32 or float64."""
-    return types.float32 if real is np.float32 else types.float64
-
-
 def _argument(call: type, real: type, lengths: dict[str, int]) -> Any:
     """The Numba type of a structure, where `lengths` are those of its tuples."""
-    number = number_type(real)
+    number = getattr(types, real.__name__)
 
     def member(hint: Any) -> Any:
         return {int: types.int64, float: number}.get(hint) or _argument(hint, real, lengths)

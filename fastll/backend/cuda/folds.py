@@ -82,7 +82,8 @@ def names(v):
     fetch_second = primitives.vector_reader(vector)
     deliver = primitives.vector_writer(vector, v.modern)
     joined = shared(np.float64).joined
-    f = vars(shared(real, size == 2 and not weighted, v.modern, targets, v.cluster > 1))
+    approximate = size == 2 and real is np.float32  # for half precision
+    f = vars(shared(real, approximate, v.modern, targets, v.cluster > 1))
     if terms:
         formula = f[TERMS[v.operation].formula.__name__]
     return v._asdict() | f | locals()

@@ -14,7 +14,7 @@ from inspect import signature
 import numpy as np
 from llvmlite import ir
 
-from fastll.backend.cuda.compiler import intrinsic, number_type, types
+from fastll.backend.cuda.compiler import intrinsic, types
 from fastll.dtypes import FORMATS
 
 WARP = 32
@@ -123,7 +123,7 @@ def reader(name, real=None):
     """Function (address) of an element, as a number of `real`, by default its compute type."""
     real = real or compute_type(name)
 
-    @emits(number_type(real), address=types.int64)
+    @emits(getattr(types, real.__name__), address=types.int64)
     def read(builder, address):
         return _converted(builder, _decode(builder, name, _load(builder, address, name)), real)
 
@@ -133,7 +133,7 @@ def reader(name, real=None):
 def writer(name, real=None):
     """Function (address, number of `real`, by default the compute type) of an element."""
 
-    @emits(types.none, address=types.int64, value=number_type(real or compute_type(name)))
+    @emits(types.none, address=types.int64, value=getattr(types, (real or compute_type(name)).__name__))
     def write(builder, address, value):
         bits = _encode(builder, name, _converted(builder, value, compute_type(name)))
         builder.store(bits, _pointer(builder, address, bits.type), align=_SIZES[name])
@@ -159,9 +159,7 @@ def _element(builder, values, at, i):
     return builder.gep(values, [builder.add(at, at.type(i))])
 
 
-#: What a vector is loaded as: the type and number of its words, and how PTX spells it.
-_WORDS = {"float64": (_F64, 2, "d", "f64")}
-#: 0 and -inf as such words.
+#: 0 and -inf as the words that a vector is loaded as.
 _PADS = {
     "float32": ("0", "0xFF800000"),
     "float64": ("0d0000000000000000", "0dFFF0000000000000"),
@@ -175,7 +173,8 @@ def vector_reader(name, lowest=False):
 
     The load is one instruction under a predicate, without a branch, so that many are under way at once.
     """
-    word, count, letter, kind = _WORDS.get(name, (_I32, 4, "r", "b32"))
+    double = name == "float64"
+    word, count, letter, kind = (_F64, 2, "d", "f64") if double else (_I32, 4, "r", "b32")
     words = [f"${i}" for i in range(count)]
     code = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; "
     code += " ".join(f"mov.{kind} {word}, {_PADS[name][lowest]};" for word in words)
@@ -189,7 +188,7 @@ def vector_reader(name, lowest=False):
         numbers = [builder.extract_value(vector, i) for i in range(count)]
         if name == "float32":
             numbers = [builder.bitcast(number, _F32) for number in numbers]
-        elif word == _I32:
+        elif not double:
             numbers = [
                 _decode(builder, name, builder.trunc(builder.lshr(two, _I32(shift)), _I16))
                 for two in numbers
@@ -332,7 +331,7 @@ def peer_reader(real):
     )
     constraints = f"={letter},l,r,~{{memory}}"
 
-    @emits(number_type(real))
+    @emits(getattr(types, real.__name__))
     def read_peer(builder, memory, index, rank):
         address = builder.ptrtoint(builder.gep(memory, [index]), _I64)
         peer = builder.trunc(rank, _I32)
