@@ -317,7 +317,8 @@ def write(call, place, label, row, ref, values, second, memory):
             if targets:
                 find_targets(call, place, part, second)
         for i in range(count):
-            values[i] = written_of(call, values[i], second[i], row, ref, scales)
+            u = second[i] if dense or weighted_classes else call.spread  # which takes no register
+            values[i] = written_of(call, values[i], u, row, ref, scales)
         if sparse and not kept:
             for i in range(count):
                 values[i] = c.zero
