@@ -114,8 +114,12 @@ class Backend:
         (outer, classes, inner), name = call.x.shape, format_of(call.x)
         inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
         plan = geometry.team(classes, name, inputs, self._gpu.capability)
-        told = _told(call, segment=plan.segment, capacity=plan.capacity)
-        told = told._replace(**{key: getattr(told, key)._replace(outer=steps[key]) for key in steps})
+        told = _told(call)
+        told = told._replace(
+            segment=plan.segment,
+            capacity=plan.capacity,
+            **{key: getattr(told, key)._replace(outer=steps[key]) for key in steps},
+        )
         aligned = classes % lanes == 0 and not any(
             (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
         )
@@ -134,7 +138,7 @@ class Backend:
         # rows that are short and lie one after the other go through shared memory
         staged = (
             (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
-            and not _weighted(call)
+            and (call.operation != "logsumexp" or call.second is None)
             and all(
                 format_of(a) == name and a.strides[:2] == (classes * size, size)
                 for a in (call.x, call.out)
@@ -149,7 +153,7 @@ class Backend:
         elif lanes > 1:
             shared = states.PARTS * threads * kernel.real_size
         across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
-        told = _told(call, lanes=lanes, across=across)
+        told = _told(call)._replace(lanes=lanes, across=int(across))
         return self._bound(kernel, -(-outer * inner // per_block), (threads, 1), told, shared)
 
     def _bound(
@@ -281,18 +285,14 @@ def _in_vectors(a: Array, x: Array) -> bool:
     )
 
 
-def _weighted(call: contract.Fold) -> bool:
-    """Whether a call is a log-sum-exp of weighted elements."""
-    return call.operation == "logsumexp" and call.second is not None
-
-
 def _team_steps(call: contract.Fold) -> dict[str, int] | None:
     """Bytes from row to row of operands where that is not the first step; None if teams do not take
     the rows of a call."""
     classes, name = call.x.shape[1], format_of(call.x)
     if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
         return None
-    if _weighted(call) or call.state is not None or call.sign is not None:
+    weights = call.operation == "logsumexp" and call.second is not None
+    if weights or call.state is not None or call.sign is not None:
         return None
     for a in (call.x, call.second, call.out):
         if a is not None and (format_of(a) != name or a.strides[1] != size_of(name)):
@@ -307,9 +307,7 @@ def _team_steps(call: contract.Fold) -> dict[str, int] | None:
     return steps
 
 
-def _told(
-    call: contract.Fold, segment: int = 0, capacity: int = 0, lanes: int = 1, across: bool = False
-) -> calls.Fold:
+def _told(call: contract.Fold) -> calls.Fold:
     """What a kernel is told of a fold."""
     outer, classes, inner = call.x.shape
     options = call.options
@@ -333,10 +331,6 @@ def _told(
         weight=placed(Line, call.weight),
         divisor=divisor,
         ignore_index=options.ignore_index,
-        segment=segment,
-        capacity=capacity,
-        lanes=lanes,
-        across=int(across),
         keep=1.0 - options.label_smoothing,
         spread=options.label_smoothing / max(classes, 1),
         z_loss=float(options.z_loss),

@@ -60,15 +60,15 @@ class Fold(NamedTuple):
     weight: Line
     divisor: int  # address of a number that the gradient is multiplied with, or 0
     ignore_index: int
-    segment: int  # of a team: classes of each block of a cluster
-    capacity: int  # and those it takes at once
-    lanes: int  # of threads on their own: how many share a row
-    across: int  # and whether neighbours have different rows
     keep: float  # 1 - label_smoothing
     spread: float  # label_smoothing / classes
     z_loss: float
     softcap: float
     scale: float
+    segment: int = 0  # of a team: classes of each block of a cluster
+    capacity: int = 0  # and those it takes at once
+    lanes: int = 1  # of threads on their own: how many share a row
+    across: int = 0  # and whether neighbours have different rows
 
 
 class Map(NamedTuple):

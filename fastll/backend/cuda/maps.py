@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, states
-from fastll.backend.cuda import primitives as p
+from fastll.backend.cuda import calls, primitives, states
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
 from fastll.formulas import ELEMENTS
@@ -45,8 +44,8 @@ class Variant(NamedTuple):
 
 def _loader(operand, real, lanes):
     """Function (held, at, address, step, left): `lanes` elements into held[at:], 0 from `left` on."""
-    read = p.reader(operand.format, real)
-    fetch = p.vector_reader(operand.format) if operand.vectors else None
+    read = primitives.reader(operand.format, real)
+    fetch = primitives.vector_reader(operand.format) if operand.vectors else None
 
     @device
     def load(held, at, address, step, left):
@@ -64,8 +63,8 @@ def _loader(operand, real, lanes):
 
 def _storer(operand, real, lanes, modern):
     """Function (held, at, address, step, left): the other way round."""
-    write = p.writer(operand.format, real)
-    deliver = p.vector_writer(operand.format, modern) if operand.vectors else None
+    write = primitives.writer(operand.format, real)
+    deliver = primitives.vector_writer(operand.format, modern) if operand.vectors else None
 
     @device
     def store(held, at, address, step, left):
@@ -81,7 +80,7 @@ def _storer(operand, real, lanes, modern):
 
 def _mover(operand, lanes, at, pick, move):
     """Function (call, outer, first, held): HELD elements of the operand `pick` of a call."""
-    vectors, size = operand.vectors, p.size_of(operand.format)
+    vectors, size = operand.vectors, primitives.size_of(operand.format)
 
     @device
     def mover(call, outer, first, held):
@@ -102,6 +101,25 @@ def _both(first, second):
         second(call, outer, at, held)
 
     return both
+
+
+def _movers(variant, real, lanes):
+    """Functions (call, outer, first, held) that load the inputs and the weight of a call, one after the
+    other, and store its values and slopes from what follows these."""
+    count = len(variant.inputs)
+    operands = [(a, lambda call, k=k: call.inputs[k]) for k, a in enumerate(variant.inputs)]
+    operands.append((variant.weight, lambda call: call.weight))
+    operands.append((variant.value, lambda call: call.value))
+    operands.append((variant.slope, lambda call: call.slope))
+    loads, stores = [], [device(lambda call, outer, first, held: None)]
+    for k, (operand, pick) in enumerate(operands):
+        if operand is not None and k <= count:
+            move = _loader(operand, real, lanes)
+            loads.append(_mover(operand, lanes, k * HELD, device(pick), move))
+        elif operand is not None:
+            move = _storer(operand, real, lanes, variant.modern)
+            stores.append(_mover(operand, lanes, k * HELD, device(pick), move))
+    return reduce(_both, loads), reduce(_both, stores)
 
 
 def _inputs(count):
@@ -137,33 +155,16 @@ def kernel(variant):
     q = prod (1 + e) - 1: at most 2**32, and it keeps all its digits where every e is tiny.
     """
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
-    real, lanes = p.compute_type(x.format), p.lanes_of(x.format) if x.vectors else 4
-    approximate = p.size_of(x.format) == 2 and real is np.float32  # for half precision
+    real, lanes = primitives.compute_type(x.format), primitives.lanes_of(x.format) if x.vectors else 4
+    approximate = primitives.size_of(x.format) == 2 and real is np.float32  # for half precision
     f = states.shared(real, approximate, variant.modern)
     zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p, f.log1p_sum, f.sum_of_block
     weighted, summed = variant.weight is not None, variant.partial
     together = row.log1p and summed and variant.value is None and not weighted
     log1p_left = row.log1p and not together
-    evaluate, write_sum = _evaluator(f, real, row, count), p.writer(real.__name__)
-    weights, values, slopes = ((count + i) * HELD for i in range(3))
-
-    def mover(operand, at, pick):
-        move = (
-            _loader(operand, real, lanes)
-            if at < values
-            else _storer(operand, real, lanes, variant.modern)
-        )
-        return _mover(operand, lanes, at, device(pick), move)
-
-    loads = [mover(a, k * HELD, lambda call, k=k: call.inputs[k]) for k, a in enumerate(variant.inputs)]
-    if weighted:
-        loads.append(mover(variant.weight, weights, lambda call: call.weight))
-    stores = [device(lambda call, outer, first, held: None)]
-    if variant.value is not None:
-        stores.append(mover(variant.value, values, lambda call: call.value))
-    if variant.slope is not None:
-        stores.append(mover(variant.slope, slopes, lambda call: call.slope))
-    load, store, size = reduce(_both, loads), reduce(_both, stores), slopes + HELD
+    evaluate, write_sum = _evaluator(f, real, row, count), primitives.writer(real.__name__)
+    load, store = _movers(variant, real, lanes)
+    weights, values, slopes, size = ((count + i) * HELD for i in range(4))
 
     def run(call):
         memory = cuda.shared.array(0, real)
@@ -185,7 +186,7 @@ def kernel(variant):
                 if summed and inside:
                     total += value
                     if together:
-                        product += p.fma(product, e, e)
+                        product += primitives.fma(product, e, e)
                 held[values + i], held[slopes + i] = value, slope * call.scale
             store(call, outer, first, held)
             first += THREADS * HELD

@@ -48,7 +48,7 @@ c, limit, largest = constants.of("float32"), constants.LIMIT, np.inf
 def reference(m):
     """The `Reference` of a maximum. An enormous or infinite one has no exponent, but an offset."""
     n, offset = c.zero, c.zero
-    if abs(m) < limit:
+    if abs(m) < limit:  # to the nearest whole number
         n = fma(m, c.log2e, c.magic) - c.magic
     elif abs(m) <= largest:
         offset = m
