@@ -7,10 +7,8 @@ An operand that is not there has the address 0. Steps are in bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fastll.dtypes import FORMATS, kind_of
@@ -140,9 +138,4 @@ def placed(kind: Callable[..., _Kind], a: Array | None) -> _Kind:
 
 def format_of(a: Array | None) -> Any:
     """Name of a storage format of `fastll.dtypes.FORMATS`; None if there is no array."""
-    return None if a is None else _named(a.dtype)
-
-
-@lru_cache(64)
-def _named(dtype: np.dtype[Any]) -> str:
-    return FORMATS[kind_of(dtype).code]
+    return None if a is None else FORMATS[kind_of(a.dtype).code]

@@ -59,12 +59,8 @@ class Gpu:
     ) -> None:
         """Start a kernel of `blocks` thread blocks; `bound` is the most threads it is compiled for."""
         with self.current():
-            core.launch(
-                _stream(stream),
-                _config(blocks, block, shared),
-                self._function(kernel, bound),
-                *words,
-            )
+            function = self._function(kernel, bound)
+            core.launch(_stream(stream), _config(blocks, block, shared), function, *words)
 
     def read(self, address: int, count: int, dtype: Any, stream: int) -> NDArray[Any]:
         """Numbers from the device's memory; waits for the stream."""
