@@ -176,22 +176,18 @@ def fold_part(call, place, part, values, u, lane, memory):
     ref = reference(maximum_of_team(top, memory, TOPS))
     if targets:
         find_targets(call, place, part, u)
-        post_targets(part, values, u, ref.maximum, lane, memory)
+        base = finite(ref.maximum)
+        for i in range(count):
+            lane[i % lanes] += distance(values[i], u[i], base)
+        post_lanes(lane, part, memory, DISTANCES)
+        for i in range(count):
+            lane[i % lanes] += u[i]
+        post_lanes(lane, part, memory, MASSES)
     post_exponentials(part, values, ref, lane, memory)
     if cuda.blockDim.y > 1 and cuda.threadIdx.x == 0:
         memory[np.uint32(RESULTS + cuda.threadIdx.y)] = ref.maximum
         memory[np.uint32(RESULTS + WARPS + cuda.threadIdx.y)] = ref.lead
     return ref
-
-
-def post_targets(part, values, u, top, lane, memory):
-    base = finite(top)
-    for i in range(count):
-        lane[i % lanes] += distance(values[i], u[i], base)
-    post_lanes(lane, part, memory, DISTANCES)
-    for i in range(count):
-        lane[i % lanes] += u[i]
-    post_lanes(lane, part, memory, MASSES)
 
 
 def post_exponentials(part, values, ref, lane, memory):
