@@ -23,26 +23,25 @@ struct Operand {
     // The first element of a row.
     char *row(Index outer_, Index inner_) const { return address + outer_ * outer + inner_ * inner; }
 
-    // Elements j to j + n of the row that starts at `start`: in place or in the buffer.
+    // Elements j to j + n of the row that starts at `start`: in place or in the buffer; NULL without operand.
     template <class T>
     const T *fetch(const char *start, Index j, Index n, T *buffer) const {
-        const char *source = start + j * classes;
-        if (format == IN_PLACE)
-            return (const T *) source;
-        read_block(format, swapped, source, classes, n, buffer);
+        if (!address || format == IN_PLACE)
+            return address ? (const T *) (start + j * classes) : nullptr;
+        read_block(format, swapped, start + j * classes, classes, n, buffer);
         return buffer;
     }
 
-    // Where to leave elements from j on: in place, or in the buffer for `deliver`.
+    // Where to leave elements from j on: in place, or in the buffer for `deliver`; NULL without operand.
     template <class T>
     T *place(char *start, Index j, T *buffer) const {
-        return format == IN_PLACE ? (T *) (start + j * classes) : buffer;
+        return !address ? nullptr : format == IN_PLACE ? (T *) (start + j * classes) : buffer;
     }
 
     // Write the buffer out, if that is where they were left.
     template <class T>
     void deliver(char *start, Index j, Index n, const T *buffer) const {
-        if (format != IN_PLACE)
+        if (address && format != IN_PLACE)
             write_block(format, buffer, start + j * classes, classes, n);
     }
 };
@@ -86,6 +85,10 @@ INLINE Index blocks_of(Index n) {
 
 INLINE Index least(Index a, Index b) {
     return a < b ? a : b;
+}
+
+INLINE Index greatest(Index a, Index b) {
+    return a > b ? a : b;
 }
 
 // Buffers on lines of the cache, cut from one piece of memory.

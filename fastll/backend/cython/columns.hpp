@@ -14,82 +14,66 @@ namespace {
 constexpr Index FEW = 32;  // classes that are written at a time
 constexpr Index LINES_AHEAD = 8;  // classes from the one that is read or written to the one prefetched
 
-// Classes j to j + n of a group's rows into a tile: class by class, GROUP rows apart.
-template <class T>
-void gather(const Operand &x, const Group &group, Index j, Index n, T *tile) {
-    const char *source = x.row(group.outer, group.inner) + j * x.classes;
-    const bool whole = group.count == GROUP;
-    for (Index i = 0; i < n; i++, source += x.classes, tile += GROUP) {
-        if (x.format != IN_PLACE && x.native && whole)
+// Between classes j to j + n of a group's rows in memory and a tile: class by class, GROUP rows apart, by
+// `move_vector(memory, tile)` where all rows are there and of the compute dtype, or by `move_rows`.
+template <class T, class V, class R>
+INLINE void for_tile(
+    const Operand &x, const Group &group, Index j, Index n, T *tile, V move_vector, R move_rows
+) {
+    char *at = x.row(group.outer, group.inner) + j * x.classes;
+    const bool whole = group.count == GROUP && (x.format == IN_PLACE || x.native);
+    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
+        if (whole)
             for (Index w = 0; w < GROUP; w += lanes<T>)
-                store_all(tile + w, load_strided<T>(source + w * x.inner, x.inner));
-        else if (x.format != IN_PLACE)
-            read_block(x.format, x.swapped, source, x.inner, group.count, tile);
-        else if (whole) {
-            for (Index w = 0; w < GROUP; w += lanes<T>)
-                prefetch_vector(source + LINES_AHEAD * x.classes + w * (Index) sizeof(T));
-            memcpy(tile, source, GROUP * sizeof(T));
-        } else
-            memcpy(tile, source, group.count * sizeof(T));
-    }
+                move_vector(at + w * x.inner, tile + w);
+        else
+            move_rows(at, tile);
 }
 
-// A tile back into classes j to j + n of the rows.
 template <class T>
-void scatter(const Operand &x, const Group &group, Index j, Index n, const T *tile) {
-    char *target = x.row(group.outer, group.inner) + j * x.classes;
-    const bool whole = group.count == GROUP;
-    for (Index i = 0; i < n; i++, target += x.classes, tile += GROUP) {
-        if (x.format != IN_PLACE && x.native && whole)
-            for (Index w = 0; w < GROUP; w += lanes<T>)
-                store_strided(target + w * x.inner, x.inner, load_all(tile + w));
-        else if (x.format != IN_PLACE)
-            write_block(x.format, tile, target, x.inner, group.count);
-        else if (!whole)
-            memcpy(target, tile, group.count * sizeof(T));
-        else if (x.streamed && (size_t) target % 64 == 0)
-            for (Index w = 0; w < GROUP; w += lanes<T>)
-                stream_all((T *) target + w, load_all(tile + w));
-        else {
-            for (Index w = 0; w < GROUP; w += lanes<T>)
-                prefetch_vector(target + LINES_AHEAD * x.classes + w * (Index) sizeof(T));
-            memcpy(target, tile, GROUP * sizeof(T));
-        }
-    }
+void gather(const Operand &x, const Group &group, Index j, Index n, T *tile) {
+    auto read_vector = [&](const char *at, T *to) FORCED {
+        if (x.format != IN_PLACE)
+            return store_all(to, load_strided<T>(at, x.inner));
+        prefetch_vector(at + LINES_AHEAD * x.classes);
+        store_all(to, load_all((const T *) at));
+    };
+    for_tile(x, group, j, n, tile, read_vector, [&](const char *at, T *to) FORCED {
+        read_block(x.format, x.swapped, at, x.inner, group.count, to);
+    });
+}
+
+template <class T>
+void scatter(const Operand &x, const Group &group, Index j, Index n, T *tile) {
+    auto write_vector = [&](char *at, const T *from) FORCED {
+        if (x.format != IN_PLACE)
+            return store_strided(at, x.inner, load_all(from));
+        if (x.streamed && (size_t) at % 64 == 0)
+            return stream_all((T *) at, load_all(from));
+        prefetch_vector(at + LINES_AHEAD * x.classes);
+        store_all((T *) at, load_all(from));
+    };
+    for_tile(x, group, j, n, tile, write_vector, [&](char *at, const T *from) FORCED {
+        write_block(x.format, from, at, x.inner, group.count);
+    });
 }
 
 template <class T>
 struct Columns {
-    const Call &call;
-    Memory memory;
-    T *v, *u;  // tiles of BLOCK classes: logits, capped; weights or targets
-    T *slope, *out;  // tiles of FEW classes: derivatives of the soft cap; what is written
-    char *accumulators;  // terms of a vector of rows, for each lane that an element may go to
-    double *sums;  // the accumulators on their way to one
-    alignas(64) T m[GROUP], floors[GROUP], magics[GROUP];  // of the rows; see `aim`
-    bool all_usable;  // whether all of them serve as references
-    alignas(64) T factors[GROUP], scales[GROUP], rests[GROUP], logs[GROUP];
-    Group group;
     static constexpr Index most = GROUP;
-
     static constexpr Index SUMS = 2 * lanes<T> * lanes<T>;  // the most numbers that accumulators hold
 
-    explicit Columns(const Call &call_) : call(call_), memory(size(call_)) {
-        if (!memory.start)
-            return;
-        Index tile = GROUP * least(BLOCK, call.classes);
-        v = memory.take<T>(tile);
-        u = memory.take<T>(call.spread() || call.second() ? tile : 0);
-        slope = memory.take<T>(call.capped() ? FEW * GROUP : 0);
-        out = memory.take<T>(FEW * GROUP);
-        accumulators = (char *) memory.take<double>(SUMS);
-        sums = memory.take<double>(SUMS);
-    }
+    const Call &call;
+    const Index tile = GROUP * least(BLOCK, call.classes);
+    Memory memory{2 * (tile + FEW * GROUP) * (Index) sizeof(T) + 2 * SUMS * (Index) sizeof(double)};
+    T *v = memory.take<T>(tile), *u = memory.take<T>(tile);  // logits, capped; weights or targets
+    // of FEW classes: derivatives of the soft cap, and what is written
+    T *slope = memory.take<T>(FEW * GROUP), *out = memory.take<T>(FEW * GROUP);
+    // terms of a vector of rows, for each lane that an element may go to; and their sums on the way to one
+    double *accumulators = memory.take<double>(SUMS), *sums = memory.take<double>(SUMS);
+    Group group;
 
-    static Index size(const Call &call) {
-        Index tiles = 2 * GROUP * least(BLOCK, call.classes) + 2 * FEW * GROUP;
-        return tiles * (Index) sizeof(T) + 2 * SUMS * (Index) sizeof(double);
-    }
+    explicit Columns(const Call &call_) : call(call_) {}
 
     Group &current() { return group; }
 
@@ -100,12 +84,11 @@ struct Columns {
             f(w);
     }
 
-    // `sum_block` for a vector of rows: `terms(j)` of n classes. Leaves the sums in `sums`, one per row, then
-    // those of the second term.
-    template <class F>
+    // `sum_block` for a vector of rows: `terms(j)` of n classes, vectors of `Number`. Leaves the sums in
+    // `sums`, one per row, then those of the second term.
+    template <class Number, class F>
     FORCED void sum_tile(Index n, F terms) {
         typedef decltype(terms(n)) Terms;
-        typedef NumberOf<Terms> Number;
         constexpr Index width = sizeof(Terms) / sizeof(Number);
         Terms *at = (Terms *) accumulators;
         Index used = least(n, lanes<T>);
@@ -125,48 +108,25 @@ struct Columns {
         }
     }
 
-    // The references of the rows, as vectors have them.
-    void aim() {
-        all_usable = true;
-        for (Index i = 0; i < group.count; i += lanes<double>) {
-            Wide size = absolute(load_all(&group.m[i]));
-            all_usable &= largest(where_gt(LARGEST, size, 0.0, splat(1.0))) == 0;
+    // What a tile of classes j to j + n has at the labels.
+    void read_labels(Index j, Index n, const T *tile, double *to) const {
+        for (Index i = 0; call.labels && i < group.count; i++) {
+            Index y = group.label[i] - j;
+            if (y >= 0 && y < n)
+                to[i] = tile[y * GROUP + i];
         }
-        for (Index i = 0; i < GROUP; i++) {
-            Window<T> window(group.n[i]);
-            m[i] = (T) group.m[i], floors[i] = window.floor, magics[i] = window.magic;
-        }
-    }
-
-    struct References {  // of a vector of rows
-        Vec<T> m, floor, magic;
-
-        FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
-    };
-
-    FORCED References references(Index w) const {
-        return {load_all(m + w), load_all(floors + w), load_all(magics + w)};
     }
 
     // Classes j to j + n of the logits, with the soft cap where there is one, and what is at the labels.
     void fetch_logits(Index j, Index n, T *to) {
         gather(call.x(), group, j, n, to);
-        const Index labelled = call.labels ? group.count : 0;
         for (Index part = 0; part < n && call.capped(); part += FEW) {
             Index few = least(FEW, n - part);
             T *at = to + part * GROUP;
             cap_block(at, few * GROUP, (T) call.options.softcap, at, slope);
-            for (Index i = 0; i < labelled; i++) {
-                Index y = group.label[i] - j - part;
-                if (y >= 0 && y < few)
-                    group.slope_y[i] = slope[y * GROUP + i];
-            }
+            read_labels(j + part, few, slope, group.slope_y);
         }
-        for (Index i = 0; i < labelled; i++) {
-            Index y = group.label[i] - j;
-            if (y >= 0 && y < n)
-                group.x_y[i] = to[y * GROUP + i];
-        }
+        read_labels(j, n, to, group.x_y);
     }
 
     // Classes j to j + n of u; see `Rows::fetch_target`.
@@ -230,6 +190,9 @@ struct Columns {
     template <class A, class F>
     FORCED void add_sums(Index w, double unshift, const A *at_top, F exactly) {
         const double *below = sums;
+        bool all_usable = true;
+        for (Index i = 0; i < lanes<T>; i++)
+            all_usable &= usable(group.m[w + i]);
         if (all_usable)
             for (Index i = 0; i < lanes<T>; i++) {
                 group.added[w + i] += below[i] * unshift;
@@ -248,15 +211,15 @@ struct Columns {
 
     void fold_tile(Index n, bool fresh) {
         raise_maxima(n, fresh);
-        aim();
         for_rows([&](Index w) FORCED {
-            const References row = references(w);
+            const auto window = windows_of<T>(&group.n[w]);
+            const Vec<T> m = load_as<T>(&group.m[w]);
             const T *from = v + w;
             Vec<T> counts = {};
-            sum_tile(n, [&](Index j) FORCED {
+            sum_tile<T>(n, [&](Index j) FORCED {
                 Vec<T> x = load_all(from + j * GROUP);
-                counts = counts + at_maximum(x, row.m, (T) 1);
-                return below_maximum(x, row.m, row.terms(x));
+                counts = counts + at_maximum(x, m, (T) 1);
+                return below_maximum(x, m, window.terms(x));
             });
             T equal[lanes<T>];
             store_all(equal, counts);
@@ -269,13 +232,13 @@ struct Columns {
     void fold_weighted_tile(Index n) {
         mask_block(v, u, n * GROUP, v);
         raise_maxima(n, false);
-        aim();
         for_rows([&](Index w) FORCED {
-            const References row = references(w);
+            const auto window = windows_of<T>(&group.n[w]);
+            const Vec<T> m = load_as<T>(&group.m[w]);
             const T *from = v + w, *weights = u + w;
-            sum_tile(n, [&](Index j) FORCED {
+            sum_tile<double>(n, [&](Index j) FORCED {
                 Vec<T> x = load_all(from + j * GROUP);
-                return weighted_terms(x, load_all(weights + j * GROUP), row.m, row.terms(x));
+                return weighted_terms(x, load_all(weights + j * GROUP), m, window.terms(x));
             });
             add_sums(w, 1, sums + lanes<T>, [&](Index i, State &row) {
                 sum_weighted_exactly(v + i, u + i, GROUP, n, row);
@@ -291,7 +254,7 @@ struct Columns {
                 top[i] = (T) (group.m[w + i] > -INFINITY ? group.m[w + i] : 0);
             const Vec<T> tops = load_all((const T *) top);
             const T *from = v + w, *targets = u + w;
-            sum_tile(n, [&](Index j) FORCED {
+            sum_tile<T>(n, [&](Index j) FORCED {
                 Vec<T> target = load_all(targets + j * GROUP);
                 return pack(distance(load_all(from + j * GROUP), target, tops), target);
             });
@@ -312,7 +275,7 @@ struct Columns {
             for (int k = 0; k < F::inputs; k++)
                 gather(call.inputs[k], group, j, n, tiles[k]);
             for_rows([&](Index w) FORCED {
-                sum_tile(n, [&](Index at) FORCED {
+                sum_tile<T>(n, [&](Index at) FORCED {
                     auto input = [&](int k) FORCED { return load_all(tiles[k] + at * GROUP + w); };
                     return spread<Vec<T>>(F::of(input, nullptr));
                 });
@@ -330,20 +293,12 @@ struct Columns {
             return;
         // whether the tiles still hold what there is
         const bool whole = call.classes <= BLOCK && !call.capped() && !call.state;
-        aim();
-        for (Index i = 0; i < GROUP; i++) {
-            factors[i] = (T) group.factor[i], scales[i] = (T) group.scale[i];
-            rests[i] = (T) group.rest[i], logs[i] = (T) group.log_s[i];
-        }
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
             T *logits = whole ? v + j * GROUP : v, *target = whole ? u + j * GROUP : u;
             if (!whole)
                 fetch_logits(j, n, logits);
-            if (call.log())
-                write_logarithms(logits, n);
-            else
-                write_probabilities(logits, n);
+            write_tile(logits, n);
             if (call.spread()) {
                 if (!whole)
                     fetch_target(j, n, target);
@@ -357,31 +312,28 @@ struct Columns {
         }
     }
 
-    void write_logarithms(const T *logits, Index n) {
+    // Probabilities or their logarithms of n classes; see `Rows::write_block_anew`.
+    void write_tile(const T *logits, Index n) {
+        const bool log = call.log(), tiny = group.tiny;
         for_rows([&](Index w) FORCED {
-            const Vec<T> tops = load_all(m + w), log_s = load_all(logs + w);
-            T *to = out;
-            for (Index j = w; j < n * GROUP; j += GROUP)
-                store_all(to + j, log_probability(load_all(logits + j), tops, log_s));
-        });
-    }
-
-    // `Rows::write_block_anew` for a tile.
-    void write_probabilities(const T *logits, Index n) {
-        for_rows([&](Index w) FORCED {
-            const References row = references(w);
-            const Vec<T> factor = load_all(factors + w), scale = load_all(scales + w);
-            const Vec<T> rest = load_all(rests + w), peak = row.terms(row.m);
-            const bool tiny = group.tiny;
+            const auto window = windows_of<T>(&group.n[w]);
+            const Vec<T> m = load_as<T>(&group.m[w]), log_s = load_as<T>(&group.log_s[w]);
+            const Vec<T> factor = load_as<T>(&group.factor[w]), scale = load_as<T>(&group.scale[w]);
+            const Vec<T> rest = load_as<T>(&group.rest[w]), peak = window.terms(m);
             T *to = out;
             for (Index j = w; j < n * GROUP; j += GROUP) {
-                Vec<T> e = row.terms(load_all(logits + j)), p = probability(e, peak, factor, scale);
+                Vec<T> x = load_all(logits + j);
+                if (log) {
+                    store_all(to + j, log_probability(x, m, log_s));
+                    continue;
+                }
+                Vec<T> e = window.terms(x), p = probability(e, peak, factor, scale);
                 if (tiny)
                     p = where_eq(e, peak, factor, p * rest);
                 store_all(to + j, p);
             }
         });
-        for (Index i = 0; i < group.count; i++)
+        for (Index i = 0; i < group.count && !log; i++)
             if (!usable(group.m[i]))
                 write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
     }

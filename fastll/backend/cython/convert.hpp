@@ -94,12 +94,9 @@ INLINE void read_numbers(
     if (step == sizeof(S) && !swapped)
         for (Index i = done; i < n; i++)
             out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
-    else if (!swapped)
-        for (Index i = 0; i < n; i++)
-            out[i] = converted(element<S>(source + i * step, false));
     else
         for (Index i = 0; i < n; i++)
-            out[i] = converted(element<S>(source + i * step, true));
+            out[i] = converted(element<S>(source + i * step, swapped));
 }
 
 template <class S, class T, class F>
@@ -133,6 +130,7 @@ void read_block(Format format, bool swapped, const char *source, Index step, Ind
         case BFLOAT16:
             read_numbers<uint16_t>(source, step, n, swapped, out, from_bfloat);
             return;
+        case IN_PLACE: return read(T());
         case FLOAT32: return read(float());
         case FLOAT64: return read(double());
         case INT8: return read(int8_t());

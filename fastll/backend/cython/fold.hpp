@@ -141,26 +141,22 @@ Index scan_labels(
     const char *labels, Index count, Index classes, int64_t ignore_index, const char *weight, bool single,
     double *kept
 ) {
+    auto label = [=](Index i) { return element<int64_t>(labels + i * 8, false); };
+    auto is_bad = [=](int64_t y) { return (y != ignore_index) & ((y < 0) | (y >= classes)); };
     Index ignored = 0;
     bool bad = false;
     for (Index i = 0; i < count; i++) {  // no early exit, so that the loop vectorises
-        int64_t y = element<int64_t>(labels + i * 8, false);
-        ignored += y == ignore_index;
-        bad |= (y != ignore_index) & ((y < 0) | (y >= classes));
+        ignored += label(i) == ignore_index;
+        bad |= is_bad(label(i));
     }
-    *kept = (double) (count - ignored);
-    if (!bad && !weight)
-        return -1;
-    *kept = 0;
-    for (Index i = 0; i < count; i++) {
-        int64_t y = element<int64_t>(labels + i * 8, false);
-        if (y == ignore_index)
-            continue;
-        if (y < 0 || y >= classes) {
+    *kept = bad || weight ? 0 : (double) (count - ignored);
+    for (Index i = 0; i < count && (bad || weight); i++) {
+        int64_t y = label(i);
+        if (is_bad(y)) {
             *kept = 0;
             return i;
         }
-        if (weight)
+        if (weight && y != ignore_index)
             *kept += single ? element<float>(weight + y * 4, false) : element<double>(weight + y * 8, false);
     }
     return -1;

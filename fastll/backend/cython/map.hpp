@@ -94,12 +94,10 @@ int map_units(const Call &call, Index start, Index stop) {
     Memory memory(operands * (BLOCK + lanes<T>) * sizeof(T));
     if (!memory.start)
         return -1;
-    T *buffers[operands], *tails = memory.take<T>(operands * lanes<T>);
+    T *tails = memory.take<T>(operands * lanes<T>), *buffers = memory.take<T>(F::inputs * BLOCK);
+    T *weight_buffer = memory.take<T>(BLOCK), *value_buffer = memory.take<T>(BLOCK);
+    T *slope_buffer = memory.take<T>(BLOCK);
     memset(tails, 0, operands * lanes<T> * sizeof(T));
-    for (T *&buffer : buffers)
-        buffer = memory.take<T>(BLOCK);
-    T *weight_buffer = buffers[F::inputs], *value_buffer = buffers[F::inputs + 1];
-    T *slope_buffer = buffers[F::inputs + 2];
     Elements<T> block = {};
     block.scale = (T) call.options.scale;
     block.streamed = call.value.streamed;
@@ -115,18 +113,14 @@ int map_units(const Call &call, Index start, Index stop) {
         for (; j < end; j += n, n = 0) {
             n = least(n ? n : BLOCK, end - j);
             for (int i = 0; i < F::inputs; i++)
-                block.inputs[i] = call.inputs[i].fetch(call.inputs[i].row(outer, 0), j, n, buffers[i]);
-            if (call.weight)
-                block.weight = call.weight.fetch(call.weight.row(outer, 0), j, n, weight_buffer);
-            if (call.value)
-                block.value = call.value.place(values, j, value_buffer);
-            if (call.out)
-                block.slope = call.out.place(slopes, j, slope_buffer);
+                block.inputs[i] =
+                    call.inputs[i].fetch(call.inputs[i].row(outer, 0), j, n, buffers + i * BLOCK);
+            block.weight = call.weight.fetch(call.weight.row(outer, 0), j, n, weight_buffer);
+            block.value = call.value.place(values, j, value_buffer);
+            block.slope = call.out.place(slopes, j, slope_buffer);
             sum += map_block<F>(block, n, tails);
-            if (call.value)
-                call.value.deliver(values, j, n, value_buffer);
-            if (call.out)
-                call.out.deliver(slopes, j, n, slope_buffer);
+            call.value.deliver(values, j, n, value_buffer);
+            call.out.deliver(slopes, j, n, slope_buffer);
         }
         if (call.partial)
             memcpy(call.partial.row(outer, 0) + unit % call.inner * call.partial.classes, &sum, 8);

@@ -24,54 +24,29 @@ cdef extern from "fold.hpp" nogil:
     const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
 
     enum Format:
-        IN_PLACE
-        FLOAT32
-        FLOAT64
-        FLOAT16
-        BFLOAT16
+        IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
 
     enum Operation:
-        LOGSUMEXP
-        SOFTMAX
-        LOG_SOFTMAX
-        CROSS_ENTROPY
-        TERMS
-        ELEMENTS
+        LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, TERMS, ELEMENTS
 
     cdef struct Operand:
         char* address
-        Py_ssize_t outer
-        Py_ssize_t classes
-        Py_ssize_t inner
+        Py_ssize_t outer, classes, inner
         Format format
-        bint swapped
-        bint native
-        bint streamed
+        bint swapped, native, streamed
 
     cdef struct Options:
         int64_t ignore_index
-        double label_smoothing
-        double z_loss
-        double softcap
-        double scale
+        double label_smoothing, z_loss, softcap, scale
 
     cdef cppclass Call:
         int operation
-        bint single
-        bint across
+        bint single, across
         Options options
         double[4] parameters
-        Py_ssize_t classes
-        Py_ssize_t inner
+        Py_ssize_t classes, inner
         Operand[4] inputs
-        Operand labels
-        Operand weight
-        Operand state
-        Operand value
-        Operand partial
-        Operand lse
-        Operand sign
-        Operand out
+        Operand labels, weight, state, value, partial, lse, sign, out
         bint capped()
         bint spread()
 
@@ -138,14 +113,12 @@ cdef class Kernel:
         """Choose the kernels that suit an array's strides, and the order of its row axes."""
         cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
         cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
-        cdef Py_ssize_t inner = shape[2], step = abs(strides[2])
-        self.swap = inner == 1 or (shape[0] > 1 and abs(strides[0]) < step)
-        if self.swap:
-            inner, step = shape[0], abs(strides[0])
+        self.swap = shape[2] == 1 or (shape[0] > 1 and abs(strides[0]) < abs(strides[2]))
+        cdef int inner = 0 if self.swap else 2
+        cdef bint across = abs(strides[1]) > abs(strides[inner]) or shape[1] < SHORT
         self.call.single = is_single(x)
-        self.call.classes = shape[1]
-        self.call.inner = inner
-        self.call.across = inner > 1 and (abs(strides[1]) > step or shape[1] < SHORT)
+        self.call.classes, self.call.inner = shape[1], shape[inner]
+        self.call.across = across and shape[inner] > 1
         return 0
 
     cdef int walk_units(self, cnp.ndarray x) except -1:
@@ -158,6 +131,7 @@ cdef class Kernel:
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
         """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
         cdef cnp.npy_intp* strides
+        cdef Py_ssize_t step
         if a is None:
             return 0
         strides = cnp.PyArray_STRIDES(a)
@@ -165,10 +139,8 @@ cdef class Kernel:
         operand.outer, operand.classes = strides[0], strides[1]
         if cnp.PyArray_NDIM(a) == 3:
             operand.outer, operand.inner = strides[2 * self.swap], strides[2 - 2 * self.swap]
-        return self.bind_format(operand, a, operand.inner if self.call.across else operand.classes)
-
-    cdef int bind_format(self, Operand* operand, cnp.ndarray a, Py_ssize_t step) except -1:
-        """`step` is the stride of the axis that must be contiguous to be read in place."""
+        # the stride of the axis that must be contiguous to be read in place
+        step = operand.inner if self.call.across else operand.classes
         operand.format = <Format> format_of(a)
         operand.swapped = cnp.PyArray_ISBYTESWAPPED(a)
         operand.native = (
@@ -183,31 +155,28 @@ cdef class Kernel:
 
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
         """An array with one entry, or one state, per row."""
-        cdef cnp.npy_intp* strides
         if a is None:
             return 0
-        strides = cnp.PyArray_STRIDES(a)
         operand.address = cnp.PyArray_BYTES(a)
-        operand.outer, operand.inner = strides[self.swap], strides[1 - self.swap]
+        operand.outer = cnp.PyArray_STRIDE(a, self.swap)
+        operand.inner = cnp.PyArray_STRIDE(a, 1 - self.swap)
         if cnp.PyArray_NDIM(a) == 3:
-            operand.classes = strides[2]
+            operand.classes = cnp.PyArray_STRIDE(a, 2)
         return 0
 
     cdef int stream(self, Operand* operand, cnp.ndarray a) except -1:
         """Use non-temporal stores for an output that is larger than the caches."""
-        cdef bint pays
         if a is None or operand.format != IN_PLACE or cnp.PyArray_NBYTES(a) < STREAM_FROM:
             return 0
         if self.call.across:  # pieces of lines do not pay
-            pays = (operand.outer | operand.classes) % 64 == 0
+            operand.streamed = (operand.outer | operand.classes) % 64 == 0
         else:  # nor what is in the cache: as the input, or because it is needed once more
-            pays = (
+            operand.streamed = (
                 operand.address != self.call.inputs[0].address
                 and self.call.classes >= STREAM_CLASSES
                 and not self.call.spread()
                 and not self.call.capped()
             )
-        operand.streamed = pays
         return 0
 
 
@@ -244,13 +213,8 @@ class Backend(_Host):
         cdef cnp.ndarray weights = None
         operation, x, second, labels, weight, options, state, value, lse, sign, out = <tuple> call
         to.operation = code_of(FOLDS, operation)
-        (
-            to.options.ignore_index,
-            to.options.label_smoothing,
-            to.options.z_loss,
-            to.options.softcap,
-            to.options.scale,
-        ) = <tuple> options
+        ignore_index, label_smoothing, z_loss, softcap, scale = <tuple> options
+        to.options = Options(ignore_index, label_smoothing, z_loss, softcap, scale)
         kernel.walk_rows(x)
         kernel.bind_full(&to.inputs[0], x)
         kernel.bind_full(&to.inputs[1], second)

@@ -46,14 +46,24 @@ struct Pending {
 template <class T>
 struct Rows {
     const Call &call;
-    const bool keeps;  // exponentials, for writing
-    const bool interleaves;  // a group is written while the next one is folded
-    const Index most;  // rows in a group: as many as writing finds in the cache
-    const Index pitch;  // elements from a row's exponentials to the next one's
-    Memory memory;
-    T *x, *next, *u, *slope, *out;  // a block each
-    T *kept;  // exponentials of the rows of two groups, or NULL
-    double *exponents;  // of the reference of each block of them
+    const Index bytes = call.classes * (Index) sizeof(T);  // of a row
+    // whether exponentials are kept for writing
+    const bool keeps = call.out && !call.log() && !call.capped() && !call.state && bytes <= ROW_SIZE;
+    // whether a group is written while the next one is folded
+    const bool interleaves = call.out && call.out.format == IN_PLACE && !call.state &&
+                             (call.log() ? call.x().format == IN_PLACE : keeps && !call.spread());
+    // rows in a group: as many as writing finds in the cache
+    const Index most = call.out && bytes > 0 ? least(GROUP, greatest(1, GROUP_SIZE / bytes)) : GROUP;
+    const Index pitch = (call.classes + 31) / 32 * 32;  // elements from a row's exponentials to the next
+    Memory memory{
+        (5 * BLOCK + 2 * keeps * most * pitch + 2 * blocks_of(call.classes)) * (Index) sizeof(T)
+    };
+    // a block each
+    T *x = memory.take<T>(BLOCK), *next = memory.take<T>(BLOCK), *u = memory.take<T>(BLOCK);
+    T *slope = memory.take<T>(BLOCK), *out = memory.take<T>(BLOCK);
+    // exponentials of the rows of two groups, and the reference exponent of each block of them
+    T *const kept = keeps ? memory.take<T>(2 * most * pitch) : nullptr;
+    double *exponents = memory.take<double>(blocks_of(call.classes));
     Group groups[2];
     Group *group = &groups[0], *before = &groups[1];
     // while a block is folded: the row's next one, or NULL, and its maximum
@@ -62,44 +72,13 @@ struct Rows {
     double following_top;
     Pending<T> pending;
 
-    explicit Rows(const Call &call_)
-        : call(call_), keeps(keeps_of(call_)), interleaves(interleaves_of(call_, keeps)),
-          most(most_of(call_)), pitch((call_.classes + 31) / 32 * 32), memory(size()) {
-        if (!memory.start)
-            return;
-        for (T **buffer : {&x, &next, &u, &slope, &out})
-            *buffer = memory.take<T>(BLOCK);
-        kept = keeps ? memory.take<T>(2 * most * pitch) : nullptr;
-        exponents = memory.take<double>(blocks_of(call.classes));
-        groups[0].count = groups[1].count = 0;
-        groups[0].half = 0, groups[1].half = 1;
-    }
+    explicit Rows(const Call &call_) : call(call_) { group->count = before->count = 0; }
 
     Group &current() { return *group; }
 
-    static bool keeps_of(const Call &call) {
-        bool plain = call.out && !call.log() && !call.capped() && !call.state;
-        return plain && call.classes * (Index) sizeof(T) <= ROW_SIZE;
-    }
-
-    static bool interleaves_of(const Call &call, bool keeps) {
-        if (call.out.format != IN_PLACE || !call.out || call.state)
-            return false;
-        return call.log() ? call.x().format == IN_PLACE : keeps && !call.spread();
-    }
-
-    static Index most_of(const Call &call) {
-        Index bytes = call.classes * (Index) sizeof(T);
-        return call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
-    }
-
-    Index size() const {
-        Index numbers = 5 * BLOCK + (keeps ? 2 * most * pitch : 0);
-        return numbers * (Index) sizeof(T) + blocks_of(call.classes) * (Index) sizeof(double);
-    }
-
+    // Where the exponentials of row i are kept, or NULL.
     T *kept_of(const Group &rows, Index i) const {
-        return kept ? kept + (rows.half * most + i) * pitch : nullptr;
+        return kept ? kept + ((&rows - groups) * most + i) * pitch : nullptr;
     }
 
     // Block of logits from j on, with the soft cap where there is one; its derivative into `slope_to`.
@@ -114,7 +93,7 @@ struct Rows {
     // u = w ((1 - eps) t + eps / C) of the contract, or without t, w eps / C.
     const T *fetch_target(const char *start, Index j, Index n) const {
         double eps = call.options.label_smoothing;
-        const T *t = call.second() ? call.second().fetch(start, j, n, u) : nullptr;
+        const T *t = call.second().fetch(start, j, n, u);
         const T *w = call.weight ? (const T *) call.weight.address + j : nullptr;
         if (t && !w && eps == 0)
             return t;
@@ -135,13 +114,11 @@ struct Rows {
 
     void fold() {
         for (Index i = 0; i < group->count; i++) {
-            pending.j = pending.n = 0;
-            if (i < before->count)
-                pending = pending_row(*before, i);
+            pending = i < before->count ? pending_row(*before, i) : Pending<T>();
             if (group->kept[i] != 0 || call.lse)
                 fold_row(i);
             if (i < before->count)
-                complete_row(*before, i, pending);
+                write_row(*before, i, pending);
         }
         write_rows(*before, group->count);
     }
@@ -197,7 +174,7 @@ struct Rows {
     template <bool AT_TOP>
     void add_block(const T *v, Index n, State &row, T *terms) {
         const T lowest = -(T) INFINITY, m = (T) row.m;
-        const Window<T> window(row.n);
+        const auto window = window_of<T>(row.n);
         const Pending<T> old = pending;
         const T *ahead = following;
         const Index ahead_count = following_count, ready = old.vectors_left() * lanes<T>;
@@ -232,7 +209,7 @@ struct Rows {
         if (!usable(row.m))
             return sum_weighted_exactly(masked, b, 1, n, row);
         const Vec<T> m = splat((T) row.m);
-        const Window<T> window(row.n);
+        const auto window = window_of<T>(row.n);
         auto sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             Vec<T> x = load_ahead(masked + j, count, -(T) INFINITY);
             return weighted_terms(x, load_ahead(b + j, count, T()), m, window.terms(x));
@@ -302,57 +279,46 @@ struct Rows {
     void write_rows(const Group &rows, Index first_row) {
         for (Index i = first_row; i < rows.count; i++) {
             Pending<T> row = pending_row(rows, i);
-            complete_row(rows, i, row);
+            write_row(rows, i, row);
         }
     }
 
-    // Row i as it is to be written; nothing of it (n = 0) if that takes new exponentials.
-    Pending<T> result_of(const Group &rows, Index i) const {
+    // Row i as it is to be written; nothing of it (n = 0) if that takes new exponentials. Those that were
+    // kept do for a factor of moderate size: then what `merge_terms` lost is too small for the result.
+    Pending<T> pending_row(const Group &rows, Index i) const {
+        const bool moderate = rows.rest[i] == 1 && std::fabs(rows.scale[i]) < (call.single ? 0x1p-30 : 0x1p-60);
         Pending<T> row = {};
-        row.log = call.log(), row.streamed = call.out.streamed;
+        row.log = call.log(), row.streamed = interleaves && call.out.streamed;
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
         row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
         row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i];
         if (row.log) {
             row.source = (const T *) call.x().row(rows.outer, rows.inner + i);
             row.n = call.classes;
-        } else if (kept && usable(rows.m[i]) && rows.rest[i] == 1) {
+        } else if (kept && rows.kept[i] != 0 && usable(rows.m[i]) && moderate) {
             row.source = kept_of(rows, i);
             row.n = call.classes;
-            row.peak = first(Window<T>(rows.n[i]).terms(splat(row.m)));
+            row.peak = first(window_of<T>(rows.n[i]).terms(splat(row.m)));
+        }
+        if (row.streamed) {  // what is left begins at a line
+            row.j = least(row.n, until_line(row.out));
+            row.write(0, row.j);
         }
         return row;
     }
 
-    // `result_of` a row that may be written while another one is folded.
-    Pending<T> pending_row(const Group &rows, Index i) const {
-        Pending<T> row = result_of(rows, i);
-        if (!interleaves || rows.kept[i] == 0)
-            row.n = 0;
-        else if (row.streamed) {  // the rest begins at a line
-            Index head = least(row.n, until_line(row.out));
-            row.write(0, head);
-            row.j = head;
-        }
-        return row;
-    }
-
-    // What is left of row i.
-    void complete_row(const Group &rows, Index i, Pending<T> &row) {
-        if (row.n == 0)
-            return write_row(rows, i);
-        row.write_rest();
-        if (rows.label[i] >= 0)
-            row.out[rows.label[i]] = (T) rows.g_y[i];
-    }
-
-    // Probabilities, their logarithms or the gradient of row i, block by block.
-    void write_row(const Group &rows, Index i) {
+    // What is left of row i, or if it does not wait for that, all of it, block by block.
+    void write_row(const Group &rows, Index i, Pending<T> &row) {
         const char *start = call.x().row(rows.outer, rows.inner + i);
         const char *second = call.second().row(rows.outer, rows.inner + i);
         char *target = call.out.row(rows.outer, rows.inner + i);
-        const Pending<T> row = result_of(rows, i);
         const Index y = rows.label[i];
+        if (interleaves && row.n > 0) {
+            row.write_rest();
+            if (y >= 0)
+                row.out[y] = (T) rows.g_y[i];
+            return;
+        }
         for (Index j = 0; j < call.classes; j += BLOCK) {
             Index n = least(BLOCK, call.classes - j);
             T *to = call.out.place(target, j, out);
@@ -364,7 +330,7 @@ struct Rows {
             if (row.n > 0) {
                 Pending<T> part = row;
                 part.source = call.log() ? call.x().fetch(start, j, n, x) : row.source + j;
-                part.out = to, part.n = n, part.streamed = false;
+                part.out = to, part.n = n;
                 part.write_rest();
             } else
                 write_block_anew(rows, i, fetch_logits(start, j, n, x, slope), n, to);
@@ -382,7 +348,7 @@ struct Rows {
     void write_block_anew(const Group &rows, Index i, const T *v, Index n, T *to) const {
         if (!usable(rows.m[i]))
             return write_exactly(v, 1, n, rows.m[i], rows.factor[i], to);
-        const Window<T> window(rows.n[i]);
+        const auto window = window_of<T>(rows.n[i]);
         const T m = (T) rows.m[i], factor = (T) rows.factor[i];
         const T scale = (T) rows.scale[i], rest = (T) rows.rest[i];
         const Vec<T> peak = window.terms(splat(m));

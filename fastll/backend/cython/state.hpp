@@ -19,7 +19,6 @@ struct State {  // of a row that elements are being added to
 
 struct Group {  // rows inner to inner + count of an outer one, and what is known of each
     Index outer, inner, count;
-    int half;  // of the memory for two groups
     bool tiny;  // whether any row has a `rest` other than 1
     double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP];  // as in `State`
     double lead[GROUP];  // exp(m) / 2**n
@@ -48,9 +47,10 @@ INLINE Wide where_usable(Wide m, X x, Y otherwise) {
     return where_gt(LARGEST, absolute(m), x, otherwise);
 }
 
-// The exponent n of the reference for a maximum m; 0 where it is not usable.
+// The exponent n of the reference for a maximum m, the nearest whole number; 0 where it is not usable.
 INLINE Wide exponent_of(Wide m) {
-    return where_usable(m, round_down(m * Constants<double>::log2e + 0.5), 0.0);
+    Wide n = m * Constants<double>::log2e + 0.5, whole = (n + 0x1.8p52) - 0x1.8p52;
+    return where_usable(m, where_gt(whole, n, whole - 1.0, whole), 0.0);  // rounded down
 }
 
 // exp(m) / 2**n, a number about 1; 1 where m is not usable.
@@ -58,18 +58,41 @@ INLINE Wide lead_of(Wide m, Wide n) {
     return where_usable(m, exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW), 1.0);
 }
 
-// What `exponential` needs of a reference exponent, a whole number.
-template <class T>
+// What `exponential` needs of reference exponents, whole numbers: of a row's, or of those of a vector of rows.
+template <class T, class N>
 struct Window {
-    T floor, magic;
-
-    explicit Window(double n)
-        : floor((T) ((n - Bits<T>::bias - SHIFT) * Constants<double>::ln2)),
-          magic(Constants<T>::magic + (T) (SHIFT - n)) {}
+    N floor, magic;
 
     // exp(x) 2**(SHIFT - n)
     FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
 };
+
+template <class T>
+INLINE Window<T, T> window_of(double n) {
+    return {
+        (T) ((n - Bits<T>::bias - SHIFT) * Constants<double>::ln2),
+        Constants<T>::magic + (T) (SHIFT - n),
+    };
+}
+
+template <class T>
+INLINE Window<T, Vec<T>> windows_of(const double *n) {
+    T floors[lanes<T>], magics[lanes<T>];
+    for (Index l = 0; l < lanes<T>; l++) {
+        auto [floor, magic] = window_of<T>(n[l]);
+        floors[l] = floor, magics[l] = magic;
+    }
+    return {load_all(floors), load_all(magics)};
+}
+
+// Numbers of a vector of rows, in the compute dtype.
+template <class T>
+INLINE Vec<T> load_as(const double *values) {
+    T numbers[lanes<T>];
+    for (Index l = 0; l < lanes<T>; l++)
+        numbers[l] = (T) values[l];
+    return load_all(numbers);
+}
 
 INLINE State state_of(const Group &group, Index i) {
     return {group.m[i], group.e[i], group.k[i], group.n[i], group.added[i]};
@@ -154,7 +177,7 @@ void finish_softmax(const Call &call, Group &group) {
 // Losses, gradients at the labels, and factors of the others.
 void finish_cross_entropy(const Call &call, Group &group) {
     const Options &options = call.options;
-    const Window<double> plain(SHIFT);  // not shifted
+    const auto plain = window_of<double>(SHIFT);  // not shifted
     for (Index i = 0; i < group.count; i += lanes<double>) {
         auto of = [=](const double *values) FORCED { return load_all(values + i); };
         Wide m = of(group.m), e = of(group.e), k = of(group.k), log_s = of(group.log_s);

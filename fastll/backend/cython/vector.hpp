@@ -51,6 +51,23 @@ namespace {
 
 typedef std::ptrdiff_t Index;
 
+// The representation as integers. SPLIT is that of sqrt(1/2), rounded up.
+template <class T> struct Bits;
+
+template <> struct Bits<float> {
+    typedef uint32_t type;
+    typedef int32_t signed_type;
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr int32_t SPLIT = 0x3f3504f4, WHOLE = 0x4b400000;
+};
+
+template <> struct Bits<double> {
+    typedef uint64_t type;
+    typedef int64_t signed_type;
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr int64_t SPLIT = 0x3fe6a09e667f3bcd, WHOLE = 0x4338000000000000;
+};
+
 template <class T, int BYTES, bool FITS = (BYTES <= REGISTER(T))>
 struct Lanes {
     static constexpr bool fits = false;
@@ -64,6 +81,8 @@ struct Lanes<T, BYTES, true> {
     static constexpr bool fits = true;
     static constexpr int count = BYTES / (int) sizeof(T);
     typedef REGISTER_TYPE(T, BYTES) type;
+    typedef REGISTER_TYPE(typename Bits<T>::type, BYTES) bits;
+    typedef REGISTER_TYPE(typename Bits<T>::signed_type, BYTES) signed_bits;
     type v;
 };
 
@@ -73,13 +92,11 @@ using Vec = Lanes<T, 128>;
 template <class T>
 constexpr int lanes = Vec<T>::count;
 
-#define LANES_OF_VECTOR template <class T, int B> INLINE Lanes<T, B>
-
 // Numbers and vectors mix: a number stands for a vector of it.
 
-template <class... A> struct Joined_;
+template <class... A> struct Joined_ {};
 template <class T, int B, class... A> struct Joined_<Lanes<T, B>, A...> { typedef Lanes<T, B> type; };
-template <class T, class... A> struct Joined_<T, A...> { typedef typename Joined_<A...>::type type; };
+template <class T, class... A> struct Joined_<T, A...> : Joined_<A...> {};
 
 template <class... A>
 using Joined = typename Joined_<A...>::type;  // the vector among the types
@@ -101,147 +118,192 @@ INLINE Vec<T> splat(T x) {
     return spread<Vec<T>>(x);
 }
 
+// Operations on one register: in general, then by the instructions of x86.
 namespace on_register {
 
-#if !FUSED
-template <class R>
-INLINE R fma(R a, R b, R c) {
-    return a * b + c;
+template <class V>
+INLINE V maximum(V a, V b) {
+    return {a.v > b.v ? a.v : b.v};
 }
-#elif defined(__SSE2__)
-  #define FMA(T, bytes, instruction)                                                               \
-      INLINE REGISTER_TYPE(T, bytes) fma(                                                          \
-          REGISTER_TYPE(T, bytes) a, REGISTER_TYPE(T, bytes) b, REGISTER_TYPE(T, bytes) c          \
-      ) { return instruction(a, b, c); }
-  #if defined(__AVX512F__)
-FMA(float, 64, _mm512_fmadd_ps)
-FMA(double, 64, _mm512_fmadd_pd)
-  #endif
-FMA(float, 32, _mm256_fmadd_ps)
-FMA(double, 32, _mm256_fmadd_pd)
-#else
-template <class R>
-INLINE R fma(R a, R b, R c) {
-    for (unsigned i = 0; i < sizeof a / sizeof a[0]; i++)
-        a[i] = std::fma(a[i], b[i], c[i]);
+
+template <class V>
+INLINE V fma(V a, V b, V c) {
+#if FUSED
+    for (int l = 0; l < V::count; l++)
+        a.v[l] = std::fma(a.v[l], b.v[l], c.v[l]);
     return a;
-}
+#else
+    return {a.v * b.v + c.v};
 #endif
-
-template <class R>
-INLINE R maximum(R a, R b) {
-    return a > b ? a : b;
 }
 
-// x86's maximum is that to the letter, which GCC does not always see.
+template <class T, class V>
+INLINE void stream(T *v, V x) {
+    memcpy(v, &x.v, sizeof x.v);
+}
+
+template <class T, class V>
+INLINE V load_some(const T *v, int few, V x) {
+    for (int l = 0; l < V::count; l++)
+        ((T *) &x.v)[l] = l < few ? v[l] : ((T *) &x.v)[l];
+    return x;
+}
+
+template <class T, class V>
+INLINE void store_some(T *v, int few, V x) {
+    for (int l = 0; l < few; l++)
+        v[l] = ((T *) &x.v)[l];
+}
+
+template <class T, int B>
+INLINE Lanes<T, B> load_strided(const char *v, int64_t step, Lanes<T, B> x) {
+    for (int l = 0; l < Lanes<T, B>::count; l++)
+        memcpy((T *) &x.v + l, v + l * step, sizeof(T));
+    return x;
+}
+
+template <class T, int B>
+INLINE void store_strided(char *v, int64_t step, Lanes<T, B> x) {
+    for (int l = 0; l < Lanes<T, B>::count; l++)
+        memcpy(v + l * step, (T *) &x.v + l, sizeof(T));
+}
+
 #if defined(__SSE2__)
-  #define MAXIMUM(T, bytes, instruction)                                                            \
-      INLINE REGISTER_TYPE(T, bytes) maximum(                                                       \
-          REGISTER_TYPE(T, bytes) a, REGISTER_TYPE(T, bytes) b                                      \
-      ) { return instruction(a, b); }
-  #if defined(__AVX512F__)
-MAXIMUM(float, 64, _mm512_max_ps)
-MAXIMUM(double, 64, _mm512_max_pd)
+  #if FUSED
+    #define FMA(V, instruction) INLINE V fma(V a, V b, V c) { return {instruction(a.v, b.v, c.v)}; }
+  #else
+    #define FMA(V, instruction)
   #endif
-  #if defined(__AVX__)
-MAXIMUM(float, 32, _mm256_max_ps)
-MAXIMUM(double, 32, _mm256_max_pd)
-  #endif
-MAXIMUM(float, 16, _mm_max_ps)
-MAXIMUM(double, 16, _mm_max_pd)
+
+  // x86's maximum is the one above to the letter, which GCC does not always see.
+  #define X86(V, T, bytes, prefix, suffix)                                                          \
+      typedef Lanes<T, bytes> V;                                                                    \
+      INLINE V maximum(V a, V b) { return {prefix##_max_##suffix(a.v, b.v)}; }                      \
+      INLINE void stream(T *v, V x) { prefix##_stream_##suffix(v, x.v); }                           \
+      FMA(V, prefix##_fmadd_##suffix)
+
+X86(Float128, float, 16, _mm, ps)
+X86(Double128, double, 16, _mm, pd)
+#endif
+#if defined(__AVX__)
+X86(Float256, float, 32, _mm256, ps)
+X86(Double256, double, 32, _mm256, pd)
+#endif
+#if defined(__AVX512F__)
+X86(Float512, float, 64, _mm512, ps)
+X86(Double512, double, 64, _mm512, pd)
+
+  #define AVX512(V, T, suffix, index, steps)                                                        \
+      INLINE V load_some(const T *v, int few, V x) {                                                \
+          return {_mm512_mask_loadu_##suffix(x.v, (1u << few) - 1, v)};                             \
+      }                                                                                             \
+      INLINE void store_some(T *v, int few, V x) {                                                  \
+          _mm512_mask_storeu_##suffix(v, (1u << few) - 1, x.v);                                     \
+      }                                                                                             \
+      INLINE V load_strided(const char *v, int64_t step, V) {                                       \
+          return {_mm512_##index##gather_##suffix(steps, v, 1)};                                    \
+      }                                                                                             \
+      INLINE void store_strided(char *v, int64_t step, V x) {                                       \
+          _mm512_##index##scatter_##suffix(v, steps, x.v, 1);                                       \
+      }
+
+AVX512(
+    Float512, float, ps, i32,
+    _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32((int) step)
+    )
+)
+AVX512(
+    Double512, double, pd, i64,
+    _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step))
+)
 #endif
 
 }  // namespace on_register
 
 // What is done to a vector is done to its halves, and in the end to registers.
-#define BINARY(name, on_register)                                                                   \
-    LANES_OF_VECTOR name(Lanes<T, B> a, Lanes<T, B> b) {                                            \
-        if constexpr (Lanes<T, B>::fits)                                                            \
-            return {on_register};                                                                   \
-        else                                                                                        \
-            return {name(a.lo, b.lo), name(a.hi, b.hi)};                                            \
-    }                                                                                               \
-    LANES_OF_VECTOR name(Lanes<T, B> a, T b) { return name(a, spread<Lanes<T, B>>(b)); }            \
-    LANES_OF_VECTOR name(T a, Lanes<T, B> b) { return name(spread<Lanes<T, B>>(a), b); }
-
-BINARY(operator+, a.v + b.v)
-BINARY(operator-, a.v - b.v)
-BINARY(operator*, a.v * b.v)
-BINARY(operator/, a.v / b.v)
-BINARY(maximum, on_register::maximum(a.v, b.v))  // the larger one; b where either is NaN
-
-LANES_OF_VECTOR fma(Lanes<T, B> a, Lanes<T, B> b, Lanes<T, B> c) {
-    if constexpr (Lanes<T, B>::fits)
-        return {on_register::fma(a.v, b.v, c.v)};
+template <class F, class V, class... A>
+INLINE V lifted(F f, V x, A... others) {
+    if constexpr (V::fits)
+        return f(x, others...);
     else
-        return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+        return {lifted(f, x.lo, others.lo...), lifted(f, x.hi, others.hi...)};
 }
 
+// f(register, its first lane) for those of a vector.
+template <class V, class F>
+INLINE void for_registers(V &x, F f, int lane = 0) {
+    if constexpr (V::fits)
+        f(x, lane);
+    else {
+        for_registers(x.lo, f, lane);
+        for_registers(x.hi, f, lane + V::count / 2);
+    }
+}
+
+#define BINARY(name, result)                                                                        \
+    template <class A, class B>                                                                     \
+    INLINE auto name(A x, B y) -> Joined<A, B> {                                                    \
+        typedef Joined<A, B> V;                                                                     \
+        auto f = [](auto a, auto b) FORCED -> decltype(a) { return result; };                       \
+        return lifted(f, spread<V>(x), spread<V>(y));                                               \
+    }
+
+BINARY(operator+, {a.v + b.v})
+BINARY(operator-, {a.v - b.v})
+BINARY(operator*, {a.v * b.v})
+BINARY(operator/, {a.v / b.v})
+BINARY(maximum, on_register::maximum(a, b))  // the larger one; b where either is NaN
+
 template <class A, class B, class C>
-INLINE auto fma(A a, B b, C c) {
+INLINE auto fma(A x, B y, C z) -> Joined<A, B, C> {
     typedef Joined<A, B, C> V;
-    return fma(spread<V>(a), spread<V>(b), spread<V>(c));
+    auto f = [](auto a, auto b, auto c) FORCED { return on_register::fma(a, b, c); };
+    return lifted(f, spread<V>(x), spread<V>(y), spread<V>(z));
 }
 
 // x where the comparison holds, else y; false for NaN.
 #define WHERE(name, comparison)                                                                     \
-    LANES_OF_VECTOR name(Lanes<T, B> a, Lanes<T, B> b, Lanes<T, B> x, Lanes<T, B> y) {              \
-        if constexpr (Lanes<T, B>::fits)                                                            \
-            return {a.v comparison b.v ? x.v : y.v};                                                \
-        else                                                                                        \
-            return {name(a.lo, b.lo, x.lo, y.lo), name(a.hi, b.hi, x.hi, y.hi)};                    \
-    }                                                                                               \
     template <class A, class B, class X, class Y>                                                   \
-    INLINE auto name(A a, B b, X x, Y y) {                                                          \
+    INLINE auto name(A a, B b, X x, Y y) -> Joined<A, B, X, Y> {                                    \
         typedef Joined<A, B, X, Y> V;                                                               \
-        return name(spread<V>(a), spread<V>(b), spread<V>(x), spread<V>(y));                        \
+        auto f = [](auto a, auto b, auto x, auto y) FORCED -> decltype(x) {                         \
+            return {a.v comparison b.v ? x.v : y.v};                                                \
+        };                                                                                          \
+        return lifted(f, spread<V>(a), spread<V>(b), spread<V>(x), spread<V>(y));                   \
     }
 
 WHERE(where_eq, ==)
 WHERE(where_gt, >)
 WHERE(where_ge, >=)
 
-// The representation as integers. SPLIT is that of sqrt(1/2), rounded up.
-template <class T> struct Bits;
-
-template <> struct Bits<float> {
-    typedef uint32_t type;
-    typedef int32_t signed_type;
-    static constexpr int mantissa = 23, bias = 127;
-    static constexpr int32_t SPLIT = 0x3f3504f4, WHOLE = 0x4b400000;
-};
-
-template <> struct Bits<double> {
-    typedef uint64_t type;
-    typedef int64_t signed_type;
-    static constexpr int mantissa = 52, bias = 1023;
-    static constexpr int64_t SPLIT = 0x3fe6a09e667f3bcd, WHOLE = 0x4338000000000000;
-};
-
 #define BITWISE(name, bits_type, change)                                                            \
-    LANES_OF_VECTOR name(Lanes<T, B> x) {                                                           \
-        if constexpr (Lanes<T, B>::fits) {                                                          \
-            REGISTER_TYPE(typename Bits<T>::bits_type, B) bits;                                     \
-            memcpy(&bits, &x.v, B);                                                                 \
+    template <class T, int B>                                                                       \
+    INLINE Lanes<T, B> name(Lanes<T, B> x) {                                                        \
+        auto f = [](auto part) FORCED {                                                             \
+            typename decltype(part)::bits_type bits;                                                \
+            memcpy(&bits, &part.v, sizeof bits);                                                    \
             change;                                                                                 \
-            memcpy(&x.v, &bits, B);                                                                 \
-            return x;                                                                               \
-        } else                                                                                      \
-            return {name(x.lo), name(x.hi)};                                                        \
+            memcpy(&part.v, &bits, sizeof bits);                                                    \
+            return part;                                                                            \
+        };                                                                                          \
+        return lifted(f, x);                                                                        \
     }
 
 // The low bits of a number's representation as its sign and exponent, the rest zero.
-BITWISE(exponent_bits, type, bits <<= Bits<T>::mantissa)
-BITWISE(absolute, type, bits &= ~(typename Bits<T>::type) 0 >> 1)
+BITWISE(exponent_bits, bits, bits <<= Bits<T>::mantissa)
+BITWISE(absolute, bits, bits &= ~(typename Bits<T>::type) 0 >> 1)
 // With x = 2**n f, sqrt(1/2) <= f < sqrt(2): 1.5 * 2**mantissa + n, and 2**-n.
-BITWISE(whole, signed_type, bits = ((bits - Bits<T>::SPLIT) >> Bits<T>::mantissa) + Bits<T>::WHOLE)
+BITWISE(whole, signed_bits, bits = ((bits - Bits<T>::SPLIT) >> Bits<T>::mantissa) + Bits<T>::WHOLE)
 BITWISE(
     downscale,
-    signed_type,
+    signed_bits,
     bits = (Bits<T>::bias - ((bits - Bits<T>::SPLIT) >> Bits<T>::mantissa)) << Bits<T>::mantissa
 )
 
-LANES_OF_VECTOR exponent(Lanes<T, B> x) {
+template <class T, int B>
+INLINE Lanes<T, B> exponent(Lanes<T, B> x) {
     return whole(x) - (T) (1.5 * ((int64_t) 1 << Bits<T>::mantissa));
 }
 
@@ -263,7 +325,8 @@ INLINE V horner(const T (&coefficients)[N], V x) {
 #if !FUSED
   // x - n ln 2 with ln 2 as a sum whose parts times n, up to 15 bits, are exact but for the last one's.
   #define OWN_reduced
-LANES_OF_VECTOR reduced(Lanes<T, B> x, Lanes<T, B> n) {
+template <class T, int B>
+INLINE Lanes<T, B> reduced(Lanes<T, B> x, Lanes<T, B> n) {
     if constexpr (sizeof(T) == 4)
         for (float part : {0x1.63p-1f, -0x1.bdp-13f, -0x1.05c610ca86c39p-29f})
             x = x - n * (T) part;
@@ -277,13 +340,6 @@ LANES_OF_VECTOR reduced(Lanes<T, B> x, Lanes<T, B> n) {
 // What a formula returns: several values.
 template <class A, class B> struct Two { A a; B b; };
 template <class A, class B, class C> struct Three { A a; B b; C c; };
-
-template <class V> struct Number_;
-template <class T, int B> struct Number_<Lanes<T, B>> { typedef T type; };
-template <class A, class B> struct Number_<Two<A, B>> : Number_<A> {};
-
-template <class V>
-using NumberOf = typename Number_<V>::type;  // what vectors are made of
 
 template <class A, class B>
 INLINE Two<A, B> pack(A a, B b) {
@@ -303,46 +359,22 @@ namespace {
 
 // Memory. Addresses need not be aligned.
 
-template <class T, class V = Vec<T>>
-INLINE V load_all(const T *v) {
-    if constexpr (V::fits) {
-        V x;
-        memcpy(&x.v, v, sizeof x.v);
-        return x;
-    } else
-        return {
-            load_all<T, typename V::Half>(v),
-            load_all<T, typename V::Half>(v + V::count / 2),
-        };
+template <class T>
+INLINE Vec<T> load_all(const T *v) {
+    Vec<T> x;
+    for_registers(x, [=](auto &to, int lane) FORCED { memcpy(&to.v, v + lane, sizeof to.v); });
+    return x;
 }
 
-template <class T, int B>
-INLINE void store_all(T *v, const Lanes<T, B> &x) {
-    if constexpr (Lanes<T, B>::fits)
-        memcpy(v, &x.v, B);
-    else {
-        store_all(v, x.lo);
-        store_all(v + Lanes<T, B>::count / 2, x.hi);
-    }
+template <class T>
+INLINE void store_all(T *v, Vec<T> x) {
+    for_registers(x, [=](auto from, int lane) FORCED { memcpy(v + lane, &from.v, sizeof from.v); });
 }
 
 // Non-temporal: that reads nothing, where a plain store reads the line first. v is aligned to a line.
-template <class T, int B>
-INLINE void stream_all(T *v, const Lanes<T, B> &x) {
-    if constexpr (!Lanes<T, B>::fits) {
-        stream_all(v, x.lo);
-        stream_all(v + Lanes<T, B>::count / 2, x.hi);
-    } else {
-#if defined(__AVX512F__)
-        _mm512_stream_si512((__m512i *) v, (__m512i) x.v);
-#elif defined(__AVX__)
-        _mm256_stream_si256((__m256i *) v, (__m256i) x.v);
-#elif defined(__SSE2__)
-        _mm_stream_si128((__m128i *) v, (__m128i) x.v);
-#else
-        memcpy(v, &x.v, B);
-#endif
-    }
+template <class T>
+INLINE void stream_all(T *v, Vec<T> x) {
+    for_registers(x, [=](auto from, int lane) FORCED { on_register::stream(v + lane, from); });
 }
 
 // What was streamed is in memory before whatever is written next.
@@ -352,101 +384,41 @@ INLINE void stream_fence() {
 #endif
 }
 
-#if defined(__AVX512F__)
-  #define STEPS_OF(T, step)                                                                         \
-      sizeof(T) == 4                                                                                \
-          ? _mm512_mullo_epi32(                                                                     \
-                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),            \
-                _mm512_set1_epi32((int) step)                                                       \
-            )                                                                                       \
-          : _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step))
-#endif
-
 // Numbers `step` bytes apart.
-template <class T, class V = Vec<T>>
-INLINE V load_strided(const char *v, int64_t step) {
-    if constexpr (!V::fits)
-        return {
-            load_strided<T, typename V::Half>(v, step),
-            load_strided<T, typename V::Half>(v + V::count / 2 * step, step),
-        };
-#if defined(__AVX512F__)
-    else if constexpr (sizeof(T) == 4)
-        return {_mm512_i32gather_ps(STEPS_OF(T, step), v, 1)};
-    else
-        return {_mm512_i64gather_pd(STEPS_OF(T, step), v, 1)};
-#else
-    else {
-        V x;
-        for (int l = 0; l < V::count; l++) {
-            T lane;
-            memcpy(&lane, v + l * step, sizeof lane);
-            x.v[l] = lane;
-        }
-        return x;
-    }
-#endif
+template <class T>
+INLINE Vec<T> load_strided(const char *v, int64_t step) {
+    auto load = [=](auto &to, int lane) FORCED { to = on_register::load_strided(v + lane * step, step, to); };
+    Vec<T> x;
+    for_registers(x, load);
+    return x;
 }
 
-template <class T, int B>
-INLINE void store_strided(char *v, int64_t step, Lanes<T, B> x) {
-    if constexpr (!Lanes<T, B>::fits) {
-        store_strided(v, step, x.lo);
-        store_strided(v + Lanes<T, B>::count / 2 * step, step, x.hi);
-    }
-#if defined(__AVX512F__)
-    else if constexpr (sizeof(T) == 4)
-        _mm512_i32scatter_ps(v, STEPS_OF(T, step), x.v, 1);
-    else
-        _mm512_i64scatter_pd(v, STEPS_OF(T, step), x.v, 1);
-#else
-    else
-        for (int l = 0; l < Lanes<T, B>::count; l++) {
-            T lane = x.v[l];
-            memcpy(v + l * step, &lane, sizeof lane);
-        }
-#endif
+template <class T>
+INLINE void store_strided(char *v, int64_t step, Vec<T> x) {
+    auto store = [=](auto from, int lane) FORCED { on_register::store_strided(v + lane * step, step, from); };
+    for_registers(x, store);
 }
 
-// The first `count` numbers of v, then those of `pad`.
-template <class T, int B>
-INLINE Lanes<T, B> load_some(const T *v, Index count, Lanes<T, B> pad) {
-    constexpr int lanes = Lanes<T, B>::count;
-    if constexpr (!Lanes<T, B>::fits)
-        return {load_some(v, count, pad.lo), load_some(v + lanes / 2, count - lanes / 2, pad.hi)};
-    else {
-        int few = count < 0 ? 0 : count > lanes ? lanes : (int) count;
-#if defined(__AVX512F__)
-        if constexpr (sizeof(T) == 4)
-            return {_mm512_mask_loadu_ps(pad.v, (__mmask16) ((1u << few) - 1), v)};
-        else
-            return {_mm512_mask_loadu_pd(pad.v, (__mmask8) ((1u << few) - 1), v)};
-#else
-        for (int l = 0; l < lanes; l++)
-            pad.v[l] = l < few ? v[l] : pad.v[l];
-        return pad;
-#endif
-    }
+// How many of the lanes of a register are among the first `count` of its vector.
+template <class V>
+INLINE int few_of(V, Index count) {
+    return count < 0 ? 0 : count > V::count ? V::count : (int) count;
 }
 
-template <class T, int B>
-INLINE void store_some(T *v, Index count, Lanes<T, B> x) {
-    constexpr int lanes = Lanes<T, B>::count;
-    if constexpr (!Lanes<T, B>::fits) {
-        store_some(v, count, x.lo);
-        store_some(v + lanes / 2, count - lanes / 2, x.hi);
-    } else {
-        int few = count < 0 ? 0 : count > lanes ? lanes : (int) count;
-#if defined(__AVX512F__)
-        if constexpr (sizeof(T) == 4)
-            _mm512_mask_storeu_ps(v, (__mmask16) ((1u << few) - 1), x.v);
-        else
-            _mm512_mask_storeu_pd(v, (__mmask8) ((1u << few) - 1), x.v);
-#else
-        for (int l = 0; l < few; l++)
-            v[l] = x.v[l];
-#endif
-    }
+// The first `count` numbers of v, then those of `x`.
+template <class T>
+INLINE Vec<T> load_some(const T *v, Index count, Vec<T> x) {
+    for_registers(x, [=](auto &to, int lane) FORCED {
+        to = on_register::load_some(v + lane, few_of(to, count - lane), to);
+    });
+    return x;
+}
+
+template <class T>
+INLINE void store_some(T *v, Index count, Vec<T> x) {
+    for_registers(x, [=](auto from, int lane) FORCED {
+        on_register::store_some(v + lane, few_of(from, count - lane), from);
+    });
 }
 
 // The first `count` numbers of v, then `pad`.
@@ -464,15 +436,9 @@ INLINE void prefetch_vector(const void *address) {
     prefetch((const char *) address + 64);
 }
 
-// The same in a walk through memory.
+// `load` in a walk through memory.
 template <class T>
-INLINE Vec<T> load_ahead(const T *v) {
-    prefetch_vector((const char *) v + AHEAD);
-    return load_all(v);
-}
-
-template <class T>
-INLINE Vec<T> load_ahead(const T *v, Index count, T pad) {
+INLINE Vec<T> load_ahead(const T *v, Index count = lanes<T>, T pad = T()) {
     prefetch_vector((const char *) v + AHEAD);
     return load(v, count, pad);
 }
@@ -503,34 +469,17 @@ INLINE Index until_line(const T *v) {
 }
 
 // The lower or the upper half of the lanes. A copy through memory would keep all of a loop's vectors there.
-#if defined(__AVX512F__)
-INLINE __m256 lower(__m512 x) { return _mm512_castps512_ps256(x); }
-INLINE __m256 upper(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
-INLINE __m256d lower(__m512d x) { return _mm512_castpd512_pd256(x); }
-INLINE __m256d upper(__m512d x) { return _mm512_extractf64x4_pd(x, 1); }
-INLINE __m512d wide(__m256 x) { return _mm512_cvtps_pd(x); }
-#endif
-#if defined(__AVX__)
-INLINE __m128 lower(__m256 x) { return _mm256_castps256_ps128(x); }
-INLINE __m128 upper(__m256 x) { return _mm256_extractf128_ps(x, 1); }
-INLINE __m128d lower(__m256d x) { return _mm256_castpd256_pd128(x); }
-INLINE __m128d upper(__m256d x) { return _mm256_extractf128_pd(x, 1); }
-INLINE __m256d wide(__m128 x) { return _mm256_cvtps_pd(x); }
-#endif
-
 template <int UPPER, class T, int B>
 INLINE Lanes<T, B / 2> half(Lanes<T, B> x) {
-    if constexpr (!Lanes<T, B>::fits) {
-        if constexpr (UPPER)
-            return x.hi;
-        else
-            return x.lo;
-    }
+    if constexpr (!Lanes<T, B>::fits)
+        return UPPER ? x.hi : x.lo;
+#if defined(__AVX512F__)
+    else if constexpr (B == 64)
+        return {(typename Lanes<T, B / 2>::type) _mm512_extractf64x4_pd((__m512d) x.v, UPPER)};
+#endif
 #if defined(__AVX__)
-    else if constexpr (B > 16 && UPPER)
-        return {upper(x.v)};
-    else if constexpr (B > 16)
-        return {lower(x.v)};
+    else if constexpr (B == 32)
+        return {(typename Lanes<T, B / 2>::type) _mm256_extractf128_pd((__m256d) x.v, UPPER)};
 #endif
     else {
         Lanes<T, B / 2> y;
@@ -557,15 +506,12 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen(Lanes<T, B> x) {
         return x;
     else if constexpr (!Lanes<T, B>::fits)
         return {widen(x.lo), widen(x.hi)};
-#if defined(__AVX__)
-    else
-        return {{wide(lower(x.v))}, {wide(upper(x.v))}};
-#elif defined(__GNUC__)
+#if defined(__GNUC__)
     else {
-        typedef typename Lanes<double, B>::type wide;
+        typedef typename Lanes<double, B>::type Wide;
         return {
-            {__builtin_convertvector(half<0>(x).v, wide)},
-            {__builtin_convertvector(half<1>(x).v, wide)},
+            {__builtin_convertvector(half<0>(x).v, Wide)},
+            {__builtin_convertvector(half<1>(x).v, Wide)},
         };
     }
 #else
@@ -574,44 +520,25 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen(Lanes<T, B> x) {
 #endif
 }
 
-// The sum of the lanes, in float64, by halves.
-template <class T, int B>
-INLINE double total(Lanes<T, B> x) {
-    if constexpr (sizeof(T) < 8)
-        return total(widen(x));
-    else if constexpr (B > 8)
-        return total(half<0>(x) + half<1>(x));
+// The lanes as one number, folded by halves.
+template <class V, class F>
+INLINE auto fold_lanes(V x, F f) {
+    if constexpr (V::count > 1)
+        return fold_lanes(f(half<0>(x), half<1>(x)), f);
     else
         return first(x);
+}
+
+// The sum of the lanes, in float64.
+template <class V>
+INLINE double total(V x) {
+    return fold_lanes(widen(x), [](auto a, auto b) FORCED { return a + b; });
 }
 
 // The largest of the lanes, none of which is NaN.
-template <class T, int B>
-INLINE T largest(Lanes<T, B> x) {
-    if constexpr (B > sizeof(T))
-        return largest(maximum(half<0>(x), half<1>(x)));
-    else
-        return first(x);
-}
-
-LANES_OF_VECTOR round_down(Lanes<T, B> x) {
-    if constexpr (!Lanes<T, B>::fits)
-        return {round_down(x.lo), round_down(x.hi)};
-#if defined(__AVX512F__)
-    else if constexpr (sizeof(T) == 8)
-        return {_mm512_roundscale_pd(x.v, 0x09)};
-#elif defined(__AVX__)
-    else if constexpr (sizeof(T) == 8)
-        return {_mm256_floor_pd(x.v)};
-#endif
-    else {
-        T lanes[B / sizeof(T)];
-        memcpy(lanes, &x.v, B);
-        for (T &lane : lanes)
-            lane = std::floor(lane);
-        memcpy(&x.v, lanes, B);
-        return x;
-    }
+template <class V>
+INLINE auto largest(V x) {
+    return fold_lanes(x, [](auto a, auto b) FORCED { return maximum(a, b); });
 }
 
 // Sums over a block in the order of the contract: element j goes to lane j modulo their number. A term is
