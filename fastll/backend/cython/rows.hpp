@@ -233,12 +233,13 @@ struct Rows {
     // Bring kept exponentials to the reference 2**n. The power is split, as it need not be a number.
     void merge_terms(T *terms, double n) const {
         for (Index j = 0; j < call.classes; j += BLOCK) {
-            int lift = (int) (exponents[j / BLOCK] - n), part = lift / 2;
+            const int lift = (int) (exponents[j / BLOCK] - n), part = lift / 2;
             if (lift >= 0)  // the same, or there is nothing above 0
                 continue;
-            T first_factor = (T) std::ldexp(1.0, part), second_factor = (T) std::ldexp(1.0, lift - part);
-            for (Index i = j; i < least(j + BLOCK, call.classes); i++)
-                terms[i] = terms[i] * first_factor * second_factor;
+            const T upper = (T) std::ldexp(1.0, part), lower = (T) std::ldexp(1.0, lift - part);
+            const Index end = least(j + BLOCK, call.classes);
+            for (Index i = j; i < end; i++)
+                terms[i] = terms[i] * upper * lower;
         }
     }
 
