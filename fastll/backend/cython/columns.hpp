@@ -31,7 +31,7 @@ INLINE void for_tile(
 }
 
 template <class T>
-void gather(const Operand &x, const Group &group, Index j, Index n, T *tile) {
+void gather(const Operand x, const Group &group, Index j, Index n, T *tile) {
     auto read_vector = [&](const char *at, T *to) FORCED {
         if (x.format != IN_PLACE)
             return store_all(to, load_strided<T>(at, x.inner));
@@ -44,7 +44,7 @@ void gather(const Operand &x, const Group &group, Index j, Index n, T *tile) {
 }
 
 template <class T>
-void scatter(const Operand &x, const Group &group, Index j, Index n, T *tile) {
+void scatter(const Operand x, const Group &group, Index j, Index n, T *tile) {
     auto write_vector = [&](char *at, const T *from) FORCED {
         if (x.format != IN_PLACE)
             return store_strided(at, x.inner, load_all(from));
@@ -314,12 +314,13 @@ struct Columns {
 
     // Probabilities or their logarithms of n classes; see `Rows::write_block_anew`.
     void write_tile(const T *logits, Index n) {
-        const bool log = call.log(), tiny = group.tiny;
+        const bool log = call.log();
         for_rows([&](Index w) FORCED {
             const auto window = windows_of<T>(&group.n[w]);
             const Vec<T> m = load_as<T>(&group.m[w]), log_s = load_as<T>(&group.log_s[w]);
             const Vec<T> factor = load_as<T>(&group.factor[w]), scale = load_as<T>(&group.scale[w]);
             const Vec<T> rest = load_as<T>(&group.rest[w]), peak = window.terms(m);
+            const bool tiny = largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0;
             T *to = out;
             for (Index j = w; j < n * GROUP; j += GROUP) {
                 Vec<T> x = load_all(logits + j);

@@ -38,12 +38,16 @@ template <class T>
 void load_labels(const Call &call, Group &group) {
     const T *weight = (const T *) call.weight.address;
     const char *at = call.labels.row(group.outer, group.inner);
-    for (Index i = 0; i < group.count; i++) {
-        int64_t y = element<int64_t>(at + i * call.labels.inner, false);
-        bool kept = y != call.options.ignore_index, valid = kept & (y >= 0) & (y < call.classes);
-        group.kept[i] = kept;
-        group.label[i] = valid ? (Index) y : -1;
-        group.w_y[i] = kept & !valid ? NAN : 1;
+    const Index count = group.count, classes = call.classes, step = call.labels.inner;
+    const int64_t ignored = call.options.ignore_index;
+    for (Index i = 0; i < count; i++)
+        group.label[i] = (Index) element<int64_t>(at + i * step, false);
+    for (Index i = 0; i < count; i++) {
+        const Index y = group.label[i];
+        const bool kept = y != ignored, valid = kept & (y >= 0) & (y < classes);
+        group.kept[i] = kept ? 1.0 : 0.0;
+        group.label[i] = valid ? y : -1;
+        group.w_y[i] = kept & !valid ? (double) NAN : 1.0;
     }
     for (Index i = 0; i < group.count && weight; i++)
         if (group.label[i] >= 0)
@@ -143,8 +147,7 @@ Index scan_labels(
 ) {
     auto label = [=](Index i) { return element<int64_t>(labels + i * 8, false); };
     auto is_bad = [=](int64_t y) { return (y != ignore_index) & ((y < 0) | (y >= classes)); };
-    Index ignored = 0;
-    bool bad = false;
+    int64_t ignored = 0, bad = 0;
     for (Index i = 0; i < count; i++) {  // no early exit, so that the loop vectorises
         ignored += label(i) == ignore_index;
         bad |= is_bad(label(i));

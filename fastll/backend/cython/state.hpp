@@ -19,7 +19,6 @@ struct State {  // of a row that elements are being added to
 
 struct Group {  // rows inner to inner + count of an outer one, and what is known of each
     Index outer, inner, count;
-    bool tiny;  // whether any row has a `rest` other than 1
     double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP];  // as in `State`
     double lead[GROUP];  // exp(m) / 2**n
     double log_s[GROUP];  // log(e + k)
@@ -110,7 +109,6 @@ INLINE void set_all(double *values, double value) {
 
 // Every row the identity, idle ones too, so that their lanes hold harmless numbers.
 INLINE void begin(Group &group, bool targets) {
-    group.tiny = false;
     set_all(group.m, -INFINITY);
     for (double *zeros : {group.e, group.k, group.n, group.added, group.value})
         set_all(zeros, 0);
@@ -166,7 +164,6 @@ INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
     store_all(&group.factor[i], factor);
     store_all(&group.scale[i], where_gt(size, least, scale, part));
     store_all(&group.rest[i], where_gt(size, least, 1.0, unshift));
-    group.tiny |= largest(where_gt(size, least, 0.0, splat(1.0))) > 0;
 }
 
 void finish_softmax(const Call &call, Group &group) {
