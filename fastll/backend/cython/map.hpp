@@ -12,7 +12,7 @@ struct Elements {
     const T *inputs[4], *weight;
     T *value, *slope;
     T parameters[4], scale;
-    bool streamed;  // the values
+    bool streamed, summed;  // the values
 };
 
 // What a formula returns, as (value, e, slope) of `fastll.formulas.elements`, with 0 for what is missing.
@@ -52,7 +52,8 @@ void map_vectors(const Elements<T> &block, Index n, Index count, Two<Vec<T>, Vec
             value = value * weight;
             slope = slope * weight;
         }
-        sums = sums + first_lanes(value, count);
+        if (at.summed)
+            sums = sums + first_lanes(value, count);
         if (at.value && at.streamed)
             stream_all(at.value + j, value);
         else if (at.value)
@@ -100,7 +101,7 @@ int map_units(const Call &call, Index start, Index stop) {
     memset(tails, 0, operands * lanes<T> * sizeof(T));
     Elements<T> block = {};
     block.scale = (T) call.options.scale;
-    block.streamed = call.value.streamed;
+    block.streamed = call.value.streamed, block.summed = (bool) call.partial;
     for (int i = 0; i < F::parameters; i++)
         block.parameters[i] = (T) call.parameters[i];
     for (Index unit = start; unit < stop; unit++) {

@@ -168,6 +168,13 @@ INLINE void store_strided(char *v, int64_t step, Lanes<T, B> x) {
         memcpy(v + l * step, (T *) &x.v + l, sizeof(T));
 }
 
+#if defined(__GNUC__)
+template <int B>
+INLINE Lanes<double, 2 * B> widen(Lanes<float, B> x) {
+    return {__builtin_convertvector(x.v, typename Lanes<double, 2 * B>::type)};
+}
+#endif
+
 #if defined(__SSE2__)
   #if FUSED
     #define FMA(V, instruction) INLINE V fma(V a, V b, V c) { return {instruction(a.v, b.v, c.v)}; }
@@ -188,10 +195,12 @@ X86(Double128, double, 16, _mm, pd)
 #if defined(__AVX__)
 X86(Float256, float, 32, _mm256, ps)
 X86(Double256, double, 32, _mm256, pd)
+INLINE Double256 widen(Float128 x) { return {_mm256_cvtps_pd(x.v)}; }
 #endif
 #if defined(__AVX512F__)
 X86(Float512, float, 64, _mm512, ps)
 X86(Double512, double, 64, _mm512, pd)
+INLINE Double512 widen(Float256 x) { return {_mm512_cvtps_pd(x.v)}; }
 
   #define AVX512(V, T, suffix, index, steps)                                                        \
       INLINE V load_some(const T *v, int few, V x) {                                                \
@@ -507,13 +516,8 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen(Lanes<T, B> x) {
     else if constexpr (!Lanes<T, B>::fits)
         return {widen(x.lo), widen(x.hi)};
 #if defined(__GNUC__)
-    else {
-        typedef typename Lanes<double, B>::type Wide;
-        return {
-            {__builtin_convertvector(half<0>(x).v, Wide)},
-            {__builtin_convertvector(half<1>(x).v, Wide)},
-        };
-    }
+    else
+        return {on_register::widen(half<0>(x)), on_register::widen(half<1>(x))};
 #else
     else
         return {x.v};
