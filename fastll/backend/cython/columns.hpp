@@ -172,10 +172,10 @@ struct Columns {
             store_all(tops + w, top);
         }
         if (fresh) {
-            for (Index i = 0; i < GROUP; i++)
+            for (Index i = 0; i < GROUP; i++) {
                 group.m[i] = tops[i];
-            for (Index i = 0; i < GROUP; i += lanes<double>)
-                store_all(&group.n[i], exponent_of(load_all(&group.m[i])));
+                group.n[i] = exponent_of(tops[i]);
+            }
             return;
         }
         for (Index i = 0; i < group.count; i++)
@@ -316,19 +316,21 @@ struct Columns {
     void write_tile(const T *logits, Index n) {
         const bool log = call.log();
         for_rows([&](Index w) FORCED {
+            const Vec<T> m = load_as<T>(&group.m[w]);
+            const T *from = logits + w;
+            T *to = out + w;
+            if (log) {
+                const Vec<T> log_s = load_as<T>(&group.log_s[w]);
+                for (Index j = 0; j < n * GROUP; j += GROUP)
+                    store_all(to + j, log_probability(load_all(from + j), m, log_s));
+                return;
+            }
             const auto window = windows_of<T>(&group.n[w]);
-            const Vec<T> m = load_as<T>(&group.m[w]), log_s = load_as<T>(&group.log_s[w]);
             const Vec<T> factor = load_as<T>(&group.factor[w]), scale = load_as<T>(&group.scale[w]);
             const Vec<T> rest = load_as<T>(&group.rest[w]), peak = window.terms(m);
             const bool tiny = largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0;
-            T *to = out;
-            for (Index j = w; j < n * GROUP; j += GROUP) {
-                Vec<T> x = load_all(logits + j);
-                if (log) {
-                    store_all(to + j, log_probability(x, m, log_s));
-                    continue;
-                }
-                Vec<T> e = window.terms(x), p = probability(e, peak, factor, scale);
+            for (Index j = 0; j < n * GROUP; j += GROUP) {
+                Vec<T> e = window.terms(load_all(from + j)), p = probability(e, peak, factor, scale);
                 if (tiny)
                     p = where_eq(e, peak, factor, p * rest);
                 store_all(to + j, p);

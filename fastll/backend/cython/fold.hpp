@@ -28,7 +28,7 @@ INLINE void for_states(const Operand &state, Group &group, F copy) {
         copy(at, &group.m[i]);
         copy(at + state.classes, &group.e[i]);
         copy(at + 2 * state.classes, &group.k[i]);
-        group.n[i] = first(exponent_of(splat(group.m[i])));
+        group.n[i] = exponent_of(group.m[i]);
     }
 }
 

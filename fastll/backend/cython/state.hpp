@@ -46,10 +46,9 @@ INLINE Wide where_usable(Wide m, X x, Y otherwise) {
     return where_gt(LARGEST, absolute(m), x, otherwise);
 }
 
-// The exponent n of the reference for a maximum m, the nearest whole number; 0 where it is not usable.
-INLINE Wide exponent_of(Wide m) {
-    Wide n = m * Constants<double>::log2e + 0.5, whole = (n + 0x1.8p52) - 0x1.8p52;
-    return where_usable(m, where_gt(whole, n, whole - 1.0, whole), 0.0);  // rounded down
+// The exponent n of the reference for a maximum m; 0 where it is not usable.
+INLINE double exponent_of(double m) {
+    return usable(m) ? std::floor(m * Constants<double>::log2e + 0.5) : 0;
 }
 
 // exp(m) / 2**n, a number about 1; 1 where m is not usable.
@@ -137,7 +136,7 @@ void raise_maximum(State &row, double top) {
         row.e += row.added / first(lead_of(splat(row.m), splat(row.n)));
         row.e = (row.e + row.k) * (std::exp(d) * (1 + error));
     }
-    row = {top, row.e, 0, first(exponent_of(splat(top))), 0};
+    row = {top, row.e, 0, exponent_of(top), 0};
 }
 
 // The states after the last element. A row without one above -inf is the identity; a NaN stays.
