@@ -15,7 +15,6 @@ struct Operand {
     Index outer, classes, inner;  // strides in bytes
     Format format;
     bool swapped;
-    bool native;  // aligned and of the compute dtype, at any strides below 2**24
     bool streamed;  // written by non-temporal stores
 
     explicit operator bool() const { return address != nullptr; }
@@ -85,10 +84,6 @@ INLINE Index blocks_of(Index n) {
 
 INLINE Index least(Index a, Index b) {
     return a < b ? a : b;
-}
-
-INLINE Index greatest(Index a, Index b) {
-    return a > b ? a : b;
 }
 
 // Buffers on lines of the cache, cut from one piece of memory.

@@ -14,48 +14,40 @@ namespace {
 constexpr Index FEW = 32;  // classes that are written at a time
 constexpr Index LINES_AHEAD = 8;  // classes from the one that is read or written to the one prefetched
 
-// Between classes j to j + n of a group's rows in memory and a tile: class by class, GROUP rows apart, by
-// `move_vector(memory, tile)` where all rows are there and of the compute dtype, or by `move_rows`.
-template <class T, class V, class R>
-INLINE void for_tile(
-    const Operand &x, const Group &group, Index j, Index n, T *tile, V move_vector, R move_rows
-) {
-    char *at = x.row(group.outer, group.inner) + j * x.classes;
-    const bool whole = group.count == GROUP && (x.format == IN_PLACE || x.native);
-    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
-        if (whole)
-            for (Index w = 0; w < GROUP; w += lanes<T>)
-                move_vector(at + w * x.inner, tile + w);
-        else
-            move_rows(at, tile);
-}
-
+// Classes j to j + n of a group's rows into a tile: class by class, GROUP rows apart.
 template <class T>
 void gather(const Operand x, const Group &group, Index j, Index n, T *tile) {
-    auto read_vector = [&](const char *at, T *to) FORCED {
-        if (x.format != IN_PLACE)
-            return store_all(to, load_strided<T>(at, x.inner));
-        prefetch_vector(at + LINES_AHEAD * x.classes);
-        store_all(to, load_all((const T *) at));
-    };
-    for_tile(x, group, j, n, tile, read_vector, [&](const char *at, T *to) FORCED {
-        read_block(x.format, x.swapped, at, x.inner, group.count, to);
-    });
+    const bool whole = x.format == IN_PLACE && group.count == GROUP;
+    const char *at = x.row(group.outer, group.inner) + j * x.classes;
+    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
+        if (!whole)
+            read_block(x.format, x.swapped, at, x.inner, group.count, tile);
+        else
+            for (Index w = 0; w < GROUP; w += lanes<T>) {
+                const T *from = (const T *) at + w;
+                prefetch_vector((const char *) from + LINES_AHEAD * x.classes);
+                store_all(tile + w, load_all(from));
+            }
 }
 
+// A tile back into classes j to j + n of the rows.
 template <class T>
-void scatter(const Operand x, const Group &group, Index j, Index n, T *tile) {
-    auto write_vector = [&](char *at, const T *from) FORCED {
-        if (x.format != IN_PLACE)
-            return store_strided(at, x.inner, load_all(from));
-        if (x.streamed && (size_t) at % 64 == 0)
-            return stream_all((T *) at, load_all(from));
-        prefetch_vector(at + LINES_AHEAD * x.classes);
-        store_all((T *) at, load_all(from));
-    };
-    for_tile(x, group, j, n, tile, write_vector, [&](char *at, const T *from) FORCED {
-        write_block(x.format, from, at, x.inner, group.count);
-    });
+void scatter(const Operand x, const Group &group, Index j, Index n, const T *tile) {
+    const bool whole = x.format == IN_PLACE && group.count == GROUP;
+    char *at = x.row(group.outer, group.inner) + j * x.classes;
+    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
+        if (!whole)
+            write_block(x.format, tile, at, x.inner, group.count);
+        else
+            for (Index w = 0; w < GROUP; w += lanes<T>) {
+                T *to = (T *) at + w;
+                if (x.streamed && (size_t) to % 64 == 0) {
+                    stream_all(to, load_all(tile + w));
+                    continue;
+                }
+                prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
+                store_all(to, load_all(tile + w));
+            }
 }
 
 template <class T>
@@ -249,10 +241,8 @@ struct Columns {
     // Add a tile to distances and mass; `before` has the maxima that the distances so far refer to.
     void fold_target(Index n, const double *before) {
         for_rows([&](Index w) FORCED {
-            T top[lanes<T>];
-            for (Index i = 0; i < lanes<T>; i++)
-                top[i] = (T) (group.m[w + i] > -INFINITY ? group.m[w + i] : 0);
-            const Vec<T> tops = load_all((const T *) top);
+            const Vec<T> m = load_as<T>(&group.m[w]);
+            const Vec<T> tops = where_gt(m, -(T) INFINITY, m, (T) 0);
             const T *from = v + w, *targets = u + w;
             sum_tile<T>(n, [&](Index j) FORCED {
                 Vec<T> target = load_all(targets + j * GROUP);
@@ -269,6 +259,7 @@ struct Columns {
     // A fold that is a sum of terms, F of `fastll.formulas.TERMS`.
     template <class F>
     void fold_terms() {
+        memset(group.value, 0, sizeof group.value);
         for (Index j = 0; j < call.classes; j += BLOCK) {
             Index n = least(BLOCK, call.classes - j);
             T *const tiles[] = {v, u};

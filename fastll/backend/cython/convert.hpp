@@ -61,7 +61,22 @@ INLINE uint16_t to_bfloat(float value) {
     return (uint16_t) (value != value ? quiet : (bits + 0x7FFF + odd) >> 16);
 }
 
-// float16 and float32, by the CPU where it can. Returns how many numbers it did.
+// By the CPU where it can, from float32 that is not contiguous, and from and to float16. These return
+// how many numbers they did.
+INLINE Index from_strided(const char *source, Index step, float *to, Index n) {
+    Index i = 0;
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i steps = _mm512_mullo_epi32(places, _mm512_set1_epi32((int) step));
+    // into a register of zeros, so that none waits for the one before
+    for (; i + 16 <= n && step != sizeof(float) && std::abs(step) < 1 << 24; i += 16)
+        _mm512_storeu_ps(
+            to + i, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, steps, source + i * step, 1)
+        );
+#endif
+    return i;
+}
+
 INLINE Index from_halves(const char *source, float *to, Index n) {
     Index i = 0;
 #if defined(__AVX512F__)
@@ -95,7 +110,7 @@ INLINE void read_numbers(
         for (Index i = done; i < n; i++)
             out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
     else
-        for (Index i = 0; i < n; i++)
+        for (Index i = done; i < n; i++)
             out[i] = converted(element<S>(source + i * step, swapped));
 }
 
@@ -113,24 +128,15 @@ INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F co
             write(i, out + i * step);
 }
 
-// n numbers, `step` bytes apart, into the compute dtype.
+// Numbers from `done` on, by whatever instructions the compiler finds.
 template <class T>
-void read_block(Format format, bool swapped, const char *source, Index step, Index n, T *out) {
+void read_rest(Format format, bool swapped, const char *source, Index step, Index n, T *out, Index done) {
     auto read = [=](auto like) {
-        read_numbers<decltype(like)>(source, step, n, swapped, out, [](auto x) { return (T) x; });
+        read_numbers<decltype(like)>(source, step, n, swapped, out, [](auto x) { return (T) x; }, done);
     };
     switch (format) {
-        case FLOAT16: {
-            Index done = 0;
-            if constexpr (sizeof(T) == 4)
-                done = step == 2 && !swapped ? from_halves(source, out, n) : 0;
-            read_numbers<uint16_t>(source, step, n, swapped, out, from_half, done);
-            return;
-        }
-        case BFLOAT16:
-            read_numbers<uint16_t>(source, step, n, swapped, out, from_bfloat);
-            return;
-        case IN_PLACE: return read(T());
+        case FLOAT16: return read_numbers<uint16_t>(source, step, n, swapped, out, from_half, done);
+        case BFLOAT16: return read_numbers<uint16_t>(source, step, n, swapped, out, from_bfloat);
         case FLOAT32: return read(float());
         case FLOAT64: return read(double());
         case INT8: return read(int8_t());
@@ -142,6 +148,22 @@ void read_block(Format format, bool swapped, const char *source, Index step, Ind
         case UINT32: return read(uint32_t());
         default: return read(uint64_t());
     }
+}
+
+// n numbers, `step` bytes apart, into the compute dtype.
+template <class T>
+INLINE void read_block(Format format, bool swapped, const char *source, Index step, Index n, T *out) {
+    Index done = 0;
+    if (format == IN_PLACE)
+        memcpy(out, source, (done = n) * sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+        if (format == FLOAT16 && step == 2 && !swapped)
+            done = from_halves(source, out, n);
+        if (format == FLOAT32 && !swapped)
+            done = from_strided(source, step, out, n);
+    }
+    if (done < n)
+        read_rest(format, swapped, source, step, n, out, done);
 }
 
 // n numbers of the compute dtype to floating ones, `step` bytes apart.

@@ -57,13 +57,13 @@ void load_labels(const Call &call, Group &group) {
 // A new group from `row` on, as it is before its first element.
 template <class T>
 void load_group(const Call &call, Group &group, Index row, Index most) {
+    begin(group, call.operation == CROSS_ENTROPY);
     group.outer = row / call.inner, group.inner = row % call.inner;
     group.count = least(most, call.inner - group.inner);
     if (call.across && call.out.streamed) {  // so that the other groups begin at lines
         Index head = until_line((T *) call.out.row(group.outer, group.inner));
         group.count = least(group.count, head > 0 ? head : GROUP);
     }
-    begin(group, call.operation == CROSS_ENTROPY);
     if (call.state)
         for_states(call.state, group, [](const char *at, double *x) { memcpy(x, at, sizeof *x); });
     if (call.labels)

@@ -26,20 +26,19 @@ INLINE Three<V, V, V> parts_of(R result) {
         return {spread<V>(result), V(), V()};
 }
 
-// Values and slopes of n elements, whole vectors, where they are asked for; the sums of the values, of which
-// the first `count` lanes count.
+// Values and slopes of n elements, where they are asked for; returns the sum of the values.
 //
 // Where that sum is all, and nothing is weighted, the sum of log1p(e) is the log1p of one number a lane,
 // q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
 // where every e is tiny.
 template <class F, class T>
-void map_vectors(const Elements<T> &block, Index n, Index count, Two<Vec<T>, Vec<T>> &totals) {
+double map_block(const Elements<T> &block, Index n) {
     typedef Vec<T> V;
     const Elements<T> at = block;
     const bool deferred = F::log1p && !at.value && !at.weight;
-    auto [sums, q] = totals;
-    for (Index j = 0; j < n; j += lanes<T>) {
-        auto input = [&](int i) FORCED { return load_ahead(at.inputs[i] + j); };
+    V sums = {}, q = {};
+    auto map_vector = [&](Index j, Index count) FORCED {
+        auto input = [&](int i) FORCED { return load_ahead(at.inputs[i] + j, count, T()); };
         auto parameter = [&](int i) FORCED { return at.parameters[i]; };
         auto [value, e, slope] = parts_of<F, V>(F::of(input, parameter));
         if (F::log1p && deferred) {
@@ -48,57 +47,34 @@ void map_vectors(const Elements<T> &block, Index n, Index count, Two<Vec<T>, Vec
         } else if constexpr (F::log1p)
             value = value + log1p(e);
         if (at.weight) {
-            V weight = load_ahead(at.weight + j);
+            V weight = load_ahead(at.weight + j, count, T());
             value = value * weight;
             slope = slope * weight;
         }
         if (at.summed)
             sums = sums + first_lanes(value, count);
-        if (at.value && at.streamed)
+        if (at.value && at.streamed && count >= lanes<T>)
             stream_all(at.value + j, value);
         else if (at.value)
-            store_all(at.value + j, value);
+            store(at.value + j, count, value);
         if (F::slope && at.slope)
-            store_all(at.slope + j, slope * at.scale);
-    }
-    totals = {sums, q};
-}
-
-// `map_vectors` of any number of elements; those of the last vector, if it is not whole, go through `tails`.
-template <class F, class T>
-double map_block(const Elements<T> &block, Index n, T *tails) {
-    Two<Vec<T>, Vec<T>> totals = {};
-    const Index whole = n / lanes<T> * lanes<T>, size = (n - whole) * (Index) sizeof(T);
-    map_vectors<F>(block, whole, lanes<T>, totals);
-    if (size) {
-        Elements<T> tail = block;
-        auto take = [&](auto &at) {
-            if (at)
-                at = (T *) memcpy(tails, at + whole, size), tails += lanes<T>;
-        };
-        for (const T *&input : tail.inputs)
-            take(input);
-        take(tail.weight), take(tail.value), take(tail.slope);
-        tail.streamed = false;
-        map_vectors<F>(tail, lanes<T>, n - whole, totals);
-        if (block.value)
-            memcpy(block.value + whole, tail.value, size);
-        if (block.slope)
-            memcpy(block.slope + whole, tail.slope, size);
-    }
-    return F::log1p ? total(totals.a) + total(log1p_sum(widen(totals.b))) : total(totals.a);
+            store(at.slope + j, count, slope * at.scale);
+    };
+    const Index whole = n / lanes<T> * lanes<T>;
+    for (Index j = 0; j < whole; j += lanes<T>)
+        map_vector(j, lanes<T>);
+    if (whole < n)
+        map_vector(whole, n - whole);
+    return F::log1p ? total(sums) + total(log1p_sum(widen(q))) : total(sums);
 }
 
 template <class F, class T>
 int map_units(const Call &call, Index start, Index stop) {
-    constexpr int operands = F::inputs + 3;
-    Memory memory(operands * (BLOCK + lanes<T>) * sizeof(T));
+    Memory memory((F::inputs + 3) * BLOCK * sizeof(T));
     if (!memory.start)
         return -1;
-    T *tails = memory.take<T>(operands * lanes<T>), *buffers = memory.take<T>(F::inputs * BLOCK);
-    T *weight_buffer = memory.take<T>(BLOCK), *value_buffer = memory.take<T>(BLOCK);
-    T *slope_buffer = memory.take<T>(BLOCK);
-    memset(tails, 0, operands * lanes<T> * sizeof(T));
+    T *buffers = memory.take<T>(F::inputs * BLOCK), *weight_buffer = memory.take<T>(BLOCK);
+    T *value_buffer = memory.take<T>(BLOCK), *slope_buffer = memory.take<T>(BLOCK);
     Elements<T> block = {};
     block.scale = (T) call.options.scale;
     block.streamed = call.value.streamed, block.summed = (bool) call.partial;
@@ -119,7 +95,7 @@ int map_units(const Call &call, Index start, Index stop) {
             block.weight = call.weight.fetch(call.weight.row(outer, 0), j, n, weight_buffer);
             block.value = call.value.place(values, j, value_buffer);
             block.slope = call.out.place(slopes, j, slope_buffer);
-            sum += map_block<F>(block, n, tails);
+            sum += map_block<F>(block, n);
             call.value.deliver(values, j, n, value_buffer);
             call.out.deliver(slopes, j, n, slope_buffer);
         }

@@ -33,7 +33,7 @@ cdef extern from "fold.hpp" nogil:
         char* address
         Py_ssize_t outer, classes, inner
         Format format
-        bint swapped, native, streamed
+        bint swapped, streamed
 
     cdef struct Options:
         int64_t ignore_index
@@ -143,13 +143,12 @@ cdef class Kernel:
         step = operand.inner if self.call.across else operand.classes
         operand.format = <Format> format_of(a)
         operand.swapped = cnp.PyArray_ISBYTESWAPPED(a)
-        operand.native = (
+        if (
             operand.format == (FLOAT32 if self.call.single else FLOAT64)
+            and step == cnp.PyArray_ITEMSIZE(a)
             and not operand.swapped
-            and abs(step) < 1 << 24
             and cnp.PyArray_ISALIGNED(a)
-        )
-        if operand.native and step == cnp.PyArray_ITEMSIZE(a):
+        ):
             operand.format = IN_PLACE
         return 0
 

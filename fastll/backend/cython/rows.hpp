@@ -33,8 +33,6 @@ struct Pending {
             store(out + j_, count, x);
     }
 
-    Index vectors_left() const { return (n - j) / lanes<T>; }
-
     void write_rest() {
         for (; j + lanes<T> <= n; j += lanes<T>)
             write(j, lanes<T>);
@@ -53,7 +51,8 @@ struct Rows {
     const bool interleaves = call.out && call.out.format == IN_PLACE && !call.state &&
                              (call.log() ? call.x().format == IN_PLACE : keeps && !call.spread());
     // rows in a group: as many as writing finds in the cache
-    const Index most = call.out && bytes > 0 ? least(GROUP, greatest(1, GROUP_SIZE / bytes)) : GROUP;
+    const Index most =
+        call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
     const Index pitch = (call.classes + 31) / 32 * 32;  // elements from a row's exponentials to the next
     Memory memory{
         (5 * BLOCK + 2 * keeps * most * pitch + 2 * blocks_of(call.classes)) * (Index) sizeof(T)
@@ -177,7 +176,7 @@ struct Rows {
         const auto window = window_of<T>(row.n);
         const Pending<T> old = pending;
         const T *ahead = following;
-        const Index ahead_count = following_count, ready = old.vectors_left() * lanes<T>;
+        const Index ahead_count = following_count, ready = (old.n - old.j) / lanes<T> * lanes<T>;
         Vec<T> counts = {}, top = splat(lowest);
         Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             if (j < ahead_count)
@@ -246,7 +245,8 @@ struct Rows {
     // A fold that is a sum of terms, F of `fastll.formulas.TERMS`.
     template <class F>
     void fold_terms() {
-        for (Index i = 0; i < group->count; i++)
+        for (Index i = 0; i < group->count; i++) {
+            group->value[i] = 0;
             for (Index j = 0; j < call.classes; j += BLOCK) {
                 Index n = least(BLOCK, call.classes - j);
                 const T *inputs[2];
@@ -260,6 +260,7 @@ struct Rows {
                 });
                 group->value[i] += total(sums);
             }
+        }
     }
 
     // ---- Write ----

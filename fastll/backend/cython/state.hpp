@@ -41,11 +41,6 @@ INLINE bool usable(double m) {
     return std::fabs(m) < LARGEST;
 }
 
-template <class X, class Y>
-INLINE Wide where_usable(Wide m, X x, Y otherwise) {
-    return where_gt(LARGEST, absolute(m), x, otherwise);
-}
-
 // The exponent n of the reference for a maximum m; 0 where it is not usable.
 INLINE double exponent_of(double m) {
     return usable(m) ? std::floor(m * Constants<double>::log2e + 0.5) : 0;
@@ -53,7 +48,8 @@ INLINE double exponent_of(double m) {
 
 // exp(m) / 2**n, a number about 1; 1 where m is not usable.
 INLINE Wide lead_of(Wide m, Wide n) {
-    return where_usable(m, exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW), 1.0);
+    Wide lead = exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW);
+    return where_gt(LARGEST, absolute(m), lead, 1.0);
 }
 
 // What `exponential` needs of reference exponents, whole numbers: of a row's, or of those of a vector of rows.
@@ -73,23 +69,27 @@ INLINE Window<T, T> window_of(double n) {
     };
 }
 
+// A vector of f(l) for each lane l.
+template <class T, class F>
+INLINE Vec<T> each_lane(F f) {
+    T numbers[lanes<T>];
+    for (Index l = 0; l < lanes<T>; l++)
+        numbers[l] = f(l);
+    return load_all(numbers);
+}
+
 template <class T>
 INLINE Window<T, Vec<T>> windows_of(const double *n) {
-    T floors[lanes<T>], magics[lanes<T>];
-    for (Index l = 0; l < lanes<T>; l++) {
-        auto [floor, magic] = window_of<T>(n[l]);
-        floors[l] = floor, magics[l] = magic;
-    }
-    return {load_all(floors), load_all(magics)};
+    return {
+        each_lane<T>([=](Index l) FORCED { return window_of<T>(n[l]).floor; }),
+        each_lane<T>([=](Index l) FORCED { return window_of<T>(n[l]).magic; }),
+    };
 }
 
 // Numbers of a vector of rows, in the compute dtype.
 template <class T>
 INLINE Vec<T> load_as(const double *values) {
-    T numbers[lanes<T>];
-    for (Index l = 0; l < lanes<T>; l++)
-        numbers[l] = (T) values[l];
-    return load_all(numbers);
+    return each_lane<T>([=](Index l) FORCED { return (T) values[l]; });
 }
 
 INLINE State state_of(const Group &group, Index i) {
@@ -101,25 +101,22 @@ INLINE void set_state(Group &group, Index i, const State &row) {
     group.n[i] = row.n, group.added[i] = row.added;
 }
 
-INLINE void set_all(double *values, double value) {
-    for (int i = 0; i < GROUP; i += lanes<double>)
-        store_all(values + i, splat(value));
-}
-
 // Every row the identity, idle ones too, so that their lanes hold harmless numbers.
 INLINE void begin(Group &group, bool targets) {
-    set_all(group.m, -INFINITY);
-    for (double *zeros : {group.e, group.k, group.n, group.added, group.value})
-        set_all(zeros, 0);
-    set_all(group.kept, 1);
+    for (Index i = 0; i < GROUP; i += lanes<double>) {
+        store_all(group.m + i, splat(-(double) INFINITY));
+        store_all(group.kept + i, splat(1.0));
+        for (double *zeros : {group.e, group.k, group.n, group.added})
+            store_all(zeros + i, Wide());
+        for (double *zeros : {group.x_y, group.distances, group.mass})
+            if (targets)
+                store_all(zeros + i, Wide());
+        for (double *ones : {group.w_y, group.slope_y})
+            if (targets)
+                store_all(ones + i, splat(1.0));
+    }
     for (Index &label : group.label)
         label = -1;
-    if (targets) {
-        for (double *zeros : {group.x_y, group.distances, group.mass})
-            set_all(zeros, 0);
-        set_all(group.w_y, 1);
-        set_all(group.slope_y, 1);
-    }
 }
 
 // The state relative to a larger maximum `top`.

@@ -155,19 +155,6 @@ INLINE void store_some(T *v, int few, V x) {
         v[l] = ((T *) &x.v)[l];
 }
 
-template <class T, int B>
-INLINE Lanes<T, B> load_strided(const char *v, int64_t step, Lanes<T, B> x) {
-    for (int l = 0; l < Lanes<T, B>::count; l++)
-        memcpy((T *) &x.v + l, v + l * step, sizeof(T));
-    return x;
-}
-
-template <class T, int B>
-INLINE void store_strided(char *v, int64_t step, Lanes<T, B> x) {
-    for (int l = 0; l < Lanes<T, B>::count; l++)
-        memcpy(v + l * step, (T *) &x.v + l, sizeof(T));
-}
-
 #if defined(__GNUC__)
 template <int B>
 INLINE Lanes<double, 2 * B> widen(Lanes<float, B> x) {
@@ -202,31 +189,16 @@ X86(Float512, float, 64, _mm512, ps)
 X86(Double512, double, 64, _mm512, pd)
 INLINE Double512 widen(Float256 x) { return {_mm512_cvtps_pd(x.v)}; }
 
-  #define AVX512(V, T, suffix, index, steps)                                                        \
+  #define AVX512(V, T, suffix)                                                                      \
       INLINE V load_some(const T *v, int few, V x) {                                                \
           return {_mm512_mask_loadu_##suffix(x.v, (1u << few) - 1, v)};                             \
       }                                                                                             \
       INLINE void store_some(T *v, int few, V x) {                                                  \
           _mm512_mask_storeu_##suffix(v, (1u << few) - 1, x.v);                                     \
-      }                                                                                             \
-      INLINE V load_strided(const char *v, int64_t step, V) {                                       \
-          return {_mm512_##index##gather_##suffix(steps, v, 1)};                                    \
-      }                                                                                             \
-      INLINE void store_strided(char *v, int64_t step, V x) {                                       \
-          _mm512_##index##scatter_##suffix(v, steps, x.v, 1);                                       \
       }
 
-AVX512(
-    Float512, float, ps, i32,
-    _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32((int) step)
-    )
-)
-AVX512(
-    Double512, double, pd, i64,
-    _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step))
-)
+AVX512(Float512, float, ps)
+AVX512(Double512, double, pd)
 #endif
 
 }  // namespace on_register
@@ -391,21 +363,6 @@ INLINE void stream_fence() {
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
-}
-
-// Numbers `step` bytes apart.
-template <class T>
-INLINE Vec<T> load_strided(const char *v, int64_t step) {
-    auto load = [=](auto &to, int lane) FORCED { to = on_register::load_strided(v + lane * step, step, to); };
-    Vec<T> x;
-    for_registers(x, load);
-    return x;
-}
-
-template <class T>
-INLINE void store_strided(char *v, int64_t step, Vec<T> x) {
-    auto store = [=](auto from, int lane) FORCED { on_register::store_strided(v + lane * step, step, from); };
-    for_registers(x, store);
 }
 
 // How many of the lanes of a register are among the first `count` of its vector.
