@@ -70,18 +70,6 @@ void load_group(const Call &call, Group &group, Index row, Index most) {
         load_labels<T>(call, group);
 }
 
-// Add the elements. The states of a softmax that is given some are complete.
-template <class Pass>
-INLINE void fold_group(const Call &call, Pass &pass) {
-    if (call.operation >= TERMS)
-        with_term(call.operation - TERMS, [&](auto term) {
-            pass.template fold_terms<decltype(term)>();
-            return 0;
-        });
-    else if (call.operation == LOGSUMEXP || !call.state)
-        pass.fold();
-}
-
 // Scalars of the rows from their sums, and those that are asked for into memory.
 template <class T>
 void finish_group(const Call &call, Group &group) {
@@ -115,7 +103,13 @@ int fold_groups(const Call &call, Index start, Index stop) {
         Group &group = pass.current();
         load_group<T>(call, group, row, least(pass.most, stop - row));
         row += group.count;
-        fold_group(call, pass);
+        if (call.operation >= TERMS)
+            with_term(call.operation - TERMS, [&](auto term) {
+                pass.template fold_terms<decltype(term)>();
+                return 0;
+            });
+        else if (call.operation == LOGSUMEXP || !call.state)  // the states that a softmax is given are complete
+            pass.fold();
         finish_group<T>(call, group);
         pass.write();
     }

@@ -11,16 +11,6 @@ from fastll.dtypes import kind_of
 cnp.import_array()
 
 cdef extern from "fold.hpp" nogil:
-    """
-    #if defined(__AVX512F__)
-      #define INSTRUCTION_SET "x86-64-v4"
-    #elif defined(__AVX2__)
-      #define INSTRUCTION_SET "x86-64-v3"
-    #else
-      #define INSTRUCTION_SET "baseline"
-    #endif
-    """
-    const char* INSTRUCTION_SET
     const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
 
     enum Format:
@@ -121,13 +111,6 @@ cdef class Kernel:
         self.call.across = across and shape[inner] > 1
         return 0
 
-    cdef int walk_units(self, cnp.ndarray x) except -1:
-        """Cut the outer rows of an array of elements into units."""
-        self.call.single = is_single(x)
-        self.call.classes = cnp.PyArray_DIM(x, 1)
-        self.call.inner = (self.call.classes + CHUNK - 1) // CHUNK
-        return 0
-
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
         """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
         cdef cnp.npy_intp* strides
@@ -183,7 +166,7 @@ class Backend(_Host):
     """See `fastll.contract.Backend`."""
 
     name = "cython"
-    instruction_set = INSTRUCTION_SET.decode()
+    instruction_set = {"_v3": "x86-64-v3", "_v4": "x86-64-v4"}.get(__name__[-3:], "baseline")
 
     def map(self, call):
         cdef Kernel kernel = Kernel.__new__(Kernel)
@@ -193,7 +176,9 @@ class Backend(_Host):
         operation, inputs, value, partial, slope, weight, parameters, scale = <tuple> call
         to.operation = code_of(MAPS, operation)
         to.options.scale = scale
-        kernel.walk_units(inputs[0])
+        to.single = is_single(inputs[0])
+        to.classes = inputs[0].shape[1]
+        to.inner = (to.classes + CHUNK - 1) // CHUNK
         for i, a in enumerate(inputs):
             kernel.bind_full(&to.inputs[i], a)
         for i, parameter in enumerate(parameters):
