@@ -6,46 +6,38 @@
 
 namespace {
 
-// f(j, count) for each vector of n elements, the last one perhaps in part.
-template <class T, class F>
-INLINE void for_vectors(Index n, F f) {
-    for (Index j = 0; j < n; j += lanes<T>)
-        f(j, n - j);
-}
-
 // The maximum; NaN are passed over.
 template <class T>
 double max_block(const T *v, Index n) {
     const T lowest = -(T) INFINITY;
     Vec<T> top = splat(lowest);
-    for_vectors<T>(n, [&](Index j, Index count) FORCED {
-        top = maximum(load_ahead(v + j, count, lowest), top);
-    });
+    for (Index j = 0; j < n; j += lanes<T>)
+        top = maximum(load_ahead(v + j, n - j, lowest), top);
     return largest(top);
 }
 
 // The soft cap of v into `out`; its derivative into `slope` unless that is NULL.
 template <class T>
 void cap_block(const T *v, Index n, T cap, T *out, T *slope) {
-    for_vectors<T>(n, [&](Index j, Index count) FORCED {
-        auto [capped, derivative] = softcap(load_ahead(v + j, count, cap), cap);
-        store(out + j, count, capped);
+    for (Index j = 0; j < n; j += lanes<T>) {
+        auto [capped, derivative] = softcap(load_ahead(v + j, n - j, cap), cap);
+        store(out + j, n - j, capped);
         if (slope)
-            store(slope + j, count, derivative);
-    });
+            store(slope + j, n - j, derivative);
+    }
 }
 
 // u = w (keep t + spread), with t = 0 and w = 1 where they are NULL.
 template <class T>
 void target_block(const T *t, const T *w, Index n, T keep, T spread, T *out) {
-    for_vectors<T>(n, [&](Index j, Index count) FORCED {
+    for (Index j = 0; j < n; j += lanes<T>) {
         Vec<T> u = splat(spread);
         if (t)
-            u = smoothed(load_ahead(t + j, count, T()), keep, spread);
+            u = smoothed(load_ahead(t + j, n - j, T()), keep, spread);
         if (w)
-            u = u * load(w + j, count, T());
-        store(out + j, count, u);
-    });
+            u = u * load(w + j, n - j, T());
+        store(out + j, n - j, u);
+    }
 }
 
 // x where its weight is not 0, -inf elsewhere.
@@ -58,9 +50,8 @@ void mask_block(const T *v, const T *b, Index n, T *out) {
 // out less `scale` u.
 template <class T>
 void subtract_block(T *out, const T *u, Index n, T scale) {
-    for_vectors<T>(n, [&](Index j, Index count) FORCED {
-        store(out + j, count, less_target(load(out + j, count, T()), load(u + j, count, T()), scale));
-    });
+    for (Index j = 0; j < n; j += lanes<T>)
+        store(out + j, n - j, less_target(load(out + j, n - j, T()), load(u + j, n - j, T()), scale));
 }
 
 template <class T>

@@ -78,10 +78,6 @@ struct Call {
     }
 };
 
-INLINE Index blocks_of(Index n) {
-    return (n + BLOCK - 1) / BLOCK;
-}
-
 INLINE Index least(Index a, Index b) {
     return a < b ? a : b;
 }

@@ -69,13 +69,6 @@ struct Columns {
 
     Group &current() { return group; }
 
-    // f(w) for each vector of rows, from w on.
-    template <class F>
-    FORCED void for_rows(F f) const {
-        for (Index w = 0; w < group.count; w += lanes<T>)
-            f(w);
-    }
-
     // `sum_block` for a vector of rows: `terms(j)` of n classes, vectors of `Number`. Leaves the sums in
     // `sums`, one per row, then those of the second term.
     template <class Number, class F>
@@ -203,7 +196,7 @@ struct Columns {
 
     void fold_tile(Index n, bool fresh) {
         raise_maxima(n, fresh);
-        for_rows([&](Index w) FORCED {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
             const auto window = windows_of<T>(&group.n[w]);
             const Vec<T> m = load_as<T>(&group.m[w]);
             const T *from = v + w;
@@ -218,13 +211,13 @@ struct Columns {
             add_sums(w, Constants<double>::unshift, equal, [&](Index i, State &row) {
                 sum_exactly(v + i, GROUP, n, row);
             });
-        });
+        }
     }
 
     void fold_weighted_tile(Index n) {
         mask_block(v, u, n * GROUP, v);
         raise_maxima(n, false);
-        for_rows([&](Index w) FORCED {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
             const auto window = windows_of<T>(&group.n[w]);
             const Vec<T> m = load_as<T>(&group.m[w]);
             const T *from = v + w, *weights = u + w;
@@ -235,12 +228,12 @@ struct Columns {
             add_sums(w, 1, sums + lanes<T>, [&](Index i, State &row) {
                 sum_weighted_exactly(v + i, u + i, GROUP, n, row);
             });
-        });
+        }
     }
 
     // Add a tile to distances and mass; `before` has the maxima that the distances so far refer to.
     void fold_target(Index n, const double *before) {
-        for_rows([&](Index w) FORCED {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
             const Vec<T> m = load_as<T>(&group.m[w]);
             const Vec<T> tops = where_gt(m, -(T) INFINITY, m, (T) 0);
             const T *from = v + w, *targets = u + w;
@@ -253,7 +246,7 @@ struct Columns {
                 group.distances[i] += (mass != 0 ? mass * lifted : 0) + sums[i - w];
                 group.mass[i] += sums[i - w + lanes<T>];
             }
-        });
+        }
     }
 
     // A fold that is a sum of terms, F of `fastll.formulas.TERMS`.
@@ -265,21 +258,21 @@ struct Columns {
             T *const tiles[] = {v, u};
             for (int k = 0; k < F::inputs; k++)
                 gather(call.inputs[k], group, j, n, tiles[k]);
-            for_rows([&](Index w) FORCED {
+            for (Index w = 0; w < group.count; w += lanes<T>) {
                 sum_tile<T>(n, [&](Index at) FORCED {
                     auto input = [&](int k) FORCED { return load_all(tiles[k] + at * GROUP + w); };
                     return spread<Vec<T>>(F::of(input, nullptr));
                 });
                 for (Index i = w; i < least(group.count, w + lanes<T>); i++)
                     group.value[i] += sums[i - w];
-            });
+            }
         }
     }
 
     // ---- Write ----
 
     // What has the shape of the rows, a few classes at a time.
-    void write() {
+    void write(bool) {
         if (!call.out)
             return;
         // whether the tiles still hold what there is
@@ -306,7 +299,7 @@ struct Columns {
     // Probabilities or their logarithms of n classes; see `Rows::write_block_anew`.
     void write_tile(const T *logits, Index n) {
         const bool log = call.log();
-        for_rows([&](Index w) FORCED {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
             const Vec<T> m = load_as<T>(&group.m[w]);
             const T *from = logits + w;
             T *to = out + w;
@@ -314,7 +307,7 @@ struct Columns {
                 const Vec<T> log_s = load_as<T>(&group.log_s[w]);
                 for (Index j = 0; j < n * GROUP; j += GROUP)
                     store_all(to + j, log_probability(load_all(from + j), m, log_s));
-                return;
+                continue;
             }
             const auto window = windows_of<T>(&group.n[w]);
             const Vec<T> factor = load_as<T>(&group.factor[w]), scale = load_as<T>(&group.scale[w]);
@@ -326,13 +319,11 @@ struct Columns {
                     p = where_eq(e, peak, factor, p * rest);
                 store_all(to + j, p);
             }
-        });
+        }
         for (Index i = 0; i < group.count && !log; i++)
             if (!usable(group.m[i]))
                 write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
     }
-
-    void complete() const {}
 
     // The gradients of ignored rows and at labels.
     void write_labels(Index j, Index n) {

@@ -12,13 +12,6 @@ enum Format {
     FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64
 };
 
-template <class To, class From>
-INLINE To bits_as(From value) {
-    To result;
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
-
 // The number at an address that need not be aligned, and in the other byte order if `swapped`.
 template <class S>
 INLINE S element(const char *at, bool swapped) {

@@ -79,9 +79,10 @@ void finish_group(const Call &call, Group &group) {
     if (call.operation == CROSS_ENTROPY) {
         finish_cross_entropy(call, group);
         put<T>(call.value, group, [&](Index i) { return group.value[i]; });
-    } else if (call.operation != LOGSUMEXP)
-        finish_softmax(call, group);
-    else {
+    } else if (call.operation != LOGSUMEXP) {
+        for (Index i = 0; i < group.count; i += lanes<double>)
+            set_factors(call, group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
+    } else {
         if (call.second())
             finish_weighted(call, group);
         if (call.state)
@@ -111,9 +112,8 @@ int fold_groups(const Call &call, Index start, Index stop) {
         else if (call.operation == LOGSUMEXP || !call.state)  // the states that a softmax is given are complete
             pass.fold();
         finish_group<T>(call, group);
-        pass.write();
+        pass.write(row == stop);
     }
-    pass.complete();
     if (call.out.streamed)
         stream_fence();
     return 0;

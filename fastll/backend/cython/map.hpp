@@ -32,9 +32,8 @@ INLINE Three<V, V, V> parts_of(R result) {
 // q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
 // where every e is tiny.
 template <class F, class T>
-double map_block(const Elements<T> &block, Index n) {
+double map_block(const Elements<T> at, Index n) {
     typedef Vec<T> V;
-    const Elements<T> at = block;
     const bool deferred = F::log1p && !at.value && !at.weight;
     V sums = {}, q = {};
     auto map_vector = [&](Index j, Index count) FORCED {

@@ -113,15 +113,14 @@ cdef class Kernel:
 
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
         """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
-        cdef cnp.npy_intp* strides
         cdef Py_ssize_t step
         if a is None:
             return 0
-        strides = cnp.PyArray_STRIDES(a)
         operand.address = cnp.PyArray_BYTES(a)
-        operand.outer, operand.classes = strides[0], strides[1]
+        operand.outer = cnp.PyArray_STRIDE(a, 2 * self.swap)
+        operand.classes = cnp.PyArray_STRIDE(a, 1)
         if cnp.PyArray_NDIM(a) == 3:
-            operand.outer, operand.inner = strides[2 * self.swap], strides[2 - 2 * self.swap]
+            operand.inner = cnp.PyArray_STRIDE(a, 2 - 2 * self.swap)
         # the stride of the axis that must be contiguous to be read in place
         step = operand.inner if self.call.across else operand.classes
         operand.format = <Format> format_of(a)
@@ -219,13 +218,10 @@ class Backend(_Host):
         self, cnp.ndarray labels, Py_ssize_t classes, int64_t ignore_index, cnp.ndarray weight
     ):
         cdef const char* first = cnp.PyArray_BYTES(labels)
-        cdef const char* weights = NULL
+        cdef const char* weights = <const char*> NULL if weight is None else cnp.PyArray_BYTES(weight)
         cdef Py_ssize_t count = cnp.PyArray_SIZE(labels), position
-        cdef bint single = True
+        cdef bint single = weight is None or is_single(weight)
         cdef double total
-        if weight is not None:
-            weights = cnp.PyArray_BYTES(weight)
-            single = is_single(weight)
         with nogil:
             position = scan_labels(first, count, classes, ignore_index, weights, single, &total)
         return position, total

@@ -54,18 +54,17 @@ struct Rows {
     const Index most =
         call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
     const Index pitch = (call.classes + 31) / 32 * 32;  // elements from a row's exponentials to the next
-    Memory memory{
-        (5 * BLOCK + 2 * keeps * most * pitch + 2 * blocks_of(call.classes)) * (Index) sizeof(T)
-    };
+    const Index blocks = call.classes / BLOCK + 1;
+    Memory memory{(5 * BLOCK + 2 * keeps * most * pitch + 2 * blocks) * (Index) sizeof(T)};
     // a block each
     T *x = memory.take<T>(BLOCK), *next = memory.take<T>(BLOCK), *u = memory.take<T>(BLOCK);
     T *slope = memory.take<T>(BLOCK), *out = memory.take<T>(BLOCK);
     // exponentials of the rows of two groups, and the reference exponent of each block of them
     T *const kept = keeps ? memory.take<T>(2 * most * pitch) : nullptr;
-    double *exponents = memory.take<double>(blocks_of(call.classes));
+    double *exponents = memory.take<double>(blocks);
     Group groups[2];
     Group *group = &groups[0], *before = &groups[1];
-    // while a block is folded: the row's next one, or NULL, and its maximum
+    // while a block is folded: the row's next one, which after the last is empty, and its maximum
     const T *following;
     Index following_count;
     double following_top;
@@ -104,9 +103,7 @@ struct Rows {
     void fetch_following(const char *start, Index j) {
         std::swap(x, next);
         following_count = least(BLOCK, call.classes - j);
-        following = nullptr;
-        if (following_count > 0)
-            following = fetch_logits(start, j, following_count, next, nullptr);
+        following = fetch_logits(start, j, following_count, next, nullptr);
     }
 
     // ---- Fold ----
@@ -200,14 +197,14 @@ struct Rows {
     }
 
     void fold_weighted_block(const T *v, const T *b, Index n, State &row) {
-        T *masked = out;
-        mask_block(v, b, n, masked);
-        double top = max_block(masked, n);
+        mask_block(v, b, n, out);
+        double top = max_block(out, n);
         if (top > row.m)
             raise_maximum(row, top);
         if (!usable(row.m))
-            return sum_weighted_exactly(masked, b, 1, n, row);
+            return sum_weighted_exactly(out, b, 1, n, row);
         const Vec<T> m = splat((T) row.m);
+        const T *masked = out;
         const auto window = window_of<T>(row.n);
         auto sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             Vec<T> x = load_ahead(masked + j, count, -(T) INFINITY);
@@ -250,10 +247,10 @@ struct Rows {
             for (Index j = 0; j < call.classes; j += BLOCK) {
                 Index n = least(BLOCK, call.classes - j);
                 const T *inputs[2];
-                for (int k = 0; k < F::inputs; k++) {
-                    const char *start = call.inputs[k].row(group->outer, group->inner + i);
-                    inputs[k] = call.inputs[k].fetch(start, j, n, k ? u : x);
-                }
+                for (int k = 0; k < F::inputs; k++)
+                    inputs[k] = call.inputs[k].fetch(
+                        call.inputs[k].row(group->outer, group->inner + i), j, n, k ? u : x
+                    );
                 auto sums = sum_block<T>(n, [&](Index at, Index count) FORCED {
                     auto input = [&](int k) FORCED { return load_ahead(inputs[k] + at, count, T()); };
                     return first_lanes(spread<Vec<T>>(F::of(input, nullptr)), count);
@@ -265,17 +262,17 @@ struct Rows {
 
     // ---- Write ----
 
-    // Write the group, or let it wait for the next one's fold.
-    void write() {
+    // Write the group, or let it wait for the next one's fold if there is one.
+    void write(bool last) {
         if (!interleaves) {
             if (call.out)
                 write_rows(*group, 0);
             group->count = 0;  // nothing is left of it
         }
         std::swap(group, before);
+        if (last)
+            write_rows(*before, 0);
     }
-
-    void complete() { write_rows(*before, 0); }
 
     // A group's rows from `first_row` on.
     void write_rows(const Group &rows, Index first_row) {
@@ -354,12 +351,12 @@ struct Rows {
         const T m = (T) rows.m[i], factor = (T) rows.factor[i];
         const T scale = (T) rows.scale[i], rest = (T) rows.rest[i];
         const Vec<T> peak = window.terms(splat(m));
-        for_vectors<T>(n, [&](Index j, Index count) FORCED {
-            Vec<T> e = window.terms(load_ahead(v + j, count, m)), p = probability(e, peak, factor, scale);
+        for (Index j = 0; j < n; j += lanes<T>) {
+            Vec<T> e = window.terms(load_ahead(v + j, n - j, m)), p = probability(e, peak, factor, scale);
             if (rest != 1)
                 p = where_eq(e, peak, factor, p * rest);
-            store(to + j, count, p);
-        });
+            store(to + j, n - j, p);
+        }
     }
 };
 

@@ -162,11 +162,6 @@ INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
     store_all(&group.rest[i], where_gt(size, least, 1.0, unshift));
 }
 
-void finish_softmax(const Call &call, Group &group) {
-    for (Index i = 0; i < group.count; i += lanes<double>)
-        set_factors(call, group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
-}
-
 // Losses, gradients at the labels, and factors of the others.
 void finish_cross_entropy(const Call &call, Group &group) {
     const Options &options = call.options;

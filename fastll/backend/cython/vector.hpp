@@ -51,6 +51,13 @@ namespace {
 
 typedef std::ptrdiff_t Index;
 
+template <class To, class From>
+INLINE To bits_as(From value) {
+    To result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+
 // The representation as integers. SPLIT is that of sqrt(1/2), rounded up.
 template <class T> struct Bits;
 
@@ -93,7 +100,6 @@ template <class T>
 constexpr int lanes = Vec<T>::count;
 
 // Numbers and vectors mix: a number stands for a vector of it.
-
 template <class... A> struct Joined_ {};
 template <class T, int B, class... A> struct Joined_<Lanes<T, B>, A...> { typedef Lanes<T, B> type; };
 template <class T, class... A> struct Joined_<T, A...> : Joined_<A...> {};
@@ -263,11 +269,9 @@ WHERE(where_ge, >=)
     template <class T, int B>                                                                       \
     INLINE Lanes<T, B> name(Lanes<T, B> x) {                                                        \
         auto f = [](auto part) FORCED {                                                             \
-            typename decltype(part)::bits_type bits;                                                \
-            memcpy(&bits, &part.v, sizeof bits);                                                    \
+            auto bits = bits_as<typename decltype(part)::bits_type>(part.v);                        \
             change;                                                                                 \
-            memcpy(&part.v, &bits, sizeof bits);                                                    \
-            return part;                                                                            \
+            return bits_as<decltype(part)>(bits);                                                   \
         };                                                                                          \
         return lifted(f, x);                                                                        \
     }
@@ -458,11 +462,8 @@ template <class T, int B>
 INLINE T first(Lanes<T, B> x) {
     if constexpr (B > sizeof(T))
         return first(half<0>(x));
-    else {
-        T y;
-        memcpy(&y, &x.v, B);
-        return y;
-    }
+    else
+        return bits_as<T>(x.v);
 }
 
 // The same lanes in float64.
