@@ -22,7 +22,7 @@ struct Operand {
     // The first element of a row.
     char *row(Index outer_, Index inner_) const { return address + outer_ * outer + inner_ * inner; }
 
-    // Elements j to j + n of the row that starts at `start`: in place or in the buffer; NULL without operand.
+    // Elements j to j + n of the row at `start`, in place or in the buffer; NULL without operand.
     template <class T>
     const T *fetch(const char *start, Index j, Index n, T *buffer) const {
         if (!address || format == IN_PLACE)

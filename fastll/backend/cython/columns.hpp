@@ -41,12 +41,12 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
         else
             for (Index w = 0; w < GROUP; w += lanes<T>) {
                 T *to = (T *) at + w;
-                if (x.streamed && (size_t) to % 64 == 0) {
+                if (x.streamed && (size_t) to % 64 == 0)
                     stream_all(to, load_all(tile + w));
-                    continue;
+                else {
+                    prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
+                    store_all(to, load_all(tile + w));
                 }
-                prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
-                store_all(to, load_all(tile + w));
             }
 }
 
@@ -175,10 +175,10 @@ struct Columns {
     template <class A, class F>
     FORCED void add_sums(Index w, double unshift, const A *at_top, F exactly) {
         const double *below = sums;
-        bool all_usable = true;
+        Index unusable = 0;
         for (Index i = 0; i < lanes<T>; i++)
-            all_usable &= usable(group.m[w + i]);
-        if (all_usable)
+            unusable += usable(group.m[w + i]) ? 0 : 1;
+        if (unusable == 0)
             for (Index i = 0; i < lanes<T>; i++) {
                 group.added[w + i] += below[i] * unshift;
                 group.k[w + i] += at_top[i];

@@ -109,13 +109,11 @@ int fold_groups(const Call &call, Index start, Index stop) {
                 pass.template fold_terms<decltype(term)>();
                 return 0;
             });
-        else if (call.operation == LOGSUMEXP || !call.state)  // the states that a softmax is given are complete
+        else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
             pass.fold();
         finish_group<T>(call, group);
         pass.write(row == stop);
     }
-    if (call.out.streamed)
-        stream_fence();
     return 0;
 }
 
@@ -131,7 +129,9 @@ int run_typed(const Call &call, Index start, Index stop) {
 }
 
 INLINE int run(const Call &call, Index start, Index stop) {
-    return call.single ? run_typed<float>(call, start, stop) : run_typed<double>(call, start, stop);
+    int status = call.single ? run_typed<float>(call, start, stop) : run_typed<double>(call, start, stop);
+    stream_fence();
+    return status;
 }
 
 // First position of a label outside [0, classes), or -1; the summed weight of the others.

@@ -101,8 +101,6 @@ int map_units(const Call &call, Index start, Index stop) {
         if (call.partial)
             memcpy(call.partial.row(outer, 0) + unit % call.inner * call.partial.classes, &sum, 8);
     }
-    if (call.value.streamed)
-        stream_fence();
     return 0;
 }
 

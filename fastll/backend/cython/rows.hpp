@@ -37,7 +37,6 @@ struct Pending {
         for (; j + lanes<T> <= n; j += lanes<T>)
             write(j, lanes<T>);
         write(j, n - j);
-        j = n;
     }
 };
 
@@ -150,7 +149,7 @@ struct Rows {
         }
     }
 
-    // Add a block with maximum `top` to the state of a row. Leave its exponentials where `terms` is not NULL.
+    // Add a block with maximum `top` to the state of a row. Leave its exponentials in `terms` unless NULL.
     void fold_block(const T *v, Index n, double top, State &row, T *terms) {
         if (top > row.m)
             raise_maximum(row, top);
@@ -276,16 +275,15 @@ struct Rows {
 
     // A group's rows from `first_row` on.
     void write_rows(const Group &rows, Index first_row) {
-        for (Index i = first_row; i < rows.count; i++) {
-            Pending<T> row = pending_row(rows, i);
-            write_row(rows, i, row);
-        }
+        for (Index i = first_row; i < rows.count; i++)
+            write_row(rows, i, pending_row(rows, i));
     }
 
     // Row i as it is to be written; nothing of it (n = 0) if that takes new exponentials. Those that were
     // kept do for a factor of moderate size: then what `merge_terms` lost is too small for the result.
     Pending<T> pending_row(const Group &rows, Index i) const {
-        const bool moderate = rows.rest[i] == 1 && std::fabs(rows.scale[i]) < (call.single ? 0x1p-30 : 0x1p-60);
+        const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
+        const bool moderate = rows.rest[i] == 1 && scale < limit;
         Pending<T> row = {};
         row.log = call.log(), row.streamed = interleaves && call.out.streamed;
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
@@ -307,7 +305,7 @@ struct Rows {
     }
 
     // What is left of row i, or if it does not wait for that, all of it, block by block.
-    void write_row(const Group &rows, Index i, Pending<T> &row) {
+    void write_row(const Group &rows, Index i, Pending<T> row) {
         const char *start = call.x().row(rows.outer, rows.inner + i);
         const char *second = call.second().row(rows.outer, rows.inner + i);
         char *target = call.out.row(rows.outer, rows.inner + i);

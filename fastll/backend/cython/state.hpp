@@ -52,7 +52,7 @@ INLINE Wide lead_of(Wide m, Wide n) {
     return where_gt(LARGEST, absolute(m), lead, 1.0);
 }
 
-// What `exponential` needs of reference exponents, whole numbers: of a row's, or of those of a vector of rows.
+// What `exponential` needs of reference exponents, whole numbers, of one row or of a vector of rows.
 template <class T, class N>
 struct Window {
     N floor, magic;
