@@ -34,14 +34,14 @@ INLINE float from_half(uint32_t bits) {
 }
 
 // float16, to nearest even. Subnormal: the sum with 0.5 rounds at bit 2**-24.
-INLINE uint16_t to_half(float value) {
+INLINE uint32_t to_half(float value) {
     uint32_t bits = bits_as<uint32_t>(value), magnitude = bits & 0x7FFFFFFF, odd = magnitude >> 13 & 1;
     uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000;
     uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
     uint32_t rest = (magnitude - (112 << 23) + 0x0FFF + odd) >> 13;
     rest = magnitude < 0x38800000 ? small : rest;  // below 2**-14
     rest = magnitude >= 0x47800000 ? special : rest;  // 2**16 and beyond
-    return (uint16_t) ((bits >> 16 & 0x8000) | rest);
+    return (bits >> 16 & 0x8000) | rest;
 }
 
 INLINE float from_bfloat(uint32_t bits) {
@@ -49,9 +49,9 @@ INLINE float from_bfloat(uint32_t bits) {
 }
 
 // bfloat16, to nearest even.
-INLINE uint16_t to_bfloat(float value) {
+INLINE uint32_t to_bfloat(float value) {
     uint32_t bits = bits_as<uint32_t>(value), odd = bits >> 16 & 1, quiet = bits >> 16 | 0x40;
-    return (uint16_t) (value != value ? quiet : (bits + 0x7FFF + odd) >> 16);
+    return value != value ? quiet : (bits + 0x7FFF + odd) >> 16;
 }
 
 // By the CPU where it can, from float32 that is not contiguous, and from and to float16. These return
@@ -118,7 +118,7 @@ INLINE void read_numbers(
 template <class S, class T, class F>
 INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F converted, Index done = 0) {
     for_numbers<S>(done, n, step, [=](Index i, Index at) FORCED {
-        S number = converted(numbers[i]);
+        S number = (S) converted(numbers[i]);
         memcpy(out + at, &number, sizeof number);
     });
 }
