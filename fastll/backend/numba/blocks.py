@@ -12,62 +12,42 @@ import math
 import numpy as np
 from numba import njit
 
-from fastll.backend.numba.maths import cast, constants, exponential, formulas
-from fastll.backend.numba.memory import size_of
-from fastll.backend.numba.vector import (
-    INLINE,
-    lanes_of,
-    load,
-    load_ahead,
-    read,
-    splat,
-    store,
-    where_eq,
-    widen,
-    write,
-)
+from fastll.backend.numba import vector
+from fastll.backend.numba.maths import cast, exponential, formulas, lowest, zeros
+from fastll.backend.numba.vector import inline, lanes_of, load, load_ahead, read, size_of, store, write
+from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
 
-@njit(**INLINE)
-def lowest(like):
-    """The vector of -inf."""
-    return splat(-constants(like).infinity)
-
-
-@njit(**INLINE)
-def zeros(like):
-    return splat(constants(like).zero)
-
-
-@njit(**INLINE)
-def cap_block(v, n, cap, out, slope, like):
+@inline
+def cap(v, n, softcap, out, slope, like):
     """softcap * tanh(x / softcap) into `out`; its derivative into `slope` unless that is 0."""
-    size, cap = size_of(like), cast(cap, like)
+    size, softcap = size_of(like), cast(softcap, like)
     for j in range(0, n, lanes_of(like)):
-        capped, derivative = formulas.softcap(load_ahead(v + j * size, n - j, splat(like)), cap)
+        x = load_ahead(v + j * size, n - j, vector.splat(like))
+        capped, derivative = formulas.softcap(x, softcap)
         store(out + j * size, n - j, capped)
         if slope != 0:
             store(slope + j * size, n - j, derivative)
 
 
-@njit(**INLINE)
-def mask_block(v, b, n, out, like):
+@inline
+def mask(v, b, n, out, like):
     """x where its weight is not 0, -inf elsewhere."""
     size, none, zero = size_of(like), lowest(like), zeros(like)
     for j in range(0, n, lanes_of(like)):
         x = load_ahead(v + j * size, n - j, none)
         weight = load_ahead(b + j * size, n - j, zero)
-        store(out + j * size, n - j, where_eq(weight, zero, none, x))
+        store(out + j * size, n - j, vector.where_eq(weight, zero, none, x))
 
 
-@njit(**INLINE)
-def target_block(t, w, n, keep, spread, out, like):
+@inline
+def target(t, w, n, keep, spread, out, like):
     """u = w (keep * t + spread), with t = 0 and w = 1 where their address is 0."""
     size, zero = size_of(like), zeros(like)
     keep, spread = cast(keep, like), cast(spread, like)
     for j in range(0, n, lanes_of(like)):
-        u = splat(spread)
+        u = vector.splat(spread)
         if t != 0:
             u = formulas.smoothed(load_ahead(t + j * size, n - j, zero), keep, spread)
         if w != 0:
@@ -75,8 +55,8 @@ def target_block(t, w, n, keep, spread, out, like):
         store(out + j * size, n - j, u)
 
 
-@njit(**INLINE)
-def subtract_block(out, u, n, scale, like):
+@inline
+def subtract(out, u, n, scale, like):
     """out -= scale * u."""
     size, zero, scale = size_of(like), zeros(like), cast(scale, like)
     for j in range(0, n, lanes_of(like)):
@@ -85,8 +65,8 @@ def subtract_block(out, u, n, scale, like):
         store(out + j * size, n - j, formulas.less_target(gradient, weight, scale))
 
 
-@njit(**INLINE)
-def multiply_block(out, slope, n, like):
+@inline
+def multiply(out, slope, n, like):
     """out *= slope."""
     size, zero = size_of(like), zeros(like)
     for j in range(0, n, lanes_of(like)):
@@ -94,8 +74,8 @@ def multiply_block(out, slope, n, like):
         store(out + j * size, n - j, y)
 
 
-@njit(**INLINE)
-def scale_block(out, n, first, second, like):
+@inline
+def scale(out, n, first, second, like):
     """out *= first * second, one after the other."""
     size, zero = size_of(like), zeros(like)
     first, second = cast(first, like), cast(second, like)
@@ -103,25 +83,41 @@ def scale_block(out, n, first, second, like):
         store(out + j * size, n - j, load(out + j * size, n - j, zero) * first * second)
 
 
-@njit(**INLINE)
-def fill_block(out, n, value, like):
-    size, values = size_of(like), splat(cast(value, like))
+@inline
+def clear(out, n, like):
+    """out = 0."""
     for j in range(0, n, lanes_of(like)):
-        store(out + j * size, n - j, values)
+        store(out + j * size_of(like), n - j, zeros(like))
 
 
-@njit(**INLINE)
+# Pairs of terms of an element x and a second one, to be summed
+
+
+@inline
 def weighted_terms(x, weight, maxima, floors, magics):
     """(b exp(x) / 2**n of elements below the maximum, b of those equal to it) in float64."""
     e = formulas.below_maximum(x, maxima, exponential(x, floors, magics))
     # scaled back before the weight comes in, which may be as large as a number can be
-    terms = widen(e) * 2.0**-SHIFT
-    return terms * widen(weight), widen(formulas.at_maximum(x, maxima, weight))
+    terms = vector.widen(e) * 2.0**-SHIFT
+    return terms * vector.widen(weight), vector.widen(formulas.at_maximum(x, maxima, weight))
 
 
-@njit(**INLINE)
+@inline
 def distance_terms(x, u, maxima):
     return formulas.distance(x, u, maxima), u
+
+
+def term_of(operation):
+    """The term of an operation of `TERMS`, with 0 for a second one."""
+    formula = getattr(formulas, TERMS[operation].formula.__name__)
+
+    def of_one(x, second):
+        return formula(x), x
+
+    def of_two(x, second):
+        return formula(x, second), x
+
+    return vector.inlined(of_one if TERMS[operation].inputs == 1 else of_two, f"{operation}_terms")
 
 
 # What follows is for a maximum that is infinite or enormous: one element after the other, `step` bytes
@@ -129,43 +125,44 @@ def distance_terms(x, u, maxima):
 
 
 @njit
-def sum_exact(v, step, n, maximum, like):
-    """(sum of exp(x - maximum) below the maximum, count of elements equal to it).
+def add_exactly(row, v, step, n, like):
+    """Add to a row the exponentials of elements below the maximum, and count those equal to it.
 
     The sum is Kahan's.
     """
     e = 0.0
-    k = 0.0
     lost = 0.0
     for j in range(n):
         x = np.float64(read(v + j * step, like))
-        if x == maximum:
-            k += 1.0
+        if x == row.maximum:
+            row.at_maximum += 1.0
         else:
-            term = math.exp(x - maximum) - lost
+            term = math.exp(x - row.maximum) - lost
             added = e + term
             lost = (added - e) - term
             e = added
-    return e, k
+    row.below += e
 
 
 @njit
-def weighted_sum_exact(v, b, step, n, maximum, like):
+def add_weighted_exactly(row, v, b, step, n, like):
     """The same with weights; those of both signs at an infinite maximum make it NaN."""
     e = 0.0
     k = 0.0
+    m = row.maximum
     for j in range(n):
         x = np.float64(read(v + j * step, like))
         weight = np.float64(read(b + j * step, like))
-        if x == maximum:
-            k += weight * maximum if maximum == np.inf and weight != 0.0 else weight
+        if x == m:
+            k += weight * m if m == np.inf and weight != 0.0 else weight
         elif weight != 0.0:
-            e += weight * math.exp(x - maximum)
-    return e, k
+            e += weight * math.exp(x - m)
+    row.below += e
+    row.at_maximum += k
 
 
 @njit
-def exp_exact(v, step, n, maximum, factor, out, like):
+def exp_exactly(v, step, n, maximum, factor, out, like):
     """factor * exp(x - maximum); NaN throughout where the maximum is infinite."""
     for j in range(n):
         x = np.float64(read(v + j * step, like))

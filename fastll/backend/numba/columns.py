@@ -14,76 +14,13 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from fastll.backend.numba.blocks import (
-    cap_block,
-    distance_terms,
-    exp_exact,
-    lowest,
-    mask_block,
-    multiply_block,
-    subtract_block,
-    sum_exact,
-    target_block,
-    weighted_sum_exact,
-    weighted_terms,
-    zeros,
-)
+from fastll.backend.numba import blocks, state, vector
 from fastll.backend.numba.folds import driver, has_targets
-from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
-from fastll.backend.numba.memory import address_of, size_of, start_of, until_line
-from fastll.backend.numba.state import (
-    ADDED,
-    AT_MAXIMUM,
-    BELOW,
-    DISTANCE,
-    END,
-    FACTOR,
-    KEPT,
-    LABEL,
-    LABEL_GRADIENT,
-    LABEL_LOGIT,
-    LABEL_SLOPE,
-    LOG_S,
-    MASS,
-    MAXIMUM,
-    REFERENCE,
-    SCALE,
-    UNSHIFT,
-    VALUE,
-    get,
-    lanes,
-    put,
-    put_lanes,
-    raise_maximum,
-    reference_of,
-    set_state,
-    state_of,
-    times,
-    usable,
-)
-from fastll.backend.numba.vector import (
-    INLINE,
-    bytes_of,
-    for_each,
-    inlined,
-    lanes_of,
-    load,
-    maximum,
-    phase,
-    prefetch_vector,
-    read,
-    splat,
-    store,
-    stream,
-    where_eq,
-    widen,
-    write,
-)
-from fastll.backend.numba.vector import (
-    call as call_address,
-)
+from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
+from fastll.backend.numba.memory import allocate, start_of, until_line
+from fastll.backend.numba.state import row_of, rows_of, usable
+from fastll.backend.numba.vector import bytes_of, inline, lanes_of, load, read, size_of, store, write
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
@@ -93,75 +30,36 @@ LINES_AHEAD = 8  # classes from the one that is read or written to the one that 
 
 
 class Tile(NamedTuple):
-    """Addresses of memory for one call; vectors are of the compute dtype unless said otherwise."""
+    """Addresses of memory for one call; numbers are of the compute dtype unless said otherwise."""
 
     tables: int  # of two groups
     x: int  # logits, capped
-    second: int  # weights or targets
     slope: int  # of FEW classes: derivatives of the soft cap
     out: int  # of FEW classes
-    maxima: int  # one number per row; so down to `log_s`
-    floors: int  # of `window`
-    magics: int
-    factors: int
-    scales: int
-    unshifts: int
-    log_s: int
     sums: int  # an accumulator, of one number per row, for each lane; twice
     more_sums: int
     wide: int  # the sums on their way to one, in float64
-    totals: int  # float64, one number per row, twice
-    before: int  # float64: the maxima of before
+    second: int  # weights or targets, where there are any
 
 
-@njit(**INLINE)
-def allocate_tile(call, both):
-    """An uninitialised `Tile`, with or without `second`, and the array that holds it."""
+@inline
+def allocate_tile(call):
+    """An uninitialised `Tile`, and the array that holds it."""
     like, line = call.like, GROUP * size_of(call.like)
-    accumulators = lanes_of(like) * bytes_of(widen(splat(like)))
-    tile = min(BLOCK, call.classes) * line
-    slope = 2 * END
-    lines = slope + 2 * FEW * line
-    sums = lines + 7 * line
-    totals = sums + 3 * accumulators
-    x = totals + 3 * GROUP * 8
-    owner = np.empty(x + (2 * tile if both else tile) + 64, np.uint8)
-    at = (address_of(owner) + 63) // 64 * 64
-    result = Tile(
-        at,
-        at + x,
-        at + x + tile if both else at + x,
-        at + slope,
-        at + slope + FEW * line,
-        at + lines,
-        at + lines + line,
-        at + lines + 2 * line,
-        at + lines + 3 * line,
-        at + lines + 4 * line,
-        at + lines + 5 * line,
-        at + lines + 6 * line,
-        at + sums,
-        at + sums + accumulators,
-        at + sums + 2 * accumulators,
-        at + totals,
-        at + totals + 2 * GROUP * 8,
-    )
-    return result, owner
+    tile, few = min(BLOCK, call.classes) * line, FEW * line
+    sums = lanes_of(like) * bytes_of(vector.widen(zeros(like)))
+    sizes = (2 * state.TABLE_SIZE, tile, few, few, sums, sums, sums, tile if has_targets(call) else 0)
+    owner, pieces = allocate(sizes)
+    return Tile(*pieces), owner
 
 
-@njit(**INLINE)
-def load_line(address, w, like):
-    """The vector of rows from w on."""
-    return load(address + w * size_of(like), lanes_of(like), zeros(like))
-
-
-@njit(**INLINE)
+@inline
 def at_of(tile, j, w, like):
     """Address of class j of row w."""
     return tile + (j * GROUP + w) * size_of(like)
 
 
-@njit(**INLINE)
+@inline
 def gather(x, group, j, n, tile, like):
     """Classes j to j + n of the rows into a tile: class by class, GROUP rows apart."""
     size, count, zero = size_of(like), group.count, zeros(like)
@@ -170,14 +68,14 @@ def gather(x, group, j, n, tile, like):
         line = at_of(tile, i, 0, like)
         if x.read == 0:
             for w in range(0, count, lanes_of(like)):
-                prefetch_vector(source + LINES_AHEAD * x.classes + w * size)
+                vector.prefetch_vector(source + LINES_AHEAD * x.classes + w * size)
                 store(line + w * size, count - w, load(source + w * size, count - w, zero))
         else:
-            call_address(x.read, source, x.inner, line, size, count)
+            vector.call(x.read, source, x.inner, line, size, count)
         source += x.classes
 
 
-@njit(**INLINE)
+@inline
 def scatter(x, group, j, n, tile, like):
     """A tile back into classes j to j + n of the rows."""
     size, count, zero = size_of(like), group.count, zeros(like)
@@ -185,13 +83,13 @@ def scatter(x, group, j, n, tile, like):
     for i in range(n):
         line = at_of(tile, i, 0, like)
         if x.write != 0:
-            call_address(x.write, line, size, target, x.inner, count)
+            vector.call(x.write, line, size, target, x.inner, count)
         elif x.streamed and count == GROUP and target % 64 == 0:
             for w in range(0, GROUP, lanes_of(like)):
-                stream(target + w * size, load(line + w * size, lanes_of(like), zero))
+                vector.stream(target + w * size, read(line + w * size, zero))
         else:
             for w in range(0, count, lanes_of(like)):
-                prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
+                vector.prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
                 store(target + w * size, count - w, load(line + w * size, count - w, zero))
         target += x.classes
 
@@ -199,199 +97,175 @@ def scatter(x, group, j, n, tile, like):
 # Sums
 
 
-@njit(**INLINE)
+@inline
 def clear(accumulators, zero):
     """Set all of them to the vector `zero`."""
     for i in range(lanes_of(zero)):
-        store(accumulators + i * bytes_of(zero), lanes_of(zero), zero)
+        write(accumulators + i * bytes_of(zero), zero)
 
 
-@njit(**INLINE)
+@inline
 def accumulate(accumulators, j, v):
     """Add the vector of element j of a block."""
     at = accumulators + j % lanes_of(v) * bytes_of(v)
-    store(at, lanes_of(v), load(at, lanes_of(v), v) + v)
+    write(at, read(at, v) + v)
 
 
-@njit(**INLINE)
+@inline
 def fold_sums(accumulators, n, zero, wide):
-    """The sums of n elements, folded by halves in float64, as the first vector at `wide`."""
-    count, zero_wide = lanes_of(zero), widen(zero)
-    size, wide_size = bytes_of(zero), bytes_of(zero_wide)
+    """The sums of n elements, folded by halves in float64 at `wide`."""
+    count, size, none = lanes_of(zero), bytes_of(zero), vector.widen(zero)
+    wide_size = bytes_of(none)
     used = min(n, count)
     for i in range(used):
-        v = widen(load(accumulators + i * size, count, zero))
-        store(wide + i * wide_size, count, v)
+        write(wide + i * wide_size, vector.widen(read(accumulators + i * size, zero)))
     half = count // 2
     while half > 0:
         for i in range(half, used):
             at = wide + (i - half) * wide_size
-            other = load(wide + i * wide_size, count, zero_wide)
-            store(at, count, load(at, count, zero_wide) + other)
+            write(at, read(at, none) + read(wide + i * wide_size, none))
         used = min(used, half)
         half //= 2
+    return read(wide, none)
 
 
-@njit(**INLINE)
-def clear_sums(i, tile, zero):
-    clear(tile.sums + i * (tile.more_sums - tile.sums), zero)
+def _summed(terms, count):
+    """`rows._summed` for the rows from w on of a tile; a pair of which `count` are summed."""
+
+    def sum_rows(tile, second, w, n, zero, arguments, like):
+        pad = zeros(like)
+        clear(tile.sums, zero)
+        if count == 2:
+            clear(tile.more_sums, zero)
+        for j in range(n):
+            x, y = read(at_of(tile.x, j, w, like), pad), read(at_of(second, j, w, like), pad)
+            term, other = terms(x, y, *arguments)
+            accumulate(tile.sums, j, term)
+            if count == 2:
+                accumulate(tile.more_sums, j, other)
+        sums = fold_sums(tile.sums, n, zero, tile.wide)
+        return sums, fold_sums(tile.more_sums, n, zero, tile.wide) if count == 2 else sums
+
+    return vector.inlined(sum_rows, f"{terms.__qualname__}_rows")
 
 
-@njit(**INLINE)
-def accumulate_sums(i, tile, j, terms):
-    accumulate(tile.sums + i * (tile.more_sums - tile.sums), j, terms[i])
-
-
-@njit(**INLINE)
-def fold_totals(i, tile, n, w, zero):
-    fold_sums(tile.sums + i * (tile.more_sums - tile.sums), n, zero, tile.wide)
-    sums = load(tile.wide, lanes_of(zero), widen(zero))
-    store(tile.totals + (i * GROUP + w) * 8, lanes_of(zero), sums)
-
-
-def summed(terms, count):
-    """`rows.summed` for the rows of a tile; leaves the sums as totals."""
-    clear_all, fold_all = for_each(clear_sums, count), for_each(fold_totals, count)
-    accumulate_all = for_each(accumulate_sums, count)
-
-    def sum_tile(tile, second, n, rows, like):
-        zero = zeros(like)
-        for w in range(0, rows, lanes_of(like)):
-            maxima = load_line(tile.maxima, w, like)
-            clear_all(tile, zero)
-            for j in range(n):
-                x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
-                other = load(at_of(second, j, w, like), lanes_of(like), zero)
-                accumulate_all(tile, j, terms(x, other, maxima))
-            fold_all(tile, n, w, zero)
-
-    return inlined(sum_tile, f"{terms.__qualname__}_tile")
+_sum_distances, _sum_weighted = _summed(blocks.distance_terms, 2), _summed(blocks.weighted_terms, 2)
 
 
 # Folding a tile
 
 
-@njit(**INLINE)
-def aim(tile, table, like):
-    """The references of the rows, a vector each."""
-    size = size_of(like)
-    for i in range(GROUP):
-        floor, magic = window(get(table + REFERENCE, i), like)
-        write(tile.maxima + i * size, cast(get(table + MAXIMUM, i), like))
-        write(tile.floors + i * size, floor)
-        write(tile.magics + i * size, magic)
+@inline
+def aim(table, like):
+    """The windows of the exponential."""
+    for w in range(0, GROUP, lanes_of(like)):
+        rows = rows_of(table, w, like)
+        rows.floor, rows.magic = window(rows.reference, like)
 
 
-@njit(**INLINE)
-def raise_maxima(tile, table, n, rows, fresh, like):
+@inline
+def references(rows, like):
+    """(maximum, floor, magic) of rows as vectors of the compute dtype."""
+    return cast(rows.maximum, like), cast(rows.floor, like), cast(rows.magic, like)
+
+
+@inline
+def raise_maxima(tile, table, n, count, fresh, like):
     """The rows' maxima with those of a tile; `fresh` rows have none yet."""
-    size = size_of(like)
     for w in range(0, GROUP, lanes_of(like)):
         top = lowest(like)
         for j in range(n):
-            top = maximum(load(at_of(tile.x, j, w, like), lanes_of(like), top), top)
-        store(tile.maxima + w * size, lanes_of(like), top)
-    if fresh:
-        for i in range(GROUP):
-            put(table + MAXIMUM, i, np.float64(read(tile.maxima + i * size, like)))
-        for i in range(0, GROUP, lanes_of(0.0)):
-            put_lanes(table + REFERENCE, i, reference_of(lanes(table + MAXIMUM, i)))
-    else:
-        for i in range(rows):
-            top = np.float64(read(tile.maxima + i * size, like))
-            if top > get(table + MAXIMUM, i):
-                set_state(table, i, raise_maximum(state_of(table, i), top))
+            top = vector.maximum(read(at_of(tile.x, j, w, like), top), top)
+        rows = rows_of(table, w, like)
+        rows.before = rows.maximum
+        rows.top = top
+        if fresh:
+            rows.maximum = rows.top
+            rows.reference = state.reference_of(rows.maximum)
+    for i in range(0 if fresh else count):
+        row = row_of(table, i)
+        if row.top > row.maximum:
+            state.raise_maximum(row, row.top)
+    aim(table, like)
 
 
-@njit(**INLINE)
-def fold_tile(tile, table, n, rows, fresh, like):
+@inline
+def add_sums(rows, added, k):
+    """Add sums to rows whose maximum is usable."""
+    rows.added = rows.added + state.where_usable(rows.maximum, added, 0.0)
+    rows.at_maximum = rows.at_maximum + state.where_usable(rows.maximum, k, 0.0)
+
+
+@inline
+def fold_tile(tile, table, n, count, fresh, like):
     """`rows.fold_block` for the rows of a tile."""
     size, zero, one = size_of(like), zeros(like), constants(like).one
-    raise_maxima(tile, table, n, rows, fresh, like)
-    aim(tile, table, like)
-    for w in range(0, rows, lanes_of(like)):
-        maxima = load_line(tile.maxima, w, like)
-        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
+    raise_maxima(tile, table, n, count, fresh, like)
+    for w in range(0, count, lanes_of(like)):
+        rows = rows_of(table, w, like)
+        maxima, floors, magics = references(rows, like)
         clear(tile.sums, zero)
         counts = zero
         for j in range(n):
-            x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
+            x = read(at_of(tile.x, j, w, like), zero)
             e = formulas.below_maximum(x, maxima, exponential(x, floors, magics))
             accumulate(tile.sums, j, e)
             counts = counts + formulas.at_maximum(x, maxima, one)
-        fold_sums(tile.sums, n, zero, tile.wide)
-        store(tile.sums, lanes_of(like), counts)
-        for i in range(w, min(rows, w + lanes_of(like))):
-            m = get(table + MAXIMUM, i)
-            if usable(m):
-                others = read(tile.wide + (i - w) * 8, 0.0) * 2.0**-SHIFT
-                put(table + ADDED, i, get(table + ADDED, i) + others)
-                k = np.float64(read(tile.sums + (i - w) * size, like))
-            else:
-                e, k = sum_exact(tile.x + i * size, GROUP * size, n, m, like)
-                put(table + BELOW, i, get(table + BELOW, i) + e)
-            put(table + AT_MAXIMUM, i, get(table + AT_MAXIMUM, i) + k)
+        sums = fold_sums(tile.sums, n, zero, tile.wide)
+        add_sums(rows, sums * 2.0**-SHIFT, vector.widen(counts))
+    for i in range(count):
+        row = row_of(table, i)
+        if not usable(row.maximum):
+            blocks.add_exactly(row, tile.x + i * size, GROUP * size, n, like)
 
 
-@njit(**INLINE)
-def fold_weighted_tile(tile, table, n, rows, like):
+@inline
+def fold_weighted_tile(tile, table, n, count, like):
     """`rows.fold_weighted_block` for the rows of a tile."""
-    size, zero = size_of(like), zeros(like)
-    mask_block(tile.x, tile.second, n * GROUP, tile.x, like)
-    raise_maxima(tile, table, n, rows, False, like)
-    aim(tile, table, like)
-    for w in range(0, rows, lanes_of(like)):
-        maxima = load_line(tile.maxima, w, like)
-        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
-        clear(tile.sums, widen(zero))
-        clear(tile.more_sums, widen(zero))
-        for j in range(n):
-            x = load(at_of(tile.x, j, w, like), lanes_of(like), zero)
-            weight = load(at_of(tile.second, j, w, like), lanes_of(like), zero)
-            terms, at_top = weighted_terms(x, weight, maxima, floors, magics)
-            accumulate(tile.sums, j, terms)
-            accumulate(tile.more_sums, j, at_top)
-        fold_sums(tile.sums, n, widen(zero), tile.wide)
-        fold_sums(tile.more_sums, n, widen(zero), tile.sums)
-        for i in range(w, min(rows, w + lanes_of(like))):
-            m, column = get(table + MAXIMUM, i), ADDED
-            e, k = read(tile.wide + (i - w) * 8, 0.0), read(tile.sums + (i - w) * 8, 0.0)
-            if not usable(m):
-                column = BELOW
-                v, b = tile.x + i * size, tile.second + i * size
-                e, k = weighted_sum_exact(v, b, GROUP * size, n, m, like)
-            put(table + column, i, get(table + column, i) + e)
-            put(table + AT_MAXIMUM, i, get(table + AT_MAXIMUM, i) + k)
+    size, zero = size_of(like), vector.widen(zeros(like))
+    blocks.mask(tile.x, tile.second, n * GROUP, tile.x, like)
+    raise_maxima(tile, table, n, count, False, like)
+    for w in range(0, count, lanes_of(like)):
+        rows = rows_of(table, w, like)
+        added, k = _sum_weighted(tile, tile.second, w, n, zero, references(rows, like), like)
+        add_sums(rows, added, k)
+    for i in range(count):
+        row = row_of(table, i)
+        if not usable(row.maximum):
+            v, b = tile.x + i * size, tile.second + i * size
+            blocks.add_weighted_exactly(row, v, b, GROUP * size, n, like)
 
 
 # Reading and folding the rows of a group
 
 
-@njit(**INLINE)
+@inline
 def plain(call, tile, group, j, n):
     gather(call.x, group, j, n, tile.x, call.like)
 
 
-@njit(**INLINE)
+@inline
 def capped(call, tile, group, j, n):
     """`rows.capped` for a tile, and what is at the labels."""
-    table, like, cap = group.table, call.like, call.options.softcap
+    like, cap = call.like, call.options.softcap
     labelled = group.count if call.labels.address != 0 else 0
     gather(call.x, group, j, n, tile.x, like)
     for part in range(0, n if cap != 0.0 else 0, FEW):
-        count, at = min(n - part, FEW), at_of(tile.x, part, 0, like)
-        cap_block(at, count * GROUP, cap, at, tile.slope, like)
+        few, at = min(n - part, FEW), at_of(tile.x, part, 0, like)
+        blocks.cap(at, few * GROUP, cap, at, tile.slope, like)
         for i in range(labelled):
-            y = int(get(table + LABEL, i)) - j - part
-            if 0 <= y < count:
-                put(table + LABEL_SLOPE, i, np.float64(read(at_of(tile.slope, y, i, like), like)))
+            row = row_of(group.table, i)
+            y = int(row.label) - j - part
+            if 0 <= y < few:
+                row.label_slope = read(at_of(tile.slope, y, i, like), like)
     for i in range(labelled):
-        y = int(get(table + LABEL, i)) - j
+        row = row_of(group.table, i)
+        y = int(row.label) - j
         if 0 <= y < n:
-            put(table + LABEL_LOGIT, i, np.float64(read(at_of(tile.x, y, i, like), like)))
+            row.label_logit = read(at_of(tile.x, y, i, like), like)
 
 
-@njit(**INLINE)
+@inline
 def fetch_target(call, group, j, n, u):
     """`rows.fetch_target` for a tile."""
     like, eps, zero = call.like, call.options.label_smoothing, zeros(call.like)
@@ -399,204 +273,165 @@ def fetch_target(call, group, j, n, u):
     if call.second.address != 0:
         gather(call.second, group, j, n, u, like)
         source = u
-    target_block(source, 0, n * GROUP, 1.0 - eps, eps / call.classes, u, like)
+    blocks.target(source, 0, n * GROUP, 1.0 - eps, eps / call.classes, u, like)
     if call.weight != 0:
         for i in range(n):
             weight = read(call.weight + (j + i) * size_of(like), like)
             for w in range(0, GROUP, lanes_of(like)):
                 at = at_of(u, i, w, like)
-                store(at, lanes_of(like), load(at, lanes_of(like), zero) * weight)
+                write(at, read(at, zero) * weight)
 
 
-_sum_distances = summed(distance_terms, 2)
-
-
-@njit(**INLINE)
+@inline
 def add_targets(call, tile, group, j, n):
-    """Distances and masses of a tile, for maxima that were those of before."""
-    if has_targets(call):
-        table, like, size = group.table, call.like, size_of(call.like)
-        fetch_target(call, group, j, n, tile.second)
-        for i in range(GROUP):
-            m = get(table + MAXIMUM, i)
-            write(tile.maxima + i * size, cast(m if m > -np.inf else 0.0, like))
-        _sum_distances(tile, tile.second, n, group.count, like)
-        for i in range(group.count):
-            rise, mass = get(table + MAXIMUM, i) - get(tile.before, i), get(table + MASS, i)
-            distance = times(mass, rise) + get(tile.totals, i)
-            put(table + DISTANCE, i, get(table + DISTANCE, i) + distance)
-            put(table + MASS, i, mass + get(tile.totals + GROUP * 8, i))
+    """`rows.add_targets` for a tile."""
+    like = call.like
+    fetch_target(call, group, j, n, tile.second)
+    for w in range(0, group.count, lanes_of(like)):
+        rows = rows_of(group.table, w, like)
+        m = rows.maximum
+        finite = cast(vector.where_gt(m, -np.inf, m, 0.0), like)
+        distance, mass = _sum_distances(tile, tile.second, w, n, zeros(like), (finite,), like)
+        rows.distance = rows.distance + (formulas.product(rows.mass, m - rows.before) + distance)
+        rows.mass = rows.mass + mass
 
 
-@njit(**INLINE)
-def nothing_after_block(call, tile, group, j, n):
-    pass
-
-
-def _fold_group(name, read_block, after_block):
+def _fold_group(operation):
     """A function that folds the exponentials of a group of rows."""
+    weighted, loss = operation == "logsumexp", operation == "cross_entropy"
+    read_block = capped if loss else plain
 
     def fold_group(call, tile, group):
-        table, fresh = group.table, call.state.address == 0
+        like, table = call.like, group.table
         for j in range(0, call.classes, BLOCK):
             n = min(BLOCK, call.classes - j)
             read_block(call, tile, group, j, n)
-            for i in range(0, GROUP, lanes_of(0.0)):
-                put_lanes(tile.before, i, lanes(table + MAXIMUM, i))
-            fold_tile(tile, table, n, group.count, fresh and j == 0, call.like)
-            after_block(call, tile, group, j, n)
+            if weighted and call.second.address != 0:
+                gather(call.second, group, j, n, tile.second, like)
+                fold_weighted_tile(tile, table, n, group.count, like)
+            else:
+                fold_tile(tile, table, n, group.count, call.state.address == 0 and j == 0, like)
+            if loss and has_targets(call):
+                add_targets(call, tile, group, j, n)
 
-    return phase(fold_group)
-
-
-@njit(**INLINE)
-def fold_weighted_group(call, tile, group):
-    for j in range(0, call.classes, BLOCK):
-        n = min(BLOCK, call.classes - j)
-        gather(call.x, group, j, n, tile.x, call.like)
-        gather(call.second, group, j, n, tile.second, call.like)
-        fold_weighted_tile(tile, group.table, n, group.count, call.like)
+    return vector.phase(fold_group)
 
 
 # Writing the rows of a group
 
 
-@njit(**INLINE)
-def exp_tile(tile, table, x, n, rows, like):
+@inline
+def exp_tile(tile, table, x, n, count, like):
     """`rows.exp_block` for the rows of a tile."""
     size, zero = size_of(like), zeros(like)
-    for w in range(0, rows, lanes_of(like)):
-        floors, magics = load_line(tile.floors, w, like), load_line(tile.magics, w, like)
-        peaks = exponential(load_line(tile.maxima, w, like), floors, magics)
-        factors, scales = load_line(tile.factors, w, like), load_line(tile.scales, w, like)
-        unshifts = load_line(tile.unshifts, w, like)
+    for w in range(0, count, lanes_of(like)):
+        rows = rows_of(table, w, like)
+        maxima, floors, magics = references(rows, like)
+        peaks = exponential(maxima, floors, magics)
+        factors, scales = cast(rows.factor, like), cast(rows.scale, like)
+        unshifts = cast(rows.unshift, like)
         for j in range(n):
-            e = exponential(load(at_of(x, j, w, like), lanes_of(like), zero), floors, magics)
-            y = where_eq(e, peaks, factors, (e * scales) * unshifts)
-            store(at_of(tile.out, j, w, like), lanes_of(like), y)
-    for i in range(rows):
-        m = get(table + MAXIMUM, i)
-        if not usable(m):
-            v, out, factor = x + i * size, tile.out + i * size, get(table + FACTOR, i)
-            exp_exact(v, GROUP * size, n, m, factor, out, like)
+            e = exponential(read(at_of(x, j, w, like), zero), floors, magics)
+            y = vector.where_eq(e, peaks, factors, (e * scales) * unshifts)
+            write(at_of(tile.out, j, w, like), y)
+    for i in range(count):
+        row = row_of(table, i)
+        if not usable(row.maximum):
+            v, out = x + i * size, tile.out + i * size
+            blocks.exp_exactly(v, GROUP * size, n, row.maximum, row.factor, out, like)
 
 
-@njit(**INLINE)
-def fill_probabilities(call, tile, group, x, second, j, n):
-    exp_tile(tile, group.table, x, n, group.count, call.like)
+@inline
+def log_tile(tile, table, x, n, count, like):
+    """Log-probabilities."""
+    for w in range(0, count, lanes_of(like)):
+        rows = rows_of(table, w, like)
+        maxima, log_s = cast(rows.maximum, like), cast(rows.log_s, like)
+        for j in range(n):
+            y = formulas.log_probability(read(at_of(x, j, w, like), maxima), maxima, log_s)
+            write(at_of(tile.out, j, w, like), y)
 
 
-@njit(**INLINE)
-def fill_logarithms(call, tile, group, x, second, j, n):
-    like = call.like
-    for w in range(0, group.count, lanes_of(like)):
-        maxima, log_s = load_line(tile.maxima, w, like), load_line(tile.log_s, w, like)
-        for i in range(n):
-            logits = load(at_of(x, i, w, like), lanes_of(like), maxima)
-            y = formulas.log_probability(logits, maxima, log_s)
-            store(at_of(tile.out, i, w, like), lanes_of(like), y)
-
-
-@njit(**INLINE)
-def fill_gradient(call, tile, group, x, second, j, n):
-    table, like, cap = group.table, call.like, call.options.softcap
-    exp_tile(tile, table, x, n, group.count, like)
+@inline
+def finish_gradient(call, tile, group, second, j, n):
+    """`rows.finish_gradient` for a tile, and 0 in rows that are ignored."""
+    like, cap = call.like, call.options.softcap
     if has_targets(call):
         if cap != 0.0 or call.classes > BLOCK:  # the tile does not hold them any more
             fetch_target(call, group, j, n, second)
-        subtract_block(tile.out, second, n * GROUP, call.options.scale, like)
+        blocks.subtract(tile.out, second, n * GROUP, call.options.scale, like)
     if cap != 0.0:
-        multiply_block(tile.out, tile.slope, n * GROUP, like)
+        blocks.multiply(tile.out, tile.slope, n * GROUP, like)
     for i in range(group.count if call.labels.address != 0 else 0):
-        y = int(get(table + LABEL, i)) - j
-        if get(table + KEPT, i) == 0.0:
+        row = row_of(group.table, i)
+        y = int(row.label) - j
+        if row.kept == 0.0:
             for c in range(n):
                 write(at_of(tile.out, c, i, like), cast(0.0, like))
         elif 0 <= y < n:
-            write(at_of(tile.out, y, i, like), cast(get(table + LABEL_GRADIENT, i), like))
+            write(at_of(tile.out, y, i, like), cast(row.label_gradient, like))
 
 
-def _write_group(name, read_block, fill):
+def _write_group(operation):
     """A function that writes the rows of a group, a few classes at a time."""
+    log, loss = operation == "log_softmax", operation == "cross_entropy"
+    read_block, fill = capped if loss else plain, log_tile if log else exp_tile
 
     def write_group(call, tile, group):
-        table, like, size = group.table, call.like, size_of(call.like)
+        like = call.like
         whole = call.classes <= BLOCK and call.state.address == 0 and call.options.softcap == 0.0
-        aim(tile, table, like)
-        for i in range(GROUP):
-            write(tile.factors + i * size, cast(get(table + FACTOR, i), like))
-            write(tile.scales + i * size, cast(get(table + SCALE, i), like))
-            write(tile.unshifts + i * size, cast(get(table + UNSHIFT, i), like))
-            write(tile.log_s + i * size, cast(get(table + LOG_S, i), like))
+        aim(group.table, like)
         for j in range(0, call.classes, FEW):
-            n = min(FEW, call.classes - j)
+            n, x, second = min(FEW, call.classes - j), tile.x, tile.second
             if whole:  # the tiles keep what they hold
-                x, second = at_of(tile.x, j, 0, like), at_of(tile.second, j, 0, like)
+                x, second = at_of(x, j, 0, like), at_of(second, j, 0, like)
             else:
-                x, second = tile.x, tile.second
                 read_block(call, tile, group, j, n)
-            fill(call, tile, group, x, second, j, n)
+            fill(tile, group.table, x, n, group.count, like)
+            if loss:
+                finish_gradient(call, tile, group, second, j, n)
             scatter(call.out, group, j, n, tile.out, like)
 
-    return phase(write_group)
+    return vector.phase(write_group)
 
 
-def _walk(name, read_block, after_block, fill):
+def _walk(operation):
     """A function that writes the group before and folds the next one."""
-    fold_group = _fold_group(name, read_block, after_block)
-    write_group = _write_group(name, read_block, fill)
+    writes, fold_group, write_group = (
+        operation != "logsumexp",
+        _fold_group(operation),
+        _write_group(operation),
+    )
 
     def walk(call, tile, group, before):
-        if before.count > 0:
+        if writes and before.count > 0:
             write_group(call, tile, before)
-        if group.count > 0 and call.state.address == 0:
+        if group.count > 0 and (call.state.address == 0 or not writes):
             fold_group(call, tile, group)
 
-    return phase(walk)
+    return vector.phase(walk)
 
 
-_fold_plain = _fold_group("plain", plain, nothing_after_block)
-
-
-@phase
-def _walk_logsumexp(call, tile, group, before):
-    if call.second.address == 0:
-        _fold_plain(call, tile, group)
-    else:
-        fold_weighted_group(call, tile, group)
-
-
-def _walk_sum(operation):
+def _walk_terms(operation):
     """A function that folds the terms of an operation of `TERMS`."""
-    inputs, formula = TERMS[operation].inputs, getattr(formulas, TERMS[operation].formula.__name__)
-    of_one = inlined(lambda x, second, maximum: (formula(x),), f"{operation}_terms")
-    of_two = inlined(lambda x, second, maximum: (formula(x, second),), f"{operation}_terms")
-    sum_tile = summed(of_one if inputs == 1 else of_two, 1)
+    sum_rows = _summed(blocks.term_of(operation), 1)
 
     def walk(call, tile, group, before):
+        like, second = call.like, tile.x
         for j in range(0, call.classes, BLOCK):
             n = min(BLOCK, call.classes - j)
-            gather(call.x, group, j, n, tile.x, call.like)
-            if inputs == 2:
-                gather(call.second, group, j, n, tile.second, call.like)
-            sum_tile(tile, tile.second, n, group.count, call.like)
-            for i in range(group.count):
-                put(group.table + VALUE, i, get(group.table + VALUE, i) + get(tile.totals, i))
+            gather(call.x, group, j, n, tile.x, like)
+            if call.second.address != 0:
+                second = tile.second
+                gather(call.second, group, j, n, second, like)
+            for w in range(0, group.count, lanes_of(like)):
+                rows = rows_of(group.table, w, like)
+                rows.value = rows.value + sum_rows(tile, second, w, n, zeros(like), (), like)[0]
 
-    return phase(walk)
-
-
-@njit(**INLINE)
-def _allocate(call):
-    return allocate_tile(call, call.second.address != 0)
+    return vector.phase(walk)
 
 
-@njit(**INLINE)
-def _allocate_targets(call):
-    return allocate_tile(call, has_targets(call))
-
-
-@njit(**INLINE)
+@inline
 def _rows_at_once(call, tile, row):
     """Where lines are streamed, so many that the other groups begin at lines."""
     if call.out.streamed:
@@ -605,17 +440,8 @@ def _rows_at_once(call, tile, row):
     return GROUP
 
 
-_WALKS = {
-    "logsumexp": _walk_logsumexp,
-    "softmax": _walk("softmax", plain, nothing_after_block, fill_probabilities),
-    "log_softmax": _walk("log_softmax", plain, nothing_after_block, fill_logarithms),
-    "cross_entropy": _walk("cross_entropy", capped, add_targets, fill_gradient),
-}
-
-
 @cache
 def kernel(operation):
     """The kernel of an operation."""
-    walk = _WALKS[operation] if operation in _WALKS else _walk_sum(operation)
-    allocate = _allocate_targets if operation == "cross_entropy" else _allocate
-    return driver("columns", operation, allocate, _rows_at_once, walk)
+    walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
+    return driver("columns", operation, allocate_tile, _rows_at_once, walk)

@@ -14,51 +14,29 @@ import functools
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import types
 
 from fastll.backend.numba.cache import cached_cfunc
-from fastll.backend.numba.vector import INLINE, Vector, load, read, splat, store, write
+from fastll.backend.numba.vector import Vector, emitted, inline, nothing, pointer, read, splat, write
 from fastll.dtypes import FORMATS
 
 _BITS = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
 
+_I16, _I32, _F16, _F32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
-@intrinsic
-def _reinterpret(typing_context, value, like):
+
+@emitted(lambda value, like: like)
+def _reinterpret(builder, value, like):
     """The bits of a number as one of another type of that size."""
-
-    def codegen(context, builder, signature, values):
-        return builder.bitcast(values[0], context.get_value_type(like))
-
-    return like(value, like), codegen
+    return builder.bitcast(value, like.type)
 
 
-def _by_instruction(name, source, result):
-    """float16 from or to float32 by the CPU."""
-    half = ir.HalfType()
-
-    @intrinsic
-    def convert(typing_context, value):
-        def codegen(context, builder, signature, values):
-            if name == "fpext":
-                return builder.fpext(builder.bitcast(values[0], half), ir.FloatType())
-            return builder.bitcast(builder.fptrunc(values[0], half), ir.IntType(16))
-
-        return result(source), codegen
-
-    return convert
+@emitted(lambda value: value)
+def _swap_bytes(builder, value):
+    return builder.bswap(value) if value.type.width > 8 else value
 
 
-@intrinsic
-def _swap_bytes(typing_context, value):
-    def codegen(context, builder, signature, values):
-        return builder.bswap(values[0]) if value.bitwidth > 8 else values[0]
-
-    return value(value), codegen
-
-
-@njit(**INLINE)
+@inline
 def _from_half(bits):
     """float16 to float32. Subnormal: its 10 bits under the exponent of 2**-14, less 2**-14."""
     sign = (np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
@@ -75,7 +53,7 @@ def _from_half(bits):
     return _reinterpret(np.uint32(sign | magnitude), like)
 
 
-@njit(**INLINE)
+@inline
 def _to_half(value):
     """float32 to float16, to nearest even. Subnormal: the sum with 0.5 rounds at bit 2**-24."""
     bits = _reinterpret(value, np.uint32(0))
@@ -93,112 +71,84 @@ def _to_half(value):
     return np.uint16(sign | rest)
 
 
-_HALVES = get_host_cpu_features().get("f16c", False)
-if _HALVES:
-    _from_half = _by_instruction("fpext", types.uint16, types.float32)
-    _to_half = _by_instruction("fptrunc", types.float32, types.uint16)
+# What follows is for single numbers and for vectors of them.
 
 
-@njit(**INLINE)
-def _from_bfloat(bits):
-    return _reinterpret(np.uint32(np.uint32(bits) << np.uint32(16)), np.float32(0))
+def _of(values, element):
+    """The type of as many numbers of another type."""
+    kind = values.type
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
 
-@njit(**INLINE)
-def _to_bfloat(value):
-    """float32 to bfloat16, to nearest even."""
-    bits = _reinterpret(value, np.uint32(0))
-    if value != value:
-        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+def _half_to_float(builder, bits):
+    return builder.fpext(builder.bitcast(bits, _of(bits, _F16)), _of(bits, _F32))
+
+
+def _float_to_half(builder, value):
+    return builder.bitcast(builder.fptrunc(value, _of(value, _F16)), _of(value, _I16))
+
+
+def _integer(values, number):
+    return ir.Constant(values.type, [number] * 32 if isinstance(values.type, ir.VectorType) else number)
+
+
+def _bfloat_to_float(builder, bits):
+    wide = builder.zext(bits, _of(bits, _I32))
+    return builder.bitcast(builder.shl(wide, _integer(wide, 16)), _of(bits, _F32))
+
+
+def _float_to_bfloat(builder, value):
+    """To nearest even."""
+    bits = builder.bitcast(value, _of(value, _I32))
+    upper = builder.lshr(bits, _integer(bits, 16))
+    odd = builder.and_(upper, _integer(bits, 1))
+    rounded = builder.add(builder.add(bits, _integer(bits, 0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    quiet = builder.or_(upper, _integer(bits, 0x40))
+    rounded = builder.select(is_nan, quiet, builder.lshr(rounded, _integer(bits, 16)))
+    return builder.trunc(rounded, _of(value, _I16))
+
+
+#: By instructions, where the CPU has them: functions that emit these, (from bits, to bits).
+_EMITTED = {"bfloat16": (_bfloat_to_float, _float_to_bfloat)}
+if get_host_cpu_features().get("f16c", False):
+    _EMITTED["float16"] = _half_to_float, _float_to_half
 
 
 def _decoder(name):
     """A function from the stored bits to a number."""
+    if name in _EMITTED:
+        return emitted(lambda bits: types.float32)(_EMITTED[name][0])
     if name == "float16":
         return _from_half
-    if name == "bfloat16":
-        return _from_bfloat
     if name in _BITS:
         like = np.dtype(name).type(0)
-        return njit(**INLINE)(lambda bits: _reinterpret(bits, like))
-    return njit(**INLINE)(lambda bits: bits)
+        return inline(lambda bits: _reinterpret(bits, like))
+    return inline(lambda bits: bits)
 
 
 def _encoder(name):
     """A function from a number in the compute dtype to the stored bits."""
+    if name in _EMITTED:
+        return emitted(lambda value: types.uint16)(_EMITTED[name][1])
     if name == "float16":
         return _to_half
-    if name == "bfloat16":
-        return _to_bfloat
     like = _BITS[name](0)
-    return njit(**INLINE)(lambda value: _reinterpret(value, like))
+    return inline(lambda value: _reinterpret(value, like))
 
 
-_WIDE = Vector(types.float32, 32)
-_I16, _I32, _F16 = (ir.VectorType(t, 32) for t in (ir.IntType(16), ir.IntType(32), ir.HalfType()))
+def _vectors(name):
+    """Functions that load and store 32 contiguous numbers as a vector."""
+    decode, encode = _EMITTED.get(name, _EMITTED["bfloat16"])
+    bits = ir.VectorType(_I16, 32)
 
+    def load_vector(builder, address):
+        return decode(builder, builder.load(pointer(builder, address, bits), align=1))
 
-def _all(kind, number):
-    return ir.Constant(kind, [number] * kind.count)
+    def store_vector(builder, address, v):
+        builder.store(encode(builder, v), pointer(builder, address, bits), align=1)
 
-
-@intrinsic
-def _load_halves(typing_context, address):
-    """32 contiguous float16 as a vector."""
-
-    def codegen(context, builder, signature, values):
-        bits = builder.load(builder.inttoptr(values[0], _I16.as_pointer()), align=1)
-        return builder.fpext(builder.bitcast(bits, _F16), _WIDE.ir)
-
-    return _WIDE(types.int64), codegen
-
-
-@intrinsic
-def _load_brains(typing_context, address):
-    """32 contiguous bfloat16 as a vector."""
-
-    def codegen(context, builder, signature, values):
-        bits = builder.load(builder.inttoptr(values[0], _I16.as_pointer()), align=1)
-        return builder.bitcast(builder.shl(builder.zext(bits, _I32), _all(_I32, 16)), _WIDE.ir)
-
-    return _WIDE(types.int64), codegen
-
-
-@intrinsic
-def _store_halves(typing_context, address, v):
-    def codegen(context, builder, signature, values):
-        bits = builder.bitcast(builder.fptrunc(values[1], _F16), _I16)
-        builder.store(bits, builder.inttoptr(values[0], _I16.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, v), codegen
-
-
-@intrinsic
-def _store_brains(typing_context, address, v):
-    """To nearest even, as `_to_bfloat`."""
-
-    def codegen(context, builder, signature, values):
-        bits = builder.bitcast(values[1], _I32)
-        upper = builder.lshr(bits, _all(_I32, 16))
-        odd = builder.and_(upper, _all(_I32, 1))
-        rounded = builder.add(builder.add(bits, _all(_I32, 0x7FFF)), odd)
-        is_nan = builder.fcmp_unordered("uno", values[1], values[1])
-        quiet = builder.or_(upper, _all(_I32, 0x40))
-        rounded = builder.select(is_nan, quiet, builder.lshr(rounded, _all(_I32, 16)))
-        stored = builder.trunc(rounded, _I16)
-        builder.store(stored, builder.inttoptr(values[0], _I16.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, v), codegen
-
-
-#: By vectors, of contiguous numbers: where the CPU has the instructions.
-_LOAD, _STORE = {"bfloat16": _load_brains}, {"bfloat16": _store_brains}
-if _HALVES:
-    _LOAD["float16"], _STORE["float16"] = _load_halves, _store_halves
+    return emitted(lambda address: Vector(types.float32))(load_vector), emitted(nothing)(store_vector)
 
 
 _SIGNATURE = types.void(*(types.int64,) * 5)
@@ -211,8 +161,8 @@ def reader(code, swapped, compute):
     stored = np.dtype(_BITS.get(name, name)).type(0)
     decode = _decoder(name)
     number = np.dtype(compute).type
-    by_vectors = name in _LOAD and not swapped and compute == "float32"
-    load_vector = _LOAD.get(name, _load_brains)
+    by_vectors = name in _EMITTED and not swapped and compute == "float32"
+    load_vector, _ = _vectors(name)
 
     @cached_cfunc(_SIGNATURE, f"reader_{code}_{swapped}_{compute}")
     def convert(source, source_stride, destination, destination_stride, count):
@@ -220,7 +170,7 @@ def reader(code, swapped, compute):
         if by_vectors and source_stride == 2 and destination_stride == 4:
             done = count // 32 * 32
             for i in range(0, done, 32):
-                store(destination + i * 4, 32, load_vector(source + i * 2))
+                write(destination + i * 4, load_vector(source + i * 2))
         for i in range(done, count):
             bits = read(source + i * source_stride, stored)
             if swapped:
@@ -236,8 +186,8 @@ def writer(code):
     name = FORMATS[code]
     encode = _encoder(name)
     like = np.float64(0) if name == "float64" else np.float32(0)
-    by_vectors = name in _STORE
-    store_vector = _STORE.get(name, _store_brains)
+    by_vectors = name in _EMITTED
+    _, store_vector = _vectors(name)
 
     @cached_cfunc(_SIGNATURE, f"writer_{code}")
     def convert(source, source_stride, destination, destination_stride, count):
@@ -245,7 +195,7 @@ def writer(code):
         if by_vectors and source_stride == 4 and destination_stride == 2:
             done = count // 32 * 32
             for i in range(0, done, 32):
-                store_vector(destination + i * 2, load(source + i * 4, 32, splat(np.float32(0))))
+                store_vector(destination + i * 2, read(source + i * 4, splat(np.float32(0))))
         for i in range(done, count):
             write(destination + i * destination_stride, encode(read(source + i * source_stride, like)))
 

@@ -9,36 +9,18 @@ written. How elements are read is that of two families: `rows` takes block by bl
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
+from fastll.backend.numba import state, vector
 from fastll.backend.numba.cache import cached
 from fastll.backend.numba.calls import Layout, Number, Operand, RowOperand
-from fastll.backend.numba.maths import cast
-from fastll.backend.numba.memory import KERNEL, address_of, release, size_of, start_of
-from fastll.backend.numba.state import (
-    AT_MAXIMUM,
-    BELOW,
-    END,
-    KEPT,
-    LABEL,
-    LABEL_WEIGHT,
-    LSE,
-    MAXIMUM,
-    REFERENCE,
-    VALUE,
-    begin,
-    finish_cross_entropy,
-    finish_softmax,
-    get,
-    put,
-    reference_of,
-    settle,
-    weighted_log_sum,
-)
-from fastll.backend.numba.vector import INLINE, first, read, splat, stream_fence, write
+from fastll.backend.numba.memory import KERNEL, address_of, release, start_of
+from fastll.backend.numba.state import row_of
+from fastll.backend.numba.vector import cast, first, inline, read, size_of, splat, write
 from fastll.contract import Options
 
 
@@ -75,135 +57,131 @@ class Group(NamedTuple):
     half: int  # of the memory for groups: one is folded while the one before it is written
 
 
-@njit(**INLINE)
+@inline
 def has_targets(call):
-    """Whether a cross-entropy has a target in the shape of the row."""
-    return call.labels.address == 0 or call.options.label_smoothing != 0.0
+    """Whether there is a second operand in the shape of the rows, be it only eps / C everywhere."""
+    return call.second.address != 0 or call.options.label_smoothing != 0.0
 
 
-@njit(**INLINE)
-def load_nothing(call, group):
-    pass
+@inline
+def start_of_row(x, group, i):
+    """Address of the first element of row i of a group."""
+    return start_of(x, group.outer, group.inner + i)
 
 
-@njit(**INLINE)
+@inline
 def load_states(call, group):
     """The states that the rows start from."""
-    state, table = call.state, group.table
-    if state.address != 0:
-        for i in range(group.count):
-            at = start_of(state, group.outer, group.inner + i)
-            maximum = read(at, 0.0)
-            put(table + MAXIMUM, i, maximum)
-            put(table + BELOW, i, read(at + state.step, 0.0))
-            put(table + AT_MAXIMUM, i, read(at + 2 * state.step, 0.0))
-            put(table + REFERENCE, i, first(reference_of(splat(maximum))))
+    step = call.state.step
+    for i in range(group.count if call.state.address != 0 else 0):
+        row, at = row_of(group.table, i), start_of_row(call.state, group, i)
+        row.maximum, row.below = read(at, 0.0), read(at + step, 0.0)
+        row.at_maximum = read(at + 2 * step, 0.0)
+        row.reference = first(state.reference_of(splat(row.maximum)))
 
 
-@njit(**INLINE)
+@inline
 def load_labels(call, group):
     """Labels and their class weights.
 
     Another thread may have changed a label since it was checked: one that is no class makes NaN.
     """
-    labels, table, like = call.labels, group.table, call.like
-    if labels.address != 0:
-        for i in range(group.count):
-            y = read(start_of(labels, group.outer, group.inner + i), np.int64(0))
-            kept, weight = y != call.options.ignore_index, 1.0
-            if kept and (y < 0 or y >= call.classes):
-                y, weight = np.int64(-1), np.nan
-            elif kept and call.weight != 0:
-                weight = np.float64(read(call.weight + y * size_of(like), like))
-            put(table + LABEL, i, float(y))
-            put(table + KEPT, i, 1.0 if kept else 0.0)
-            put(table + LABEL_WEIGHT, i, weight)
+    like = call.like
+    for i in range(group.count if call.labels.address != 0 else 0):
+        row, y = row_of(group.table, i), read(start_of_row(call.labels, group, i), np.int64(0))
+        if y == call.options.ignore_index:
+            row.kept = 0.0
+        elif y < 0 or y >= call.classes:
+            y = np.int64(-1)
+            row.label_weight = np.nan
+        elif call.weight != 0:
+            row.label_weight = read(call.weight + y * size_of(like), like)
+        row.label = y
 
 
-@njit(**INLINE)
-def put_rows(x, group, column, like):
-    """One number per row, where it is asked for."""
-    if x.address != 0:
-        for i in range(group.count):
-            write(start_of(x, group.outer, group.inner + i), cast(get(group.table + column, i), like))
-
-
-@njit(**INLINE)
-def end_logsumexp(call, group):
-    table, state, sign = group.table, call.state, call.sign
-    settle(table, group.count)
+@inline
+def write_values(call, group):
+    """The numbers of rows that are asked for."""
     for i in range(group.count):
-        m, e, k = get(table + MAXIMUM, i), get(table + BELOW, i), get(table + AT_MAXIMUM, i)
-        if (
-            call.second.address != 0
-        ):  # sums of any sign; a negative one is NaN unless signs are asked for
+        row = row_of(group.table, i)
+        if call.value.address != 0:
+            write(start_of_row(call.value, group, i), cast(row.value, call.like))
+        if call.lse.address != 0:
+            write(start_of_row(call.lse, group, i), cast(row.lse, call.like))
+
+
+@inline
+def weighted_log_sum(e, k):
+    """log|e + k|, from whichever part dominates."""
+    if abs(e) < abs(k):
+        return math.log(abs(k)) + math.log1p(e / k)
+    return math.log(abs(e + k))
+
+
+@inline
+def end_logsumexp(call, group):
+    state.settle(group.table, group.count)
+    step = call.state.step
+    for i in range(group.count):
+        row = row_of(group.table, i)
+        m, e, k = row.maximum, row.below, row.at_maximum
+        if call.second.address != 0:  # of any sign; a negative sum is NaN unless signs are asked for
             log_s = weighted_log_sum(e, k)
             if m == -np.inf and e == e:
                 log_s = -np.inf
-            elif sign.address == 0 and e + k < 0.0:
+            elif call.sign.address == 0 and e + k < 0.0:
                 log_s = np.nan
-            put(table + LSE, i, m + log_s)
-        if state.address != 0:
-            at = start_of(state, group.outer, group.inner + i)
+            row.lse = m + log_s
+        if call.state.address != 0:
+            at = start_of_row(call.state, group, i)
             write(at, m)
-            write(at + state.step, e)
-            write(at + 2 * state.step, k)
-        if sign.address != 0:
-            at = start_of(sign, group.outer, group.inner + i)
-            write(at, cast(np.sign(e + k), call.like))
-    put_rows(call.lse, group, LSE, call.like)
+            write(at + step, e)
+            write(at + 2 * step, k)
+        if call.sign.address != 0:
+            write(start_of_row(call.sign, group, i), cast(np.sign(e + k), call.like))
+    write_values(call, group)
 
 
-@njit(**INLINE)
+@inline
 def end_softmax(call, group):
-    settle(group.table, group.count)
-    finish_softmax(group.table, group.count, call.like)
+    state.finish_softmax(group.table, group.count, call.like)
 
 
-@njit(**INLINE)
+@inline
 def end_log_softmax(call, group):
-    settle(group.table, group.count)
+    state.settle(group.table, group.count)
 
 
-@njit(**INLINE)
+@inline
 def end_cross_entropy(call, group):
-    settle(group.table, group.count)
     sparse = call.labels.address != 0
-    finish_cross_entropy(group.table, group.count, call.classes, sparse, call.options, call.like)
-    put_rows(call.value, group, VALUE, call.like)
-    put_rows(call.lse, group, LSE, call.like)
+    state.finish_cross_entropy(group.table, group.count, call.classes, sparse, call.options, call.like)
+    write_values(call, group)
 
 
-@njit(**INLINE)
-def end_sum(call, group):
+@inline
+def end_terms(call, group):
     for i in range(group.count):
-        value = get(group.table + VALUE, i) * call.options.scale
-        put(group.table + VALUE, i, value)
-    put_rows(call.value, group, VALUE, call.like)
+        row_of(group.table, i).value *= call.options.scale
+    write_values(call, group)
 
 
-class Phases(NamedTuple):
-    """What an operation does with a group of rows before its elements are read, and after."""
-
-    load: object
-    end: object
-
-
-PHASES = {
-    "logsumexp": Phases(load_states, end_logsumexp),
-    "softmax": Phases(load_states, end_softmax),
-    "log_softmax": Phases(load_states, end_log_softmax),
-    "cross_entropy": Phases(load_labels, end_cross_entropy),
+#: What an operation does with a group of rows before its elements are read, and after.
+_PHASES = {
+    "logsumexp": (load_states, end_logsumexp),
+    "softmax": (load_states, end_softmax),
+    "log_softmax": (load_states, end_log_softmax),
+    "cross_entropy": (load_labels, end_cross_entropy),
 }
-SUM = Phases(load_nothing, end_sum)
+_TERMS = load_states, end_terms
 
 
-@njit(**INLINE)
+@inline
 def next_group(call, tables, half, row, stop, most):
     """The rows from `row` on that are neighbours, at most `most`."""
     inner = row % call.inner
     count = min(most, min(call.inner - inner, stop - row))
-    return Group(tables + half * END, row // call.inner, inner, count, half)
+    return Group(tables + half * state.TABLE_SIZE, row // call.inner, inner, count, half)
 
 
 def driver(family, operation, allocate, rows_at_once, walk):
@@ -212,7 +190,7 @@ def driver(family, operation, allocate, rows_at_once, walk):
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
     the rows of one group and writes those of the one before.
     """
-    load, end = PHASES.get(operation, SUM)
+    load, end = _PHASES.get(operation, _TERMS)
 
     def run(words, like, start, stop):
         call = _unpack(address_of(words), like)
@@ -222,7 +200,7 @@ def driver(family, operation, allocate, rows_at_once, walk):
         while row < stop or before.count > 0:
             most = rows_at_once(call, memory, row)
             group = next_group(call, memory.tables, 1 - before.half, row, max(row, stop), most)
-            begin(group.table)
+            state.begin(group.table)
             load(call, group)
             walk(call, memory, group, before)
             end(call, group)
@@ -230,7 +208,7 @@ def driver(family, operation, allocate, rows_at_once, walk):
             written = group.count if call.out.address != 0 else 0
             before = Group(group.table, group.outer, group.inner, written, group.half)
         if call.out.streamed:
-            stream_fence()
+            vector.stream_fence()
         release(owner)
 
     run.__qualname__ = f"{family}.{operation}"

@@ -7,40 +7,24 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 from numba import njit
 
+from fastll.backend.numba import vector
 from fastll.backend.numba.cache import cached
 from fastll.backend.numba.calls import Layout, Number, Operand
-from fastll.backend.numba.maths import constants, formulas, log1p_sum
+from fastll.backend.numba.maths import formulas, log1p_sum, zeros
 from fastll.backend.numba.memory import (
     KERNEL,
     address_of,
+    allocate,
     deliver,
     fetch,
     release,
-    size_of,
     start_of,
     target_of,
     until_line,
 )
-from fastll.backend.numba.vector import (
-    INLINE,
-    first_lanes,
-    fma,
-    for_each,
-    inlined,
-    lanes_of,
-    load_ahead,
-    splat,
-    store,
-    stream,
-    stream_fence,
-    total,
-    widen_lower,
-    widen_upper,
-    write,
-)
+from fastll.backend.numba.vector import for_each, inline, inlined, lanes_of, load_ahead, size_of, store
 from fastll.contract import BLOCK, CHUNK
 from fastll.formulas import ELEMENTS
 
@@ -70,20 +54,15 @@ class Block(NamedTuple):
     n: int
 
 
-@njit(**INLINE)
+@inline
 def fetch_input(i, inputs, outer, j, n, buffer, like):
     x = inputs[i]
     return fetch(x, start_of(x, outer, 0), j, n, buffer + i * BLOCK * size_of(like), like)
 
 
-@njit(**INLINE)
+@inline
 def load_input(i, block, j, pad):
     return load_ahead(block.inputs[i] + j * size_of(pad), block.n - j, pad)
-
-
-@njit(**INLINE)
-def nothing_like(v):
-    return splat(constants(v).zero)
 
 
 def _parts(operation):
@@ -96,13 +75,13 @@ def _parts(operation):
 
         def parts(*arguments):
             value, slope = formula(*arguments)
-            return value, nothing_like(value), slope
+            return value, zeros(value), slope
 
     else:
 
         def parts(*arguments):
             value = formula(*arguments)
-            return value, nothing_like(value), nothing_like(value)
+            return value, zeros(value), zeros(value)
 
     return inlined(parts, f"{operation}_parts")
 
@@ -120,7 +99,7 @@ def _block(operation):
 
     def map_block(call, block, streamed):
         size, lanes, n = size_of(call.like), lanes_of(call.like), block.n
-        zero = splat(constants(call.like).zero)
+        zero = zeros(call.like)
         together = has_log1p and block.weight == 0 and block.value == 0
         sums = zero
         q = zero
@@ -133,26 +112,26 @@ def _block(operation):
                 value, slope = value * weight, slope * weight
             if block.value != 0:
                 if streamed and n - j >= lanes:
-                    stream(block.value + j * size, value)
+                    vector.stream(block.value + j * size, value)
                 else:
                     store(block.value + j * size, n - j, value)
             if block.slope != 0:
                 store(block.slope + j * size, n - j, slope * call.scale)
             if call.partial.address != 0:
                 if n - j < lanes:
-                    value, e = first_lanes(value, n - j), first_lanes(e, n - j)
+                    value, e = vector.first_lanes(value, n - j), vector.first_lanes(e, n - j)
                 sums = sums + value
                 if together:
-                    q = q + fma(q, e, e)
-        result = total(sums)
+                    q = q + vector.fma(q, e, e)
+        result = vector.total(sums)
         if has_log1p:
-            result += total(log1p_sum(widen_lower(q)) + log1p_sum(widen_upper(q)))
+            result += vector.total(log1p_sum(vector.widen_lower(q)) + log1p_sum(vector.widen_upper(q)))
         return result
 
     return inlined(map_block, f"{operation}_block")
 
 
-@njit(**INLINE)
+@inline
 def target(x, outer, j, buffer):
     """`target_of`; 0 where there is no such operand."""
     return target_of(x, start_of(x, outer, 0), j, buffer) if x.address != 0 else 0
@@ -173,10 +152,8 @@ def kernel(operation):
         call = unpack(address_of(words), like)
         streamed = call.value.streamed
         weight, value, slope, partial = call.weight, call.value, call.slope, call.partial
-        memory = np.empty((inputs + 3) * BLOCK * size_of(like), np.uint8)
-        buffers = address_of(memory)
-        weights = buffers + inputs * BLOCK * size_of(like)
-        values, slopes = weights + BLOCK * size_of(like), weights + 2 * BLOCK * size_of(like)
+        block = BLOCK * size_of(like)
+        owner, (buffers, weights, values, slopes) = allocate((inputs * block, block, block, block))
         for unit in range(start, stop):
             outer, j = unit // call.units, unit % call.units * CHUNK
             end = min(call.length, j + CHUNK)
@@ -203,10 +180,10 @@ def kernel(operation):
                 j += n
                 n = 0
             if partial.address != 0:
-                write(start_of(partial, outer, 0) + unit % call.units * partial.classes, result)
+                vector.write(start_of(partial, outer, 0) + unit % call.units * partial.classes, result)
         if streamed:
-            stream_fence()
-        release(memory)
+            vector.stream_fence()
+        release(owner)
 
     run.__qualname__ = f"maps.{operation}"
     return cached(njit(**KERNEL)(run)), layout

@@ -7,19 +7,11 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
-from numba import njit, typeof, types
-from numba.extending import intrinsic, overload
+from numba import typeof
+from numba.extending import intrinsic
 
 from fastll.backend.numba import vector
-from fastll.backend.numba.vector import (
-    INLINE,
-    Vector,
-    downscale,
-    exponent,
-    fma,
-    lanes_of,
-    where_gt,
-)
+from fastll.backend.numba.vector import Vector, cast, inline, lanes_of, splat
 from fastll.formulas import bind
 from fastll.formulas.constants import LN2_HIGH, LN2_LOW, SHIFT, of
 
@@ -39,51 +31,32 @@ def constants(typing_context, like):
     return kind(like), codegen
 
 
-def cast(value, like):
-    """A float64 in the type of `like`, a scalar or a vector."""
-    raise NotImplementedError("for compiled code")
+@inline
+def zeros(like):
+    return splat(constants(like).zero)
 
 
-@overload(cast, jit_options=INLINE)
-def _cast_to(value, like):
-    element = like.element if isinstance(like, Vector) else like
-    if element == types.float32:
-        return lambda value, like: np.float32(value)
-    return lambda value, like: np.float64(value)
+@inline
+def lowest(like):
+    """The vector of -inf."""
+    return splat(-constants(like).infinity)
 
-
-_OPERATIONS = {
-    name: getattr(vector, name)
-    for name in (
-        "absolute",
-        "downscale",
-        "exponent",
-        "exponent_bits",
-        "fma",
-        "horner",
-        "maximum",
-        "where_eq",
-        "where_ge",
-        "where_gt",
-    )
-}
 
 #: Every formula, by its name: as a module, which compiled code may take attributes of.
 formulas = ModuleType("formulas")
-vars(formulas).update(vars(bind({**_OPERATIONS, "constants": constants}, njit(**INLINE))))
+vars(formulas).update(vars(bind({**vars(vector), "constants": constants}, inline)))
 
 exponential = formulas.exponential
-series = formulas.series
 
 
-@njit(**INLINE)
+@inline
 def window(n, like):
-    """(floor, magic) of `exponential` for a reference exponent, a whole number in float64."""
+    """(floor, magic) of `exponential` for a reference exponent, or a vector of them, in float64."""
     bias = 127.0 if lanes_of(like) == 32 else 1023.0
-    return cast((n - bias - SHIFT) * LN2, like), constants(like).scaled_magic - cast(n, like)
+    return cast((n - (bias + SHIFT)) * LN2, like), constants(like).scaled_magic - cast(n, like)
 
 
-@njit(**INLINE)
+@inline
 def log1p_sum(r):
     """log(1 + r) in float64, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
 
@@ -92,8 +65,8 @@ def log1p_sum(r):
     s = r + 1.0
     back = s - 1.0
     error = (r - back) + (1.0 - (s - back))
-    n, down = exponent(s), downscale(s)
-    log = series(fma(s, down, -1.0) + error * down)
-    log = fma(n, LN2_HIGH, fma(n, LN2_LOW, log))
-    log = where_gt(s, 0.0, log, -np.inf)
-    return where_gt(np.inf, s, log, s)  # a NaN stays
+    n, down = vector.exponent(s), vector.downscale(s)
+    log = formulas.series(vector.fma(s, down, -1.0) + error * down)
+    log = vector.fma(n, LN2_HIGH, vector.fma(n, LN2_LOW, log))
+    log = vector.where_gt(s, 0.0, log, -np.inf)
+    return vector.where_gt(np.inf, s, log, s)  # a NaN stays

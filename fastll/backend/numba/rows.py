@@ -16,82 +16,13 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from fastll.backend.numba.blocks import (
-    cap_block,
-    distance_terms,
-    exp_exact,
-    fill_block,
-    lowest,
-    mask_block,
-    multiply_block,
-    scale_block,
-    subtract_block,
-    sum_exact,
-    target_block,
-    weighted_sum_exact,
-    weighted_terms,
-    zeros,
-)
-from fastll.backend.numba.folds import driver, has_targets
-from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
-from fastll.backend.numba.memory import (
-    address_of,
-    deliver,
-    fetch,
-    size_of,
-    start_of,
-    target_of,
-    until_line,
-)
-from fastll.backend.numba.state import (
-    DISTANCE,
-    END,
-    FACTOR,
-    KEPT,
-    LABEL,
-    LABEL_GRADIENT,
-    LABEL_LOGIT,
-    LABEL_SLOPE,
-    LOG_S,
-    MASS,
-    MAXIMUM,
-    REFERENCE,
-    SCALE,
-    UNSHIFT,
-    VALUE,
-    State,
-    get,
-    put,
-    raise_maximum,
-    set_state,
-    state_of,
-    times,
-    usable,
-)
-from fastll.backend.numba.vector import (
-    INLINE,
-    first,
-    first_lanes,
-    for_each,
-    inlined,
-    lanes_of,
-    largest,
-    load,
-    load_ahead,
-    maximum,
-    phase,
-    power,
-    read,
-    splat,
-    store,
-    stream,
-    total,
-    where_eq,
-    widen,
-    write,
-)
+from fastll.backend.numba import blocks, vector
+from fastll.backend.numba.folds import driver, has_targets, start_of_row
+from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
+from fastll.backend.numba.memory import allocate, deliver, fetch, target_of, until_line
+from fastll.backend.numba.state import TABLE_SIZE, raise_maximum, row_of, usable
+from fastll.backend.numba.vector import inline, lanes_of, load, read, size_of, splat, store, write
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
@@ -101,97 +32,100 @@ ROW_SIZE = 1 << 19  # bytes of a row up to which its exponentials are kept
 
 
 class Memory(NamedTuple):
-    """Addresses of memory for one call."""
+    """Memory for one call. Of the compute dtype unless said otherwise."""
 
-    x: int  # BLOCK elements of the compute dtype, twice
+    tables: int  # addresses from here on; of the tables of two groups
+    x: int  # BLOCK elements, twice
     second: int  # BLOCK elements
     slope: int
     out: int
-    tables: int  # of two groups
+    terms: int  # kept exponentials of two groups
     references: int  # float64: reference exponent of each block of a row's kept exponentials
-    terms: int  # exponentials of two groups, or 0
-    pitch: int  # bytes from a row's exponentials to the next one's
+    pitch: int  # bytes from a row's exponentials to the next one's; 0 where they are not kept
     rows: int  # in a group
+    interleaves: bool  # rows are written while others are read
 
 
-class Pending(NamedTuple):
-    """A row that has been folded and is written, perhaps while the next one is read."""
+class Scalars(NamedTuple):
+    """What makes a row's results of its exponentials or its logits, in the compute dtype."""
 
-    source: int  # address of exponentials, or if `log`, of logits
-    out: int
-    j: int  # the first element that is left
-    n: int
-    log: bool
-    streamed: bool
-    peak: float  # the exponential of the maximum; from here on in the compute dtype
+    peak: float  # the exponential of the maximum
     factor: float
     scale: float
     maximum: float
     log_s: float
 
 
-@njit(**INLINE)
-def nothing_pending(like):
+class Pending(NamedTuple):
+    """What is left of a row that has been folded and is written, perhaps while the next one is read."""
+
+    source: int  # address of exponentials, or if `log`, of logits; 0 where there is nothing to use
+    out: int
+    n: int
+    log: bool
+    streamed: bool
+    scalars: Scalars
+
+
+@inline
+def nothing_pending(log, like):
     zero = cast(0.0, like)
-    return Pending(0, 0, 0, 0, False, False, zero, zero, zero, zero, zero)
+    return Pending(0, 0, 0, log, False, Scalars(zero, zero, zero, zero, zero))
 
 
-@njit(**INLINE)
-def rest_of(row, count):
-    """The row with `count` elements fewer left."""
-    at = row.j + count
-    values = row.peak, row.factor, row.scale, row.maximum, row.log_s
-    return Pending(row.source, row.out, at, row.n, row.log, row.streamed, *values)
-
-
-@njit(**INLINE)
+@inline
 def part_of(row, source, out, n):
     """The same for n elements elsewhere."""
-    values = row.peak, row.factor, row.scale, row.maximum, row.log_s
-    return Pending(source, out, 0, n, row.log, False, *values)
+    return Pending(source, out, n, row.log, False, row.scalars)
 
 
-@njit(**INLINE)
-def write_vector(row, j, count, whole):
-    """Elements j to j + count of a row; `whole` vectors may be streamed."""
-    size = size_of(row.scale)
-    x = load(row.source + j * size, count, zeros(row.scale))
+@inline
+def rest_of(row, count):
+    """The row with `count` elements fewer left."""
+    done = count * size_of(row.scalars.peak)
+    return Pending(row.source + done, row.out + done, row.n - count, row.log, row.streamed, row.scalars)
+
+
+@inline
+def write_vector(row, j, count):
+    """Elements j to j + count of what is left; whole vectors may be streamed."""
+    scalars = row.scalars
+    size = size_of(scalars.peak)
+    x = load(row.source + j * size, count, zeros(scalars.peak))
     if row.log:
-        x = formulas.log_probability(x, row.maximum, row.log_s)
+        x = formulas.log_probability(x, scalars.maximum, scalars.log_s)
     else:
-        x = formulas.probability(x, row.peak, row.factor, row.scale)
-    if row.streamed and whole:
-        stream(row.out + j * size, x)
+        x = formulas.probability(x, scalars.peak, scalars.factor, scalars.scale)
+    if row.streamed and count >= lanes_of(x):
+        vector.stream(row.out + j * size, x)
     else:
         store(row.out + j * size, count, x)
 
 
-@njit(**INLINE)
+@inline
 def write_rest(row):
-    """All that is left of a row."""
-    count = lanes_of(row.scale)
-    j = row.j
-    while j + count <= row.n:
-        write_vector(row, j, count, True)
-        j += count
-    write_vector(row, j, row.n - j, False)
+    count = lanes_of(row.scalars.peak)
+    whole = row.n // count * count
+    for j in range(0, whole, count):
+        write_vector(row, j, count)
+    write_vector(row, whole, row.n - whole)
 
 
 # Folding a block
 
 
-@njit(**INLINE)
+@inline
 def max_block(v, n, like):
     """The maximum; NaN are passed over."""
     size, top = size_of(like), lowest(like)
     for j in range(0, n, lanes_of(like)):
-        top = maximum(load_ahead(v + j * size, n - j, lowest(like)), top)
-    return np.float64(largest(top))
+        top = vector.maximum(vector.load_ahead(v + j * size, n - j, lowest(like)), top)
+    return np.float64(vector.largest(top))
 
 
-@njit(**INLINE)
+@inline
 def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
-    """The state with a block added, what is left of the pending row, and the next block's maximum.
+    """Add a block to a row; returns what is left of the pending row, and the next block's maximum.
 
     Adds the sum of exp(x) / 2**reference; `at_top`: of the elements below the maximum, and counts those
     equal to it. The row that is pending is written and the next block read meanwhile.
@@ -201,10 +135,10 @@ def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
     top, sums, counts = none, zero, zero
     maxima = splat(cast(row.maximum, like))
     floor, magic = window(row.reference, like)
-    ready = (pending.n - pending.j) // count * count
+    ready = pending.n // count * count
     for j in range(0, n, count):
         if j < next_n:
-            top = maximum(load_ahead(next_v + j * size, next_n - j, none), top)
+            top = vector.maximum(vector.load_ahead(next_v + j * size, next_n - j, none), top)
         x = load(v + j * size, n - j, none)
         e = exponential(x, floor, magic)
         if at_top:
@@ -215,134 +149,130 @@ def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
         if terms != 0:
             store(terms + j * size, count, e)
         if j < ready:
-            write_vector(pending, pending.j + j, count, True)
-    k, added = row.at_maximum + total(counts), row.added + total(sums) * 2.0**-SHIFT
+            write_vector(pending, j, count)
+    row.at_maximum += vector.total(counts)
+    row.added += vector.total(sums) * 2.0**-SHIFT
     written = min(ready, (n + count - 1) // count * count)
-    state = State(row.maximum, row.below, k, row.reference, added)
-    return state, rest_of(pending, written), np.float64(largest(top))
+    return rest_of(pending, written), np.float64(vector.largest(top))
 
 
-@njit(**INLINE)
+@inline
 def fold_block(v, n, top, row, terms, pending, next_v, next_n, like):
     """`add_block` for a block with maximum `top`. Leaves its exponentials, unless `terms` is 0."""
     if top > row.maximum:
-        row = raise_maximum(row, top)
+        raise_maximum(row, top)
     if usable(row.maximum):
         at_top = top == row.maximum
         return add_block(v, n, row, at_top, terms, pending, next_v, next_n, like)
     if terms != 0:
-        fill_block(terms, n, 0.0, like)  # correct for -inf; never read otherwise
-    e, k = sum_exact(v, size_of(like), n, row.maximum, like)
-    state = State(row.maximum, row.below + e, row.at_maximum + k, row.reference, row.added)
-    return state, pending, max_block(next_v, next_n, like)
+        blocks.clear(terms, n, like)  # correct for -inf; never read otherwise
+    blocks.add_exactly(row, v, size_of(like), n, like)
+    return pending, max_block(next_v, next_n, like)
 
 
-@njit(**INLINE)
-def add_weighted_block(v, b, n, row, like):
-    """Add the sum of b exp(x) / 2**n below the maximum, and that of b over elements equal to it."""
-    size = size_of(like)
-    if not usable(row.maximum):
-        e, k = weighted_sum_exact(v, b, size, n, row.maximum, like)
-        return State(row.maximum, row.below + e, row.at_maximum + k, row.reference, row.added)
-    maxima = splat(cast(row.maximum, like))
-    floor, magic = window(row.reference, like)
-    sums, sums_at_top = widen(zeros(like)), widen(zeros(like))
-    for j in range(0, n, lanes_of(like)):
-        x = load_ahead(v + j * size, n - j, lowest(like))
-        weight = load_ahead(b + j * size, n - j, zeros(like))
-        terms, at_top = weighted_terms(x, weight, maxima, floor, magic)
-        sums = sums + terms
-        sums_at_top = sums_at_top + at_top
-    k, added = row.at_maximum + total(sums_at_top), row.added + total(sums)
-    return State(row.maximum, row.below, k, row.reference, added)
+def _summed(terms):
+    """A function that returns the sums of pairs terms(x, second, *arguments) of a block."""
+
+    def sum_block(v, second, n, zero, arguments, like):
+        size, pad, count = size_of(like), zeros(like), lanes_of(like)
+        sums, others = zero, zero
+        for j in range(0, n, count):
+            x, y = (
+                vector.load_ahead(v + j * size, n - j, pad),
+                vector.load_ahead(second + j * size, n - j, pad),
+            )
+            term, other = terms(x, y, *arguments)
+            if n - j < count:
+                term, other = vector.first_lanes(term, n - j), vector.first_lanes(other, n - j)
+            sums, others = sums + term, others + other
+        return vector.total(sums), vector.total(others)
+
+    return vector.inlined(sum_block, f"{terms.__qualname__}_block")
 
 
-@njit(**INLINE)
+_sum_distances, _sum_weighted = _summed(blocks.distance_terms), _summed(blocks.weighted_terms)
+
+
+@inline
 def fold_weighted_block(v, b, n, row, buffer, like):
     """`fold_block` with weights."""
-    mask_block(v, b, n, buffer, like)
+    blocks.mask(v, b, n, buffer, like)
     top = max_block(buffer, n, like)
     if top > row.maximum:
-        row = raise_maximum(row, top)
-    return add_weighted_block(buffer, b, n, row, like)
-
-
-@njit(**INLINE)
-def added_lanes(i, sums, terms):
-    return sums[i] + terms[i]
-
-
-@njit(**INLINE)
-def masked_lanes(i, terms, count):
-    return first_lanes(terms[i], count)
-
-
-@njit(**INLINE)
-def zero_lanes(i, like):
-    return zeros(like)
-
-
-@njit(**INLINE)
-def total_lanes(i, sums):
-    return total(sums[i])
-
-
-def summed(terms, count):
-    """A function of a block that returns the sums of the `count` terms of each element.
-
-    terms(x, second, maximum) is a tuple of them.
-    """
-    added, masked = for_each(added_lanes, count), for_each(masked_lanes, count)
-    none, totals = for_each(zero_lanes, count), for_each(total_lanes, count)
-
-    def sum_block(v, second, n, maximum, like):
-        size, zero = size_of(like), zeros(like)
-        maxima = splat(cast(maximum, like))
-        sums = none(like)
-        for j in range(0, n, lanes_of(like)):
-            x = load_ahead(v + j * size, n - j, zero)
-            new = terms(x, load_ahead(second + j * size, n - j, zero), maxima)
-            if n - j < lanes_of(like):
-                new = masked(new, n - j)
-            sums = added(sums, new)
-        return totals(sums)
-
-    return inlined(sum_block, f"{terms.__qualname__}_block")
+        raise_maximum(row, top)
+    if usable(row.maximum):
+        floor, magic = window(row.reference, like)
+        arguments = splat(cast(row.maximum, like)), floor, magic
+        added, k = _sum_weighted(buffer, b, n, vector.widen(zeros(like)), arguments, like)
+        row.added += added
+        row.at_maximum += k
+    else:
+        blocks.add_weighted_exactly(row, buffer, b, size_of(like), n, like)
 
 
 # Folding a row
 
 
-@njit(**INLINE)
-def capped(call, start, j, n, buffer, slope):
-    """`fetch`, then the soft cap where there is one; its derivative into `slope` unless that is 0."""
-    v, cap = fetch(call.x, start, j, n, buffer, call.like), call.options.softcap
-    if cap != 0.0:
-        cap_block(v, n, cap, buffer, slope, call.like)
-        return buffer
-    return v
-
-
-@njit(**INLINE)
+@inline
 def plain(call, start, j, n, buffer, slope):
     return fetch(call.x, start, j, n, buffer, call.like)
 
 
-@njit(**INLINE)
-def row_of(x, group, i):
-    """Address of the first element of row i of a group."""
-    return start_of(x, group.outer, group.inner + i)
+@inline
+def capped(call, start, j, n, buffer, slope):
+    """`plain`, then the soft cap if there is one; its derivative into `slope` unless that is 0."""
+    v, cap = fetch(call.x, start, j, n, buffer, call.like), call.options.softcap
+    if cap != 0.0:
+        blocks.cap(v, n, cap, buffer, slope, call.like)
+        return buffer
+    return v
 
 
-@njit(**INLINE)
-def terms_of(memory, group, i):
+@inline
+def fetch_target(call, memory, group, i, j, n):
+    """Address of u = w ((1 - eps) t + eps / C) of the contract, or without t, of w eps / C."""
+    t, like, eps = call.second, call.like, call.options.label_smoothing
+    keep, spread, buffer = 1.0 - eps, eps / call.classes, memory.second
+    source = fetch(t, start_of_row(t, group, i), j, n, buffer, like) if t.address != 0 else 0
+    weights = call.weight + j * size_of(like) if call.weight != 0 else 0
+    if source != 0 and weights == 0 and spread == 0.0:
+        return source
+    blocks.target(source, weights, n, keep, spread, buffer, like)
+    return buffer
+
+
+@inline
+def add_targets(call, memory, group, i, j, n, v, before):
+    """Add a block to distances, those so far being from the maximum `before`, and to the mass."""
+    like, row = call.like, row_of(group.table, i)
+    u, m = fetch_target(call, memory, group, i, j, n), row.maximum
+    finite = cast(m if m > -np.inf else 0.0, like)
+    distance, mass = _sum_distances(v, u, n, zeros(like), (splat(finite),), like)
+    if row.mass != 0.0:
+        distance += row.mass * (m - before)
+    row.distance += distance
+    row.mass += mass
+
+
+@inline
+def read_label(call, memory, group, i):
+    """The logit at the label, and the derivative of the soft cap there."""
+    row = row_of(group.table, i)
+    y = int(row.label)
+    if row.kept != 0.0 and y >= 0:
+        v = capped(call, start_of_row(call.x, group, i), y, 1, memory.x, memory.slope)
+        row.label_logit = read(v, call.like)
+        if call.options.softcap != 0.0:
+            row.label_slope = read(memory.slope, call.like)
+
+
+@inline
+def kept_terms(memory, group, i):
     """Address of the exponentials of row i of a group, 0 where they are not kept."""
-    if memory.terms == 0:
-        return 0
-    return memory.terms + (group.half * memory.rows + i) * memory.pitch
+    return memory.terms + (group.half * memory.rows + i) * memory.pitch if memory.pitch != 0 else 0
 
 
-@njit(**INLINE)
+@inline
 def align_terms(call, memory, terms, reference):
     """Bring the exponentials of all blocks to the last reference.
 
@@ -350,15 +280,17 @@ def align_terms(call, memory, terms, reference):
     """
     limit = -250.0 if lanes_of(call.like) == 32 else -2000.0
     for j in range(0, call.classes, BLOCK):
-        lift = max(limit, get(memory.references, j // BLOCK) - reference)
+        lift = max(limit, read(memory.references + j // BLOCK * 8, 0.0) - reference)
         if lift < 0.0:  # above, the block was not usable: all of it is 0
             half = np.floor(lift * 0.5)
             at, n = terms + j * size_of(call.like), min(BLOCK, call.classes - j)
-            scale_block(at, n, power(half), power(lift - half), call.like)
+            blocks.scale(at, n, vector.power(half), vector.power(lift - half), call.like)
 
 
-def _fold_row(name, read_block, keeps, after_block, after_row):
+def _fold_row(operation):
     """A function that folds the exponentials of a row, and writes the pending row meanwhile."""
+    keeps, loss = operation in ("softmax", "cross_entropy"), operation == "cross_entropy"
+    read_block = capped if loss else plain
 
     def next_block(call, memory, start, j):
         """(address, length) of the block of elements from j on; the one before it stays."""
@@ -366,380 +298,239 @@ def _fold_row(name, read_block, keeps, after_block, after_row):
         buffer = memory.x + j // BLOCK % 2 * BLOCK * size_of(call.like)
         return read_block(call, start, j, n, buffer, 0) if n > 0 else 0, n
 
-    next_block = inlined(next_block, f"{name}_next_block")
+    next_block = vector.inlined(next_block, f"{operation}_next_block")
 
     def fold_row(call, memory, group, i, pending):
-        like, table, start = call.like, group.table, row_of(call.x, group, i)
-        terms = terms_of(memory, group, i) if keeps else 0
-        row = state_of(table, i)
+        like, row, start = call.like, row_of(group.table, i), start_of_row(call.x, group, i)
+        terms = kept_terms(memory, group, i) if keeps else 0
         v, n = next_block(call, memory, start, 0)
         top = max_block(v, n, like)
         for j in range(0, call.classes, BLOCK):
             next_v, next_n = next_block(call, memory, start, j + n)
             before = row.maximum
             at = terms + j * size_of(like) if terms != 0 else 0
-            row, pending, top = fold_block(v, n, top, row, at, pending, next_v, next_n, like)
+            pending, top = fold_block(v, n, top, row, at, pending, next_v, next_n, like)
             if keeps:
-                put(memory.references, j // BLOCK, row.reference)
-            after_block(call, memory, group, i, j, n, v, before, row.maximum)
+                write(memory.references + j // BLOCK * 8, row.reference)
+            if loss and has_targets(call):
+                add_targets(call, memory, group, i, j, n, v, before)
             v, n = next_v, next_n
-        set_state(table, i, row)
         if terms != 0:
             align_terms(call, memory, terms, row.reference)
-        after_row(call, memory, group, i)
+        if loss:
+            read_label(call, memory, group, i)
         return pending
 
-    return phase(fold_row)
+    return vector.phase(fold_row)
 
 
-@njit(**INLINE)
-def nothing_after_block(call, memory, group, i, j, n, v, before, maximum):
-    pass
-
-
-@njit(**INLINE)
-def nothing_after_row(call, memory, group, i):
-    pass
-
-
-@njit(**INLINE)
+@inline
 def fold_weighted_row(call, memory, group, i):
-    x, b, like = call.x, call.second, call.like
-    row = state_of(group.table, i)
+    x, b, like, row = call.x, call.second, call.like, row_of(group.table, i)
     for j in range(0, call.classes, BLOCK):
         n = min(BLOCK, call.classes - j)
-        v = fetch(x, row_of(x, group, i), j, n, memory.x, like)
-        weights = fetch(b, row_of(b, group, i), j, n, memory.second, like)
-        row = fold_weighted_block(v, weights, n, row, memory.out, like)
-    set_state(group.table, i, row)
-
-
-@njit(**INLINE)
-def fetch_target(call, memory, group, i, j, n):
-    """Address of u = w ((1 - eps) t + eps / C) of the contract, or without t, of w eps / C."""
-    t, like, eps = call.second, call.like, call.options.label_smoothing
-    keep, spread, buffer = 1.0 - eps, eps / call.classes, memory.second
-    source = 0
-    if t.address != 0:
-        source = fetch(t, row_of(t, group, i), j, n, buffer, like)
-    weights = call.weight + j * size_of(like) if call.weight != 0 else 0
-    if source != 0 and weights == 0 and spread == 0.0:
-        return source
-    target_block(source, weights, n, keep, spread, buffer, like)
-    return buffer
-
-
-_sum_distances = summed(distance_terms, 2)
-
-
-@njit(**INLINE)
-def add_targets(call, memory, group, i, j, n, v, before, maximum):
-    """Distance and mass of a block, for a maximum that was `before`."""
-    if has_targets(call):
-        table = group.table
-        u = fetch_target(call, memory, group, i, j, n)
-        finite = maximum if maximum > -np.inf else 0.0
-        distance, mass = _sum_distances(v, u, n, finite, call.like)
-        mass_before = get(table + MASS, i)
-        distance += times(mass_before, maximum - before)
-        put(table + DISTANCE, i, get(table + DISTANCE, i) + distance)
-        put(table + MASS, i, mass_before + mass)
-
-
-@njit(**INLINE)
-def read_label(call, memory, group, i):
-    """The logit at the label, and the derivative of the soft cap there."""
-    table, y = group.table, int(get(group.table + LABEL, i))
-    if call.labels.address != 0 and get(table + KEPT, i) != 0.0 and y >= 0:
-        v = capped(call, row_of(call.x, group, i), y, 1, memory.x, memory.slope)
-        put(table + LABEL_LOGIT, i, np.float64(read(v, call.like)))
-        if call.options.softcap != 0.0:
-            put(table + LABEL_SLOPE, i, np.float64(read(memory.slope, call.like)))
+        v = fetch(x, start_of_row(x, group, i), j, n, memory.x, like)
+        weights = fetch(b, start_of_row(b, group, i), j, n, memory.second, like)
+        fold_weighted_block(v, weights, n, row, memory.out, like)
 
 
 # Writing a row
 
 
-@njit(**INLINE)
-def kept_row(call, memory, group, i):
-    """Row i of a group by its exponentials; nothing of it where they are not kept, or do not do.
+def _result(operation):
+    """A function that returns a row as it is to be written; with source 0 if by new exponentials."""
+    log = operation == "log_softmax"
 
-    They do for a factor of moderate size, for which neither the product nor exponentials that were
-    aligned lose a digit of the result.
-    """
-    table, like = group.table, call.like
-    m, scale = get(table + MAXIMUM, i), get(table + SCALE, i)
-    source = terms_of(memory, group, i)
-    n, most = call.classes, 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
-    ordinary = get(table + UNSHIFT, i) == 1.0 and abs(scale) < most
-    if source == 0 or not usable(m) or not ordinary:
-        n = 0
-    floor, magic = window(get(table + REFERENCE, i), like)
-    peak, zero = first(exponential(splat(cast(m, like)), floor, magic)), cast(0.0, like)
-    values = peak, cast(get(table + FACTOR, i), like), cast(scale, like), zero, zero
-    return Pending(source, row_of(call.out, group, i), 0, n, False, call.out.streamed, *values)
+    def result(call, memory, group, i):
+        row, like = row_of(group.table, i), call.like
+        m, scale = row.maximum, row.scale
+        floor, magic = window(row.reference, like)
+        peak, factor = (
+            vector.first(exponential(splat(cast(m, like)), floor, magic)),
+            cast(row.factor, like),
+        )
+        scalars = Scalars(peak, factor, cast(scale, like), cast(m, like), cast(row.log_s, like))
+        source, out = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
+        if not log:
+            # kept exponentials do for a factor of moderate size, for which neither the product nor
+            # their being aligned loses a digit of the result
+            most = 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
+            ordinary = usable(m) and row.unshift == 1.0 and abs(scale) < most
+            source = kept_terms(memory, group, i) if ordinary else 0
+        return Pending(source, out, call.classes, log, call.out.streamed, scalars)
 
-
-@njit(**INLINE)
-def logits_row(call, memory, group, i):
-    """Row i of a group by its logits, for its log-probabilities."""
-    table, like, zero = group.table, call.like, cast(0.0, call.like)
-    source, n = row_of(call.x, group, i), call.classes
-    values = zero, zero, zero, cast(get(table + MAXIMUM, i), like), cast(get(table + LOG_S, i), like)
-    return Pending(source, row_of(call.out, group, i), 0, n, True, call.out.streamed, *values)
+    return vector.inlined(result, f"{operation}_result")
 
 
-@njit(**INLINE)
-def until_aligned(row):
-    """What is left of a row when its first elements, up to where it may be streamed, are written."""
-    if row.streamed:
-        head = min(row.n, until_line(row.out, row.scale))
-        write_vector(row, 0, head, False)
-        return rest_of(row, head)
-    return row
-
-
-@njit(**INLINE)
-def pending_probabilities(call, memory, group, i):
-    """A row that can be written while another one is read."""
-    if i < group.count and memory.terms != 0 and call.out.write == 0:
-        return until_aligned(kept_row(call, memory, group, i))
-    return nothing_pending(call.like)
-
-
-@njit(**INLINE)
-def pending_logarithms(call, memory, group, i):
-    if i < group.count and call.state.address == 0 and call.x.read == 0 and call.out.write == 0:
-        return until_aligned(logits_row(call, memory, group, i))
-    return nothing_pending(call.like)
-
-
-@njit(**INLINE)
-def pending_gradient(call, memory, group, i):
-    if i < group.count and not has_targets(call) and get(group.table + KEPT, i) != 0.0:
-        return pending_probabilities(call, memory, group, i)
-    return nothing_pending(call.like)
-
-
-@njit(**INLINE)
-def exp_block(v, n, table, i, out, like):
-    """factor * exp(x - m) for row i of a group, by new exponentials."""
-    size, m, factor = size_of(like), get(table + MAXIMUM, i), get(table + FACTOR, i)
+@inline
+def exp_block(v, n, row, out, like):
+    """factor * exp(x - m) for a row, by new exponentials."""
+    size, m = size_of(like), row.maximum
     if not usable(m):
-        exp_exact(v, size, n, m, factor, out, like)
+        blocks.exp_exactly(v, size, n, m, row.factor, out, like)
         return
-    maxima, factor = splat(cast(m, like)), cast(factor, like)
-    scale, unshift = cast(get(table + SCALE, i), like), cast(get(table + UNSHIFT, i), like)
-    floor, magic = window(get(table + REFERENCE, i), like)
+    maxima, factor = splat(cast(m, like)), cast(row.factor, like)
+    scale, unshift = cast(row.scale, like), cast(row.unshift, like)
+    floor, magic = window(row.reference, like)
     peaks = exponential(maxima, floor, magic)
     for j in range(0, n, lanes_of(like)):
-        e = exponential(load_ahead(v + j * size, n - j, maxima), floor, magic)
-        y = where_eq(e, peaks, factor, (e * scale) * unshift)
+        e = exponential(vector.load_ahead(v + j * size, n - j, maxima), floor, magic)
+        y = vector.where_eq(e, peaks, factor, (e * scale) * unshift)
         store(out + j * size, n - j, y)
 
 
-def _fill_probabilities(name, read_block):
-    def fill(call, memory, group, i, row, j, n, at):
-        """factor * exp(x - m) for elements j to j + n of row i, by what is kept of it or anew."""
-        if row.n > 0:
-            write_rest(part_of(row, row.source + j * size_of(call.like), at, n))
-        else:
-            v = read_block(call, row_of(call.x, group, i), j, n, memory.x, memory.slope)
-            exp_block(v, n, group.table, i, at, call.like)
-
-    return inlined(fill, f"{name}_fill")
+@inline
+def put_label_gradient(call, row, out, j, n):
+    """Into elements j to j + n of a row."""
+    y = int(row.label) - j
+    if 0 <= y < n:
+        write(out + y * size_of(call.like), cast(row.label_gradient, call.like))
 
 
-@njit(**INLINE)
-def fill_logarithms(call, memory, group, i, row, j, n, at):
-    v = fetch(call.x, row_of(call.x, group, i), j, n, memory.x, call.like)
-    write_rest(part_of(row, v, at, n))
-
-
-_fill_capped = _fill_probabilities("capped", capped)
-
-
-@njit(**INLINE)
-def fill_gradient(call, memory, group, i, row, j, n, at):
-    table, like, y = group.table, call.like, int(get(group.table + LABEL, i)) - j
-    if get(table + KEPT, i) == 0.0:
-        fill_block(at, n, 0.0, like)
-        return
-    _fill_capped(call, memory, group, i, row, j, n, at)
+@inline
+def finish_gradient(call, memory, group, i, j, n, out):
+    """Make the gradient of what is due to log s."""
     if has_targets(call):
         u = fetch_target(call, memory, group, i, j, n)
-        subtract_block(at, u, n, call.options.scale, like)
+        blocks.subtract(out, u, n, call.options.scale, call.like)
     if call.options.softcap != 0.0:
-        multiply_block(at, memory.slope, n, like)
-    if call.labels.address != 0 and 0 <= y < n:
-        write(at + y * size_of(like), cast(get(table + LABEL_GRADIENT, i), like))
+        blocks.multiply(out, memory.slope, n, call.like)
+    put_label_gradient(call, row_of(group.table, i), out, j, n)
 
 
-@njit(**INLINE)
-def complete(call, group, i):
-    """What a row lacks that was written from its exponentials."""
+def _write_row(operation, result):
+    """A function that writes a row, block by block."""
+    log, loss = operation == "log_softmax", operation == "cross_entropy"
+    read_block = capped if loss else plain
 
+    def write_row(call, memory, group, i):
+        like, row, whole = call.like, row_of(group.table, i), result(call, memory, group, i)
+        start, target = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
+        for j in range(0, call.classes, BLOCK):
+            n, source = min(BLOCK, call.classes - j), whole.source + j * size_of(like)
+            out = target_of(call.out, target, j, memory.out)
+            if loss and row.kept == 0.0:
+                blocks.clear(out, n, like)
+                deliver(call.out, target, j, n, memory.out, like)
+                continue
+            if log or whole.source == 0:
+                source = read_block(call, start, j, n, memory.x, memory.slope)
+            if log or whole.source != 0:
+                write_rest(part_of(whole, source, out, n))
+            else:
+                exp_block(source, n, row, out, like)
+            if loss:
+                finish_gradient(call, memory, group, i, j, n, out)
+            deliver(call.out, target, j, n, memory.out, like)
 
-@njit(**INLINE)
-def complete_gradient(call, group, i):
-    y = int(get(group.table + LABEL, i))
-    if call.labels.address != 0 and y >= 0:
-        at = row_of(call.out, group, i) + y * size_of(call.like)
-        write(at, cast(get(group.table + LABEL_GRADIENT, i), call.like))
+    return vector.phase(write_row)
 
 
 # Walking through the rows of a group
 
 
-def _walk(name, fold_row, wanted, result, pending, fill, complete):
+def _walk(operation):
     """A function that folds the rows of a group while it writes those of the one before."""
+    log, loss = operation == "log_softmax", operation == "cross_entropy"
+    fold_row, result = _fold_row(operation), _result(operation)
+    write_row = _write_row(operation, result)
 
-    def write_row(call, memory, group, i):
-        row, start = result(call, memory, group, i), row_of(call.out, group, i)
-        for j in range(0, call.classes, BLOCK):
-            n = min(BLOCK, call.classes - j)
-            at = target_of(call.out, start, j, memory.out)
-            fill(call, memory, group, i, row, j, n, at)
-            deliver(call.out, start, j, n, memory.out, call.like)
+    def begin_to_write(call, memory, group, i):
+        """What can be written of a row while another one is read, its first elements aside."""
+        ready = memory.interleaves and i < group.count and row_of(group.table, i).kept != 0.0
+        row = result(call, memory, group, i) if ready else nothing_pending(log, call.like)
+        if row.streamed and row.source != 0:
+            head = min(row.n, until_line(row.out, call.like))
+            write_vector(row, 0, head)
+            return rest_of(row, head)
+        return row
 
-    write_row = phase(write_row)
+    begin_to_write = vector.inlined(begin_to_write, f"{operation}_begin_to_write")
 
     def walk(call, memory, group, before):
         for i in range(max(group.count, before.count)):
-            row = pending(call, memory, before, i)
-            if i < group.count and wanted(call, group, i):
-                row = fold_row(call, memory, group, i, row)
-            if i < before.count:
-                if row.n > 0:
-                    write_rest(row)
-                    complete(call, before, i)
-                else:
-                    write_row(call, memory, before, i)
+            pending = begin_to_write(call, memory, before, i)
+            row = row_of(group.table, i)
+            wanted = call.state.address == 0 and (row.kept != 0.0 or call.lse.address != 0)
+            if i < group.count and wanted:
+                pending = fold_row(call, memory, group, i, pending)
+            if i < before.count and pending.source != 0:
+                write_rest(pending)
+                if loss:
+                    out = start_of_row(call.out, before, i)
+                    put_label_gradient(call, row_of(before.table, i), out, 0, call.classes)
+            elif i < before.count:
+                write_row(call, memory, before, i)
 
-    return phase(walk)
-
-
-@njit(**INLINE)
-def not_folded(call, group, i):
-    return call.state.address == 0
+    return vector.phase(walk)
 
 
-@njit(**INLINE)
-def kept_or_asked(call, group, i):
-    return get(group.table + KEPT, i) != 0.0 or call.lse.address != 0
+def _walk_logsumexp():
+    fold_row = _fold_row("logsumexp")
+
+    def walk(call, memory, group, before):
+        for i in range(group.count):
+            if call.second.address == 0:
+                fold_row(call, memory, group, i, nothing_pending(False, call.like))
+            else:
+                fold_weighted_row(call, memory, group, i)
+
+    return vector.phase(walk)
 
 
-_fold_plain = _fold_row("plain", plain, False, nothing_after_block, nothing_after_row)
-_fold_kept = _fold_row("kept", plain, True, nothing_after_block, nothing_after_row)
-_fold_loss = _fold_row("loss", capped, True, add_targets, read_label)
-
-
-@phase
-def _walk_logsumexp(call, memory, group, before):
-    for i in range(group.count):
-        if call.second.address == 0:
-            _fold_plain(call, memory, group, i, nothing_pending(call.like))
-        else:
-            fold_weighted_row(call, memory, group, i)
-
-
-def _walk_sum(operation):
+def _walk_terms(operation):
     """A function that folds the terms of an operation of `TERMS`."""
-    inputs, formula = TERMS[operation].inputs, getattr(formulas, TERMS[operation].formula.__name__)
-    of_one = inlined(lambda x, second, maximum: (formula(x),), f"{operation}_terms")
-    of_two = inlined(lambda x, second, maximum: (formula(x, second),), f"{operation}_terms")
-    sum_block = summed(of_one if inputs == 1 else of_two, 1)
+    sum_block = _summed(blocks.term_of(operation))
 
     def walk(call, memory, group, before):
         x, second, like = call.x, call.second, call.like
         for i in range(group.count):
-            value = 0.0
+            row = row_of(group.table, i)
             for j in range(0, call.classes, BLOCK):
                 n = min(BLOCK, call.classes - j)
-                v = fetch(x, row_of(x, group, i), j, n, memory.x, like)
+                v = fetch(x, start_of_row(x, group, i), j, n, memory.x, like)
                 u = v
-                if inputs == 2:
-                    u = fetch(second, row_of(second, group, i), j, n, memory.second, like)
-                value += sum_block(v, u, n, 0.0, like)[0]
-            put(group.table + VALUE, i, value)
+                if second.address != 0:
+                    u = fetch(second, start_of_row(second, group, i), j, n, memory.second, like)
+                row.value += sum_block(v, u, n, zeros(like), (), like)[0]
 
-    return phase(walk)
+    return vector.phase(walk)
 
 
 def _allocate(operation):
     """A function that returns the uninitialised `Memory` of a call, and the array that holds it."""
+    log, loss = operation == "log_softmax", operation == "cross_entropy"
     may_keep = operation in ("softmax", "cross_entropy")
 
-    def allocate(call):
+    def allocate_memory(call):
         size = size_of(call.like)
         row, block = call.classes * size, BLOCK * size
-        writes, rows, pitch = call.out.address != 0, GROUP, 0
+        writes, rows = call.out.address != 0, GROUP
         if writes:
             rows = max(1, min(GROUP, GROUP_SIZE // max(1, row)))
-        keeps = may_keep and writes and call.state.address == 0 and call.options.softcap == 0.0
-        keeps = keeps and row <= ROW_SIZE
-        if keeps:
-            pitch = (row + 127) // 128 * 128
-        tables = 5 * block
-        terms = tables + 2 * END
-        references = terms + 2 * rows * pitch
-        owner = np.empty(references + (call.classes // BLOCK + 1) * 8 + 64, np.uint8)
-        x = (address_of(owner) + 63) // 64 * 64
-        memory = Memory(
-            x,
-            x + 2 * block,
-            x + 3 * block,
-            x + 4 * block,
-            x + tables,
-            x + references,
-            x + terms if keeps else 0,
-            pitch,
-            rows,
-        )
-        return memory, owner
+        plain = writes and call.state.address == 0 and call.options.softcap == 0.0
+        keeps = may_keep and plain and row <= ROW_SIZE
+        pitch = (row + 127) // 128 * 128 if keeps else 0
+        interleaves = plain and call.x.read == 0 if log else keeps and not (loss and has_targets(call))
+        interleaves = interleaves and call.out.write == 0
+        references = (call.classes // BLOCK + 1) * 8
+        sizes = (2 * TABLE_SIZE, 2 * block, block, block, block, 2 * rows * pitch, references)
+        owner, pieces = allocate(sizes)
+        return Memory(*pieces, pitch, rows, interleaves), owner
 
-    return inlined(allocate, f"{operation}_allocate")
+    return vector.inlined(allocate_memory, f"{operation}_allocate")
 
 
-@njit(**INLINE)
+@inline
 def _rows_at_once(call, memory, row):
     return memory.rows
-
-
-_WALKS = {
-    "logsumexp": _walk_logsumexp,
-    "softmax": _walk(
-        "softmax",
-        _fold_kept,
-        not_folded,
-        kept_row,
-        pending_probabilities,
-        _fill_probabilities("plain", plain),
-        complete,
-    ),
-    "log_softmax": _walk(
-        "log_softmax",
-        _fold_plain,
-        not_folded,
-        logits_row,
-        pending_logarithms,
-        fill_logarithms,
-        complete,
-    ),
-    "cross_entropy": _walk(
-        "cross_entropy",
-        _fold_loss,
-        kept_or_asked,
-        kept_row,
-        pending_gradient,
-        fill_gradient,
-        complete_gradient,
-    ),
-}
 
 
 @cache
 def kernel(operation):
     """The kernel of an operation."""
-    walk = _WALKS[operation] if operation in _WALKS else _walk_sum(operation)
+    if operation == "logsumexp":
+        walk = _walk_logsumexp()
+    else:
+        walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
     return driver("rows", operation, _allocate(operation), _rows_at_once, walk)

@@ -13,21 +13,23 @@ All arithmetic is IEEE: no flag lets LLVM reorder or contract it.
 from __future__ import annotations
 
 import operator
+from functools import partial, wraps
 from typing import NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
-#: For functions that must vanish into their caller, and so need no entry for Python or C.
+#: Options of functions that must vanish into their caller, and so need no entry for Python or C.
 INLINE = {
     "forceinline": True,
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
+inline = njit(**INLINE)
 
 
 def inlined(function, name):
@@ -36,7 +38,7 @@ def inlined(function, name):
     code on disk comes from several processes, each of which numbers its functions in its own order.
     """
     function.__qualname__ = name
-    return njit(**INLINE)(function)
+    return inline(function)
 
 
 def phase(function):
@@ -56,191 +58,13 @@ def for_each(function, count):
 #: Bytes from what is read or written to what is prefetched.
 AHEAD = 2048
 
-LANES = {types.float32: 32, types.float64: 16}
-
-_I32 = ir.IntType(32)
-
-
-class Vector(types.Type):
-    """A vector of `lanes` numbers of one type."""
-
-    def __init__(self, element, lanes):
-        self.element = element
-        self.lanes = lanes
-        super().__init__(name=f"Vector({element}, {lanes})")
-
-    @property
-    def ir(self):
-        return ir.VectorType(_ir_float(self.element), self.lanes)
-
-    @property
-    def ir_bits(self):
-        return ir.VectorType(ir.IntType(self.element.bitwidth), self.lanes)
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, fe_type.ir)
-
-
-def _ir_float(element):
-    return ir.FloatType() if element == types.float32 else ir.DoubleType()
-
-
-def _natural(element):
-    return Vector(element, LANES[element])
-
-
-def _splat(builder, value, lanes):
-    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, value, _I32(0))
-    return builder.shuffle_vector(first, undefined, _lanes([0] * lanes))
-
-
-def _lanes(numbers):
-    return ir.Constant(ir.VectorType(_I32, len(numbers)), list(numbers))
-
-
-def _intrinsic_call(builder, name, result, arguments):
-    """Call LLVM's intrinsic `name` at vector type `result`."""
-    bits = 32 if isinstance(result.element, ir.FloatType) else 64
-    signature = ir.FunctionType(result, [a.type for a in arguments])
-    full_name = f"llvm.{name}.v{result.count}f{bits}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
-
-
-def _common(arguments):
-    """The type of the vectors among arguments, if all the others are single elements of one."""
-    vector = next((a for a in arguments if isinstance(a, Vector)), None)
-    if vector is None or any(a not in (vector, vector.element) for a in arguments):
-        return None
-    return vector
-
-
-def _splatted(builder, vector, kinds, values):
-    return [
-        value if kind == vector else _splat(builder, value, vector.lanes)
-        for kind, value in zip(kinds, values, strict=True)
-    ]
-
-
-def _operation(arity, emit):
-    """A function of `arity` vectors of one type, or elements of it, to one: emit(builder, *values)."""
-
-    def typed(typing_context, *arguments):
-        vector = _common(arguments)
-        if vector is None:
-            return None
-
-        def codegen(context, builder, signature, values):
-            return emit(builder, *_splatted(builder, vector, signature.args, values))
-
-        return vector(*arguments), codegen
-
-    # Numba reads the number of arguments off the signature
-    return intrinsic(
-        {
-            1: lambda typing_context, a: typed(typing_context, a),
-            2: lambda typing_context, a, b: typed(typing_context, a, b),
-            3: lambda typing_context, a, b, c: typed(typing_context, a, b, c),
-            4: lambda typing_context, a, b, c, d: typed(typing_context, a, b, c, d),
-        }[arity]
-    )
-
-
-def _arithmetic(symbol, instruction):
-    """An operator of vectors, likewise. (An `overload` takes a compilation for each pair of types.)"""
-
-    @infer_global(symbol)
-    class Arithmetic(AbstractTemplate):
-        def generic(self, arguments, keywords):
-            vector = _common(arguments)
-            return vector and vector(*arguments)
-
-    @lower_builtin(symbol, Vector, Vector)
-    @lower_builtin(symbol, Vector, types.Float)
-    @lower_builtin(symbol, types.Float, Vector)
-    def lower(context, builder, signature, values):
-        values = _splatted(builder, signature.return_type, signature.args, values)
-        return getattr(builder, instruction)(*values)
-
-
-for _symbol, _instruction in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _arithmetic(_symbol, _instruction)
-
-
-def _select(comparison):
-    """where(a <comparison> b, then, otherwise), false for NaN."""
-    return _operation(
-        4, lambda builder, a, b, x, y: builder.select(builder.fcmp_ordered(comparison, a, b), x, y)
-    )
-
-
-def _fma(builder, a, b, c):
-    return _intrinsic_call(builder, "fma", a.type, (a, b, c))
-
-
-where_eq = _select("==")
-where_gt = _select(">")
-where_ge = _select(">=")
-
-fma = _operation(3, _fma)
-
-#: The larger one; `b` where either is NaN.
-maximum = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-
-absolute = _operation(1, lambda builder, a: _intrinsic_call(builder, "fabs", a.type, (a,)))
-
-round_down = _operation(1, lambda builder, a: _intrinsic_call(builder, "floor", a.type, (a,)))
-
-
-@intrinsic
-def horner(typing_context, coefficients, x):
-    """The polynomial with a tuple of coefficients, from the highest power on."""
-
-    def codegen(context, builder, signature, values):
-        first, *others = cgutils.unpack_tuple(builder, values[0])
-        result = _splat(builder, first, x.lanes)
-        for coefficient in others:
-            result = _fma(builder, result, values[1], _splat(builder, coefficient, x.lanes))
-        return result
-
-    return x(coefficients, x), codegen
-
-
-@intrinsic
-def splat(typing_context, value):
-    """The vector with `value` in every lane."""
-    vector = _natural(value)
-
-    def codegen(context, builder, signature, values):
-        return _splat(builder, values[0], vector.lanes)
-
-    return vector(value), codegen
-
-
-@intrinsic
-def exponent_bits(typing_context, v):
-    """The low bits of a number's representation as its sign and exponent, the rest zero."""
-    mantissa = 23 if v.element == types.float32 else 52
-
-    def codegen(context, builder, signature, values):
-        bits = builder.bitcast(values[0], v.ir_bits)
-        shift = ir.Constant(v.ir_bits, [mantissa] * v.lanes)
-        return builder.bitcast(builder.shl(bits, shift), v.ir)
-
-    return v(v), codegen
+_I32, _I64, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.DoubleType()
 
 
 class _Format(NamedTuple):
-    """Of a floating type: widths, and the representations of numbers as integers."""
+    """Of a floating type: sizes, and the representations of numbers as integers."""
 
+    lanes: int
     bits: int
     mantissa: int
     bias: int
@@ -249,328 +73,409 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {
-    ir.FloatType(): _Format(32, 23, 127, 0x3F3504F4, 0x4B400000),
-    ir.DoubleType(): _Format(64, 52, 1023, 0x3FE6A09E667F3BCD, 0x4338000000000000),
+    ir.FloatType(): _Format(32, 32, 23, 127, 0x3F3504F4, 0x4B400000),
+    _DOUBLE: _Format(16, 64, 52, 1023, 0x3FE6A09E667F3BCD, 0x4338000000000000),
 }
 
 
-def _by_exponent(emit):
-    """A function of a vector x by n, where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
+class Vector(types.Type):
+    """A vector of numbers of one type, by default as many as fill 128 bytes."""
 
-    `emit` takes the builder, n as integers, a function to make such constants, and the format.
-    """
-
-    def by_exponent(builder, x):
-        form, count = _FORMATS[x.type.element], x.type.count
-        integers = ir.VectorType(ir.IntType(form.bits), count)
-
-        def constant(number):
-            return ir.Constant(integers, [number] * count)
-
-        above = builder.sub(builder.bitcast(x, integers), constant(form.root))
-        n = builder.ashr(above, constant(form.mantissa))
-        return emit(builder, n, constant, form, x.type)
-
-    return _operation(1, by_exponent)
+    def __init__(self, element, lanes=None):
+        element_ir = ir.FloatType() if element == types.float32 else _DOUBLE
+        self.element = element
+        self.ir = ir.VectorType(element_ir, lanes or _FORMATS[element_ir].lanes)
+        super().__init__(name=f"Vector({element}, {self.ir.count})")
 
 
-def _exponent(builder, n, constant, form, kind):
-    sum_with_whole = builder.bitcast(builder.add(n, constant(form.whole)), kind)
-    return builder.fsub(sum_with_whole, builder.bitcast(constant(form.whole), kind))
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, fe_type.ir)
 
 
-def _downscale(builder, n, constant, form, kind):
-    bits = builder.shl(builder.sub(constant(form.bias), n), constant(form.mantissa))
-    return builder.bitcast(bits, kind)
+def emitted(result):
+    """Make of emit(builder, *values), which emits code, a function of type result(*types)."""
+
+    def decorate(emit):
+        @wraps(emit)  # Numba reads the arguments off the signature, beginning with the second
+        def typed(typing_context, *arguments):
+            kind = result(*arguments)
+
+            def codegen(context, builder, signature, values):
+                value = emit(builder, *values)
+                return context.get_dummy_value() if kind == types.none else value
+
+            return None if kind is None else (kind(*arguments), codegen)
+
+        return intrinsic(typed)
+
+    return decorate
 
 
-#: n, and 2**-n, where x = 2**n f with sqrt(1/2) <= f < sqrt(2).
-exponent = _by_exponent(_exponent)
-downscale = _by_exponent(_downscale)
+def nothing(*arguments):
+    return types.none
 
 
-@intrinsic
-def first_lanes(typing_context, v, count):
-    """The first `count` lanes; 0 in the others."""
-
-    def codegen(context, builder, signature, values):
-        mask = _mask(builder, values[1], v.lanes)
-        return builder.select(mask, values[0], ir.Constant(v.ir, [0.0] * v.lanes))
-
-    return v(v, types.int64), codegen
+def _common(*arguments):
+    """The type of the vectors among arguments, if all the others are single elements of one."""
+    vector = next((a for a in arguments if isinstance(a, Vector)), None)
+    if vector is None or any(a not in (vector, vector.element) for a in arguments):
+        return None
+    return vector
 
 
-@intrinsic
-def first(typing_context, v):
-    """The first lane."""
-
-    def codegen(context, builder, signature, values):
-        return builder.extract_element(values[0], _I32(0))
-
-    return v.element(v), codegen
+def _splat(builder, value, lanes):
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, _lanes([0] * lanes))
 
 
-@intrinsic
-def widen(typing_context, v):
+def _splatted(builder, values):
+    """Values of types that have a `_common` one as vectors."""
+    lanes = next(v.type.count for v in values if isinstance(v.type, ir.VectorType))
+    return [v if isinstance(v.type, ir.VectorType) else _splat(builder, v, lanes) for v in values]
+
+
+def elementwise(emit):
+    """`emitted` for a function of vectors of one type, or elements of it, to one."""
+    return emitted(_common)(wraps(emit)(lambda builder, *v: emit(builder, *_splatted(builder, v))))
+
+
+def _arithmetic(symbol, instruction):
+    """An operator of vectors, likewise. (An `overload` takes a compilation for each pair of types.)"""
+
+    @infer_global(symbol)
+    class Arithmetic(AbstractTemplate):
+        def generic(self, arguments, keywords):
+            vector = _common(*arguments)
+            return vector and vector(*arguments)
+
+    @lower_builtin(symbol, Vector, Vector)
+    @lower_builtin(symbol, Vector, types.Float)
+    @lower_builtin(symbol, types.Float, Vector)
+    def lower(context, builder, signature, values):
+        return getattr(builder, instruction)(*_splatted(builder, values))
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+_arithmetic(operator.truediv, "fdiv")
+
+
+def _lanes(numbers):
+    return ir.Constant(ir.VectorType(_I32, len(numbers)), list(numbers))
+
+
+def _llvm(builder, name, result, *arguments):
+    """Call a function of LLVM's."""
+    signature = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+def _code(v):
+    """The type of a vector as LLVM's names of functions have it."""
+    return f"v{v.type.count}f{_FORMATS[v.type.element].bits}"
+
+
+# Lane by lane
+
+
+def _select(comparison):
+    """where(a <comparison> b, then, otherwise), false for NaN."""
+
+    def where(builder, a, b, then, otherwise):
+        return builder.select(builder.fcmp_ordered(comparison, a, b), then, otherwise)
+
+    return elementwise(where)
+
+
+where_eq = _select("==")
+where_gt = _select(">")
+where_ge = _select(">=")
+
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _fma(builder, a, b, c):
+    return _llvm(builder, f"llvm.fma.{_code(a)}", a.type, a, b, c)
+
+
+fma = elementwise(_fma)
+
+#: The larger one; `b` where either is NaN.
+maximum = elementwise(_larger)
+
+absolute = elementwise(lambda builder, a: _llvm(builder, f"llvm.fabs.{_code(a)}", a.type, a))
+
+round_down = elementwise(lambda builder, a: _llvm(builder, f"llvm.floor.{_code(a)}", a.type, a))
+
+
+@emitted(lambda coefficients, x: x)
+def horner(builder, coefficients, x):
+    """The polynomial with a tuple of coefficients, from the highest power on."""
+    coefficients = cgutils.unpack_tuple(builder, coefficients)
+    result, *others = (_splat(builder, c, x.type.count) for c in coefficients)
+    for coefficient in others:
+        result = _fma(builder, result, x, coefficient)
+    return result
+
+
+def _integers(v, number):
+    """A number in every lane of a vector of integers of the size of v's elements."""
+    bits = _FORMATS[v.type.element].bits
+    return ir.Constant(ir.VectorType(ir.IntType(bits), v.type.count), [number] * v.type.count)
+
+
+def _exponent(builder, x):
+    """The integers n where x = 2**n f with sqrt(1/2) <= f < sqrt(2)."""
+    form = _FORMATS[x.type.element]
+    root = _integers(x, form.root)
+    above = builder.sub(builder.bitcast(x, root.type), root)
+    return builder.ashr(above, _integers(x, form.mantissa))
+
+
+@elementwise
+def exponent(builder, x):
+    """n where x = 2**n f with sqrt(1/2) <= f < sqrt(2)."""
+    whole = _integers(x, _FORMATS[x.type.element].whole)
+    sum_with_whole = builder.bitcast(builder.add(_exponent(builder, x), whole), x.type)
+    return builder.fsub(sum_with_whole, builder.bitcast(whole, x.type))
+
+
+@elementwise
+def downscale(builder, x):
+    """2**-n for the n of `exponent`."""
+    form = _FORMATS[x.type.element]
+    biased = builder.sub(_integers(x, form.bias), _exponent(builder, x))
+    return builder.bitcast(builder.shl(biased, _integers(x, form.mantissa)), x.type)
+
+
+@elementwise
+def exponent_bits(builder, x):
+    """The low bits of a number's representation as its sign and exponent, the rest zero."""
+    shift = _integers(x, _FORMATS[x.type.element].mantissa)
+    return builder.bitcast(builder.shl(builder.bitcast(x, shift.type), shift), x.type)
+
+
+# Between types
+
+
+@emitted(Vector)
+def splat(builder, value):
+    """The vector with `value` in every lane."""
+    return _splat(builder, value, _FORMATS[value.type].lanes)
+
+
+def _widened(builder, v):
+    wide = ir.VectorType(_DOUBLE, v.type.count)
+    return v if v.type == wide else builder.fpext(v, wide)
+
+
+@emitted(lambda v: Vector(types.float64, v.ir.count))
+def widen(builder, v):
     """The same lanes in float64."""
-    wide = Vector(types.float64, v.lanes)
-
-    def codegen(context, builder, signature, values):
-        return values[0] if v == wide else builder.fpext(values[0], wide.ir)
-
-    return wide(v), codegen
+    return _widened(builder, v)
 
 
-@intrinsic
-def widen_lower(typing_context, v):
+@lower_cast(Vector, Vector)
+def _to_float64(context, builder, kind, result, v):
+    return _widened(builder, v)
+
+
+@lower_cast(types.Float, Vector)
+def _to_lanes(context, builder, kind, result, number):
+    return _splat(builder, number, result.ir.count)
+
+
+@emitted(lambda v: Vector(types.float64))
+def widen_lower(builder, v):
     """The lower half of the lanes in float64; all of them where they are."""
-    return _widen_half(v, range(16))
+    return _widened(builder, builder.shuffle_vector(v, v, _lanes(range(16))))
 
 
-@intrinsic
-def widen_upper(typing_context, v):
+@emitted(lambda v: Vector(types.float64))
+def widen_upper(builder, v):
     """The upper half of the lanes in float64; zeros where all are in the lower one."""
-    return _widen_half(v, range(v.lanes - 16, v.lanes) if v.lanes > 16 else None)
+    zeros = ir.Constant(v.type, None)
+    return _widened(builder, builder.shuffle_vector(v, zeros, _lanes(range(16, 32))))
 
 
-def _widen_half(v, numbers):
-    wide = Vector(types.float64, 16)
+def _element(v):
+    return v.type.element if isinstance(v.type, ir.VectorType) else v.type
 
-    def codegen(context, builder, signature, values):
-        if numbers is None:
-            return ir.Constant(wide.ir, [0.0] * 16)
-        half = builder.shuffle_vector(values[0], values[0], _lanes(numbers))
-        return half if v.element == types.float64 else builder.fpext(half, wide.ir)
 
-    return wide(v), codegen
+def _cast_type(value, like):
+    element = like.element if isinstance(like, Vector) else like
+    return Vector(element, value.ir.count) if isinstance(value, Vector) else element
+
+
+@emitted(_cast_type)
+def cast(builder, value, like):
+    """A float64, or a vector of them, with the numbers of the type of `like`."""
+    kind = _element(like)
+    if kind == _DOUBLE:
+        return value
+    return builder.fptrunc(
+        value, kind if value.type == _DOUBLE else ir.VectorType(kind, value.type.count)
+    )
+
+
+@emitted(lambda v: v.element)
+def first(builder, v):
+    """The first lane."""
+    return builder.extract_element(v, _I32(0))
+
+
+def _mask(builder, count, v):
+    """The first `count` (int64) lanes of a vector such as v."""
+    limit = _splat(builder, builder.trunc(count, _I32), v.type.count)
+    return builder.icmp_signed("<", _lanes(range(v.type.count)), limit)
+
+
+@emitted(lambda v, count: v)
+def first_lanes(builder, v, count):
+    """The first `count` lanes; 0 in the others."""
+    return builder.select(_mask(builder, count, v), v, ir.Constant(v.type, None))
 
 
 def _halves(builder, v, combine):
     """Fold the upper half of the lanes onto the lower until one is left."""
-    count = v.type.count
-    while count > 1:
-        count //= 2
-        low = builder.shuffle_vector(v, v, _lanes(range(count)))
-        high = builder.shuffle_vector(v, v, _lanes(range(count, 2 * count)))
-        v = combine(low, high)
+    while v.type.count > 1:
+        half = v.type.count // 2
+        low = builder.shuffle_vector(v, v, _lanes(range(half)))
+        v = combine(low, builder.shuffle_vector(v, v, _lanes(range(half, 2 * half))))
     return builder.extract_element(v, _I32(0))
 
 
-@intrinsic
-def total(typing_context, v):
+@emitted(lambda v: types.float64)
+def total(builder, v):
     """The sum of the lanes, in float64, by halves."""
-
-    def codegen(context, builder, signature, values):
-        (value,) = values
-        if v.element == types.float32:
-            value = builder.fpext(value, Vector(types.float64, v.lanes).ir)
-        return _halves(builder, value, builder.fadd)
-
-    return types.float64(v), codegen
+    return _halves(builder, _widened(builder, v), builder.fadd)
 
 
-@intrinsic
-def largest(typing_context, v):
+@emitted(lambda v: v.element)
+def largest(builder, v):
     """The largest of the lanes, none of which is NaN."""
-
-    def codegen(context, builder, signature, values):
-        def combine(a, b):
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        return _halves(builder, values[0], combine)
-
-    return v.element(v), codegen
+    return _halves(builder, v, partial(_larger, builder))
 
 
-def _mask(builder, count, lanes):
-    """The first `count` (int64) lanes."""
-    limit = _splat(builder, builder.trunc(count, _I32), lanes)
-    return builder.icmp_signed("<", _lanes(range(lanes)), limit)
+@emitted(lambda n: types.float64)
+def power(builder, n):
+    """2**n for a whole number -1023 < n < 1024 in float64."""
+    biased = builder.fptosi(builder.fadd(n, _DOUBLE(1023.0)), _I64)
+    return builder.bitcast(builder.shl(biased, _I64(52)), _DOUBLE)
 
 
-def _masked(builder, name, vector, arguments, result):
-    """Call LLVM's masked load or store at a vector type."""
-    bits = 32 if isinstance(vector.element, ir.FloatType) else 64
-    signature = ir.FunctionType(result, [a.type for a in arguments])
-    full_name = f"llvm.masked.{name}.v{vector.count}f{bits}.p0v{vector.count}f{bits}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
+@emitted(lambda v: types.int64)
+def lanes_of(builder, v):
+    """The number of lanes of a vector, or of the vectors of a scalar's type."""
+    return _I64(v.type.count if isinstance(v.type, ir.VectorType) else _FORMATS[v.type].lanes)
 
 
-@intrinsic
-def _load_all(typing_context, address, pad):
-    def codegen(context, builder, signature, values):
-        return builder.load(builder.inttoptr(values[0], pad.ir.as_pointer()), align=1)
-
-    return pad(types.int64, pad), codegen
+@emitted(lambda v: types.int64)
+def size_of(builder, v):
+    """The size in bytes of a number, or of one lane of a vector."""
+    return _I64(_FORMATS[_element(v)].bits // 8)
 
 
-@intrinsic
-def _load_some(typing_context, address, count, pad):
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], pad.ir.as_pointer())
-        mask = _mask(builder, values[1], pad.lanes)
-        return _masked(builder, "load", pad.ir, (pointer, _I32(1), mask, values[2]), pad.ir)
-
-    return pad(types.int64, types.int64, pad), codegen
+@emitted(lambda v: types.int64)
+def bytes_of(builder, v):
+    """The size in bytes of a vector."""
+    return _I64(v.type.count * _FORMATS[v.type.element].bits // 8)
 
 
-@intrinsic
-def _store_all(typing_context, address, v):
-    def codegen(context, builder, signature, values):
-        builder.store(values[1], builder.inttoptr(values[0], v.ir.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, v), codegen
+# Memory
 
 
-@intrinsic
-def stream(typing_context, address, v):
+def pointer(builder, address, kind):
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+@emitted(lambda address, like: like)
+def read(builder, address, like):
+    """The number or the vector of the type of `like` at `address`."""
+    return builder.load(pointer(builder, address, like.type), align=1)
+
+
+@emitted(nothing)
+def write(builder, address, value):
+    """Write a number or a vector at `address`."""
+    builder.store(value, pointer(builder, address, value.type), align=1)
+
+
+@emitted(lambda address, count, pad: pad)
+def _read_some(builder, address, count, pad):
+    name = f"llvm.masked.load.{_code(pad)}.p0{_code(pad)}"
+    at, mask = pointer(builder, address, pad.type), _mask(builder, count, pad)
+    return _llvm(builder, name, pad.type, at, _I32(1), mask, pad)
+
+
+@emitted(nothing)
+def _write_some(builder, address, count, v):
+    name = f"llvm.masked.store.{_code(v)}.p0{_code(v)}"
+    at, mask = pointer(builder, address, v.type), _mask(builder, count, v)
+    _llvm(builder, name, ir.VoidType(), v, at, _I32(1), mask)
+
+
+@inline
+def load(address, count, pad):
+    """The numbers at `address`; beyond the first `count`, those of `pad`."""
+    return read(address, pad) if count >= lanes_of(pad) else _read_some(address, count, pad)
+
+
+@inline
+def store(address, count, v):
+    """Write the first `count` lanes."""
+    if count >= lanes_of(v):
+        write(address, v)
+    else:
+        _write_some(address, count, v)
+
+
+@emitted(nothing)
+def stream(builder, address, v):
     """Write a vector past the caches: that reads nothing, where a plain store reads the line first.
 
     The address is that of a line of the cache.
     """
-
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], v.ir.as_pointer())
-        store = builder.store(values[1], pointer, align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
-        return context.get_dummy_value()
-
-    return types.none(types.int64, v), codegen
+    written = builder.store(v, pointer(builder, address, v.type), align=64)
+    written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
-@intrinsic
-def stream_fence(typing_context):
+@emitted(nothing)
+def stream_fence(builder):
     """What was streamed is in memory before whatever is written next."""
-
-    def codegen(context, builder, signature, values):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.none(), codegen
+    builder.fence("seq_cst")
 
 
-@intrinsic
-def power(typing_context, n):
-    """2**n for a whole number -1023 < n < 1024 in float64."""
-
-    def codegen(context, builder, signature, values):
-        i64 = ir.IntType(64)
-        whole = builder.fptosi(builder.fadd(values[0], ir.Constant(ir.DoubleType(), 1023.0)), i64)
-        return builder.bitcast(builder.shl(whole, i64(52)), ir.DoubleType())
-
-    return types.float64(n), codegen
-
-
-@intrinsic
-def _store_some(typing_context, address, count, v):
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], v.ir.as_pointer())
-        mask = _mask(builder, values[1], v.lanes)
-        _masked(builder, "store", v.ir, (values[2], pointer, _I32(1), mask), ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, v), codegen
-
-
-@intrinsic
-def lanes_of(typing_context, v):
-    """The number of lanes of a vector, or of the vectors of a scalar's type."""
-    lanes = v.lanes if isinstance(v, Vector) else LANES[v]
-
-    def codegen(context, builder, signature, values):
-        return ir.Constant(ir.IntType(64), lanes)
-
-    return types.int64(v), codegen
-
-
-@intrinsic
-def bytes_of(typing_context, v):
-    """The size of a vector in memory."""
-
-    def codegen(context, builder, signature, values):
-        return ir.Constant(ir.IntType(64), v.lanes * v.element.bitwidth // 8)
-
-    return types.int64(v), codegen
-
-
-@njit(**INLINE)
-def load(address, count, pad):
-    """The numbers at `address`; beyond the first `count`, those of `pad`."""
-    if count >= lanes_of(pad):
-        return _load_all(address, pad)
-    return _load_some(address, count, pad)
-
-
-@njit(**INLINE)
-def store(address, count, v):
-    """Write the first `count` lanes."""
-    if count >= lanes_of(v):
-        _store_all(address, v)
-    else:
-        _store_some(address, count, v)
-
-
-@intrinsic
-def prefetch(typing_context, address):
+@emitted(nothing)
+def prefetch(builder, address):
     """Ask for the cache line of an address, which may lie beyond any array."""
-
-    def codegen(context, builder, signature, values):
-        pointer = builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-        signature = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
-        builder.call(function, (pointer, _I32(0), _I32(3), _I32(1)))  # to read, to keep, data
-        return context.get_dummy_value()
-
-    return types.none(types.int64), codegen
+    at, settings = pointer(builder, address, ir.IntType(8)), (_I32(0), _I32(3), _I32(1))
+    _llvm(builder, "llvm.prefetch.p0i8", ir.VoidType(), at, *settings)  # to read, to keep, data
 
 
-@njit(**INLINE)
+@inline
 def prefetch_vector(address):
     """Ask for the two cache lines of a vector. The CPU's own prefetcher is late for our loops."""
     prefetch(address)
     prefetch(address + 64)
 
 
-@njit(**INLINE)
+@inline
 def load_ahead(address, count, pad):
     """`load` in a walk through memory."""
     prefetch_vector(address + AHEAD)
     return load(address, count, pad)
 
 
-@intrinsic
-def read(typing_context, address, like):
-    """The scalar of the type of `like` at `address`."""
-
-    def codegen(context, builder, signature, values):
-        kind = context.get_value_type(like)
-        return builder.load(builder.inttoptr(values[0], kind.as_pointer()), align=1)
-
-    return like(types.int64, like), codegen
-
-
-@intrinsic
-def write(typing_context, address, value):
-    """Write a scalar at `address`."""
-
-    def codegen(context, builder, signature, values):
-        kind = context.get_value_type(value)
-        builder.store(values[1], builder.inttoptr(values[0], kind.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, value), codegen
-
-
-@intrinsic
-def call(typing_context, function, source, source_stride, destination, destination_stride, count):
+@emitted(nothing)
+def call(builder, function, source, source_stride, destination, destination_stride, count):
     """Call the C function at an address with five int64."""
-    arguments = (types.int64,) * 6
-
-    def codegen(context, builder, signature, values):
-        i64 = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [i64] * 5)
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
-        return context.get_dummy_value()
-
-    return types.none(*arguments), codegen
+    arguments = source, source_stride, destination, destination_stride, count
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 5)
+    builder.call(pointer(builder, function, kind), arguments)
