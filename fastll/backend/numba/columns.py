@@ -221,7 +221,7 @@ def fold_tile(tile, table, n, count, fresh, like):
 
 @inline
 def fold_weighted_tile(tile, table, n, count, like):
-    """`rows.fold_weighted_block` for the rows of a tile."""
+    """`rows.fold_weighted_row` for a block of the rows of a tile."""
     size, zero = size_of(like), vector.widen(zeros(like))
     blocks.mask(tile.x, tile.second, n * GROUP, tile.x, like)
     raise_maxima(tile, table, n, count, False, like)

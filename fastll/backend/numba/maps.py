@@ -9,22 +9,12 @@ from typing import NamedTuple
 
 from numba import njit
 
-from fastll.backend.numba import vector
+from fastll.backend.numba import memory, vector
 from fastll.backend.numba.cache import cached
 from fastll.backend.numba.calls import Layout, Number, Operand
 from fastll.backend.numba.maths import formulas, log1p_sum, zeros
-from fastll.backend.numba.memory import (
-    KERNEL,
-    address_of,
-    allocate,
-    deliver,
-    fetch,
-    release,
-    start_of,
-    target_of,
-    until_line,
-)
-from fastll.backend.numba.vector import for_each, inline, inlined, lanes_of, load_ahead, size_of, store
+from fastll.backend.numba.memory import allocate, deliver, fetch, start_of, target_of, until_line
+from fastll.backend.numba.vector import inline, inlined, lanes_of, load_ahead, size_of, store
 from fastll.contract import BLOCK, CHUNK
 from fastll.formulas import ELEMENTS
 
@@ -54,36 +44,25 @@ class Block(NamedTuple):
     n: int
 
 
+def _for_each(function, count):
+    """A function that returns (function(0, *arguments), ..., function(count - 1, *arguments))."""
+    name, at = f"{function.__qualname__}_{count}", count - 1
+    if count == 0:
+        return inlined(lambda *arguments: (), name)
+    before = _for_each(function, at)
+    return inlined(lambda *arguments: (*before(*arguments), function(at, *arguments)), name)
+
+
 @inline
 def fetch_input(i, inputs, outer, j, n, buffer, like):
     x = inputs[i]
-    return fetch(x, start_of(x, outer, 0), j, n, buffer + i * BLOCK * size_of(like), like)
+    at, buffer = start_of(x, outer), buffer + i * BLOCK * size_of(like)
+    return fetch(x, at, j, n, buffer, like)
 
 
 @inline
 def load_input(i, block, j, pad):
     return load_ahead(block.inputs[i] + j * size_of(pad), block.n - j, pad)
-
-
-def _parts(operation):
-    """The formula of an operation as (value, e, slope), with 0 for what it does not have."""
-    element = ELEMENTS[operation]
-    formula = getattr(formulas, element.formula.__name__)
-    if element.log1p:
-        return formula
-    if element.slope:
-
-        def parts(*arguments):
-            value, slope = formula(*arguments)
-            return value, zeros(value), slope
-
-    else:
-
-        def parts(*arguments):
-            value = formula(*arguments)
-            return value, zeros(value), zeros(value)
-
-    return inlined(parts, f"{operation}_parts")
 
 
 def _block(operation):
@@ -93,18 +72,23 @@ def _block(operation):
     q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
     where every e is tiny.
     """
-    element, parts = ELEMENTS[operation], _parts(operation)
-    has_log1p, log1p = element.log1p, formulas.log1p
-    load_inputs = for_each(load_input, element.inputs)
+    formula, inputs, _, has_slope, has_log1p = ELEMENTS[operation]
+    formula, log1p = getattr(formulas, formula.__name__), formulas.log1p
+    load_inputs = _for_each(load_input, inputs)
 
     def map_block(call, block, streamed):
         size, lanes, n = size_of(call.like), lanes_of(call.like), block.n
         zero = zeros(call.like)
         together = has_log1p and block.weight == 0 and block.value == 0
-        sums = zero
-        q = zero
+        sums = q = e = slope = zero
         for j in range(0, n, lanes):
-            value, e, slope = parts(*(load_inputs(block, j, zero) + call.parameters))
+            found = formula(*(load_inputs(block, j, zero) + call.parameters))
+            if has_log1p:
+                value, e, slope = found
+            elif has_slope:
+                value, slope = found
+            else:
+                value = found
             if has_log1p and not together:
                 value = value + log1p(e)
             if block.weight != 0:
@@ -125,7 +109,7 @@ def _block(operation):
                     q = q + vector.fma(q, e, e)
         result = vector.total(sums)
         if has_log1p:
-            result += vector.total(log1p_sum(vector.widen_lower(q)) + log1p_sum(vector.widen_upper(q)))
+            result += vector.total(log1p_sum(vector.widen(q)))
         return result
 
     return inlined(map_block, f"{operation}_block")
@@ -134,7 +118,7 @@ def _block(operation):
 @inline
 def target(x, outer, j, buffer):
     """`target_of`; 0 where there is no such operand."""
-    return target_of(x, start_of(x, outer, 0), j, buffer) if x.address != 0 else 0
+    return target_of(x, start_of(x, outer), j, buffer) if x.address != 0 else 0
 
 
 @cache
@@ -146,10 +130,10 @@ def kernel(operation):
     inputs = ELEMENTS[operation].inputs
     layout = Layout(Call, inputs=inputs, parameters=ELEMENTS[operation].parameters)
     unpack = layout.unpack
-    map_block, fetch_inputs = _block(operation), for_each(fetch_input, inputs)
+    map_block, fetch_inputs = _block(operation), _for_each(fetch_input, inputs)
 
     def run(words, like, start, stop):
-        call = unpack(address_of(words), like)
+        call = unpack(memory.address_of(words), like)
         streamed = call.value.streamed
         weight, value, slope, partial = call.weight, call.value, call.slope, call.partial
         block = BLOCK * size_of(like)
@@ -159,12 +143,12 @@ def kernel(operation):
             end = min(call.length, j + CHUNK)
             result = 0.0
             # non-temporal stores are aligned
-            n = until_line(start_of(value, outer, 0) + j * value.classes, like) if streamed else 0
+            n = until_line(start_of(value, outer) + j * value.classes, like) if streamed else 0
             while j < end:
                 n = min(n or BLOCK, end - j)
                 factors = 0
                 if weight.address != 0:
-                    factors = fetch(weight, start_of(weight, outer, 0), j, n, weights, like)
+                    factors = fetch(weight, start_of(weight, outer), j, n, weights, like)
                 block = Block(
                     fetch_inputs(call.inputs, outer, j, n, buffers, like),
                     factors,
@@ -174,16 +158,16 @@ def kernel(operation):
                 )
                 result += map_block(call, block, streamed)
                 if value.address != 0:
-                    deliver(value, start_of(value, outer, 0), j, n, values, like)
+                    deliver(value, start_of(value, outer), j, n, values, like)
                 if slope.address != 0:
-                    deliver(slope, start_of(slope, outer, 0), j, n, slopes, like)
+                    deliver(slope, start_of(slope, outer), j, n, slopes, like)
                 j += n
                 n = 0
             if partial.address != 0:
-                vector.write(start_of(partial, outer, 0) + unit % call.units * partial.classes, result)
+                vector.write(start_of(partial, outer) + unit % call.units * partial.classes, result)
         if streamed:
             vector.stream_fence()
-        release(owner)
+        memory.release(owner)
 
     run.__qualname__ = f"maps.{operation}"
-    return cached(njit(**KERNEL)(run)), layout
+    return cached(njit(**memory.KERNEL)(run)), layout

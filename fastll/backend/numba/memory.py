@@ -43,7 +43,7 @@ def release(memory):
 
 
 @inline
-def start_of(x, outer, inner):
+def start_of(x, outer, inner=0):
     """Address of the first element of a row."""
     return x.address + outer * x.outer + inner * x.inner
 

@@ -12,6 +12,7 @@ the next group's first: memory and arithmetic are busy all the time.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -193,23 +194,6 @@ def _summed(terms):
 _sum_distances, _sum_weighted = _summed(blocks.distance_terms), _summed(blocks.weighted_terms)
 
 
-@inline
-def fold_weighted_block(v, b, n, row, buffer, like):
-    """`fold_block` with weights."""
-    blocks.mask(v, b, n, buffer, like)
-    top = max_block(buffer, n, like)
-    if top > row.maximum:
-        raise_maximum(row, top)
-    if usable(row.maximum):
-        floor, magic = window(row.reference, like)
-        arguments = splat(cast(row.maximum, like)), floor, magic
-        added, k = _sum_weighted(buffer, b, n, vector.widen(zeros(like)), arguments, like)
-        row.added += added
-        row.at_maximum += k
-    else:
-        blocks.add_weighted_exactly(row, buffer, b, size_of(like), n, like)
-
-
 # Folding a row
 
 
@@ -280,11 +264,10 @@ def align_terms(call, memory, terms, reference):
     """
     limit = -250.0 if lanes_of(call.like) == 32 else -2000.0
     for j in range(0, call.classes, BLOCK):
-        lift = max(limit, read(memory.references + j // BLOCK * 8, 0.0) - reference)
-        if lift < 0.0:  # above, the block was not usable: all of it is 0
-            half = np.floor(lift * 0.5)
-            at, n = terms + j * size_of(call.like), min(BLOCK, call.classes - j)
-            blocks.scale(at, n, vector.power(half), vector.power(lift - half), call.like)
+        lift = int(max(limit, read(memory.references + j // BLOCK * 8, 0.0) - reference))
+        if lift < 0:  # above, the block was not usable: all of it is 0
+            at, n, half = terms + j * size_of(call.like), min(BLOCK, call.classes - j), lift // 2
+            blocks.scale(at, n, math.ldexp(1.0, half), math.ldexp(1.0, lift - half), call.like)
 
 
 def _fold_row(operation):
@@ -326,12 +309,25 @@ def _fold_row(operation):
 
 @inline
 def fold_weighted_row(call, memory, group, i):
+    """Fold weighted exponentials of elements below the maximum, and weights of those equal to it."""
     x, b, like, row = call.x, call.second, call.like, row_of(group.table, i)
+    masked, zero = memory.out, vector.widen(zeros(like))
     for j in range(0, call.classes, BLOCK):
         n = min(BLOCK, call.classes - j)
         v = fetch(x, start_of_row(x, group, i), j, n, memory.x, like)
         weights = fetch(b, start_of_row(b, group, i), j, n, memory.second, like)
-        fold_weighted_block(v, weights, n, row, memory.out, like)
+        blocks.mask(v, weights, n, masked, like)
+        top = max_block(masked, n, like)
+        if top > row.maximum:
+            raise_maximum(row, top)
+        if usable(row.maximum):
+            floor, magic = window(row.reference, like)
+            arguments = splat(cast(row.maximum, like)), floor, magic
+            added, k = _sum_weighted(masked, weights, n, zero, arguments, like)
+            row.added += added
+            row.at_maximum += k
+        else:
+            blocks.add_weighted_exactly(row, masked, weights, size_of(like), n, like)
 
 
 # Writing a row
@@ -357,7 +353,8 @@ def _result(operation):
             most = 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
             ordinary = usable(m) and row.unshift == 1.0 and abs(scale) < most
             source = kept_terms(memory, group, i) if ordinary else 0
-        return Pending(source, out, call.classes, log, call.out.streamed, scalars)
+        n = call.classes if source != 0 else 0
+        return Pending(source, out, n, log, call.out.streamed, scalars)
 
     return vector.inlined(result, f"{operation}_result")
 
@@ -439,7 +436,7 @@ def _walk(operation):
         """What can be written of a row while another one is read, its first elements aside."""
         ready = memory.interleaves and i < group.count and row_of(group.table, i).kept != 0.0
         row = result(call, memory, group, i) if ready else nothing_pending(log, call.like)
-        if row.streamed and row.source != 0:
+        if row.streamed:
             head = min(row.n, until_line(row.out, call.like))
             write_vector(row, 0, head)
             return rest_of(row, head)

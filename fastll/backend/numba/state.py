@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
-from numba.extending import lower_getattr_generic, lower_setattr_generic, models, register_model
+from numba.extending import lower_getattr_generic, lower_setattr_generic, register_model
 
 from fastll.backend.numba import vector
 from fastll.backend.numba.maths import constants, formulas, log1p_sum
@@ -62,15 +62,14 @@ TABLE_SIZE = len(COLUMNS) * GROUP * 8
 class _Rows(types.Type):
     """The address in the first column of a row, or with columns that are vectors, of several."""
 
+    ir = ir.IntType(64)
+
     def __init__(self, column):
         self.column = column
         super().__init__(name=f"Rows({column})")
 
 
-@register_model(_Rows)
-class _RowsModel(models.PrimitiveModel):
-    def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, ir.IntType(64))
+register_model(_Rows)(vector.Model)
 
 
 @infer_getattr

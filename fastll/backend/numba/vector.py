@@ -46,15 +46,6 @@ def phase(function):
     return njit(inline="always", error_model="numpy")(function)
 
 
-def for_each(function, count):
-    """A function that returns (function(0, *arguments), ..., function(count - 1, *arguments))."""
-    name, at = f"{function.__qualname__}_{count}", count - 1
-    if count == 0:
-        return inlined(lambda *arguments: (), name)
-    before = for_each(function, at)
-    return inlined(lambda *arguments: (*before(*arguments), function(at, *arguments)), name)
-
-
 #: Bytes from what is read or written to what is prefetched.
 AHEAD = 2048
 
@@ -88,10 +79,14 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({element}, {self.ir.count})")
 
 
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, fe_type.ir)
+class Model(models.PrimitiveModel):
+    """How values of a type that has an `ir` are represented."""
+
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, kind.ir)
+
+
+register_model(Vector)(Model)
 
 
 def emitted(result):
@@ -291,19 +286,6 @@ def _to_lanes(context, builder, kind, result, number):
     return _splat(builder, number, result.ir.count)
 
 
-@emitted(lambda v: Vector(types.float64))
-def widen_lower(builder, v):
-    """The lower half of the lanes in float64; all of them where they are."""
-    return _widened(builder, builder.shuffle_vector(v, v, _lanes(range(16))))
-
-
-@emitted(lambda v: Vector(types.float64))
-def widen_upper(builder, v):
-    """The upper half of the lanes in float64; zeros where all are in the lower one."""
-    zeros = ir.Constant(v.type, None)
-    return _widened(builder, builder.shuffle_vector(v, zeros, _lanes(range(16, 32))))
-
-
 def _element(v):
     return v.type.element if isinstance(v.type, ir.VectorType) else v.type
 
@@ -361,13 +343,6 @@ def total(builder, v):
 def largest(builder, v):
     """The largest of the lanes, none of which is NaN."""
     return _halves(builder, v, partial(_larger, builder))
-
-
-@emitted(lambda n: types.float64)
-def power(builder, n):
-    """2**n for a whole number -1023 < n < 1024 in float64."""
-    biased = builder.fptosi(builder.fadd(n, _DOUBLE(1023.0)), _I64)
-    return builder.bitcast(builder.shl(biased, _I64(52)), _DOUBLE)
 
 
 @emitted(lambda v: types.int64)
