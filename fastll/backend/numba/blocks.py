@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from fastll.backend.numba import vector
 from fastll.backend.numba.maths import cast, exponential, formulas, lowest, zeros
@@ -124,7 +123,7 @@ def term_of(operation):
 # apart, by the library's exp.
 
 
-@njit
+@vector.shared
 def add_exactly(row, v, step, n, like):
     """Add to a row the exponentials of elements below the maximum, and count those equal to it.
 
@@ -144,7 +143,7 @@ def add_exactly(row, v, step, n, like):
     row.below += e
 
 
-@njit
+@vector.shared
 def add_weighted_exactly(row, v, b, step, n, like):
     """The same with weights; those of both signs at an infinite maximum make it NaN."""
     e = 0.0
@@ -161,7 +160,7 @@ def add_weighted_exactly(row, v, b, step, n, like):
     row.at_maximum += k
 
 
-@njit
+@vector.shared
 def exp_exactly(v, step, n, maximum, factor, out, like):
     """factor * exp(x - maximum); NaN throughout where the maximum is infinite."""
     for j in range(n):

@@ -18,9 +18,10 @@ from numba import njit
 from fastll.backend.numba import state, vector
 from fastll.backend.numba.cache import cached
 from fastll.backend.numba.calls import Layout, Number, Operand, RowOperand
+from fastll.backend.numba.maths import cast, constants, formulas
 from fastll.backend.numba.memory import KERNEL, address_of, release, start_of
-from fastll.backend.numba.state import row_of
-from fastll.backend.numba.vector import cast, first, inline, read, size_of, splat, write
+from fastll.backend.numba.state import row_of, rows_of
+from fastll.backend.numba.vector import absolute, fma, inline, read, size_of, where_eq, where_gt, write
 from fastll.contract import Options
 
 
@@ -77,7 +78,7 @@ def load_states(call, group):
         row, at = row_of(group.table, i), start_of_row(call.state, group, i)
         row.maximum, row.below = read(at, 0.0), read(at + step, 0.0)
         row.at_maximum = read(at + 2 * step, 0.0)
-        row.reference = first(state.reference_of(splat(row.maximum)))
+        row.reference = vector.first(state.reference_of(vector.splat(row.maximum)))
 
 
 @inline
@@ -144,7 +145,10 @@ def end_logsumexp(call, group):
 
 @inline
 def end_softmax(call, group):
-    state.finish_softmax(group.table, group.count, call.like)
+    state.settle(group.table, group.count)
+    for i in range(0, group.count, state.LANES):
+        rows = rows_of(group.table, i, 0.0)
+        state.set_factors(rows, 1.0 / (rows.below + rows.at_maximum), call.like)
 
 
 @inline
@@ -154,8 +158,28 @@ def end_log_softmax(call, group):
 
 @inline
 def end_cross_entropy(call, group):
-    sparse = call.labels.address != 0
-    state.finish_cross_entropy(group.table, group.count, call.classes, sparse, call.options, call.like)
+    """Losses, and what their gradients take."""
+    state.settle(group.table, group.count)
+    scale, eps, z_loss = call.options.scale, call.options.label_smoothing, call.options.z_loss
+    c = 1.0 - eps if call.labels.address != 0 else 0.0
+    limits = constants(0.0)
+    for i in range(0, group.count, state.LANES):
+        rows = rows_of(group.table, i, 0.0)
+        m, log_s, mass, x_y = rows.maximum, rows.log_s, rows.mass, rows.label_logit
+        e, k, c_y = rows.below, rows.at_maximum, rows.label_weight * c
+        loss = formulas.cross_entropy_loss(m, log_s, c_y, x_y, mass, rows.distance, z_loss)
+        if call.classes > 0:
+            loss = where_eq(m, -np.inf, np.nan, loss)
+        rows.value = formulas.product(rows.kept, loss)
+        q, t = formulas.split(x_y - m, limits.floor, limits.magic)
+        e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
+        s, rest, u_y = e + k, e + (k - 1.0), rows.label_weight * (eps / call.classes)
+        factor, g_y = formulas.cross_entropy_gradient(
+            rows.lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y
+        )
+        g_y = (g_y * scale) * rows.label_slope
+        rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
+        state.set_factors(rows, factor * scale / s, call.like)
     write_values(call, group)
 
 
@@ -176,14 +200,6 @@ _PHASES = {
 _TERMS = load_states, end_terms
 
 
-@inline
-def next_group(call, tables, half, row, stop, most):
-    """The rows from `row` on that are neighbours, at most `most`."""
-    inner = row % call.inner
-    count = min(most, min(call.inner - inner, stop - row))
-    return Group(tables + half * state.TABLE_SIZE, row // call.inner, inner, count, half)
-
-
 def driver(family, operation, allocate, rows_at_once, walk):
     """The kernel of an operation, with the phases of a family.
 
@@ -199,7 +215,9 @@ def driver(family, operation, allocate, rows_at_once, walk):
         row = start
         while row < stop or before.count > 0:
             most = rows_at_once(call, memory, row)
-            group = next_group(call, memory.tables, 1 - before.half, row, max(row, stop), most)
+            outer, inner, half = row // call.inner, row % call.inner, 1 - before.half
+            count = max(0, min(most, call.inner - inner, stop - row))
+            group = Group(memory.tables + half * state.TABLE_SIZE, outer, inner, count, half)
             state.begin(group.table)
             load(call, group)
             walk(call, memory, group, before)

@@ -14,13 +14,13 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import lower_getattr_generic, lower_setattr_generic, register_model
 
 from fastll.backend.numba import vector
-from fastll.backend.numba.maths import constants, formulas, log1p_sum
-from fastll.backend.numba.vector import Vector, absolute, emitted, fma, inline, where_eq, where_gt
+from fastll.backend.numba.maths import formulas, log1p_sum
+from fastll.backend.numba.vector import Vector, absolute, emitted, inline, shared, where_eq, where_gt
 from fastll.contract import GROUP
 from fastll.formulas.constants import LIMIT, LN2_HIGH, LN2_LOW, SHIFT
 
@@ -135,7 +135,7 @@ def lead_of(maximum, n):
     return where_usable(maximum, fraction, 1.0)
 
 
-@njit
+@shared
 def begin(table):
     """Every row the identity, idle ones too, so that their lanes hold harmless numbers."""
     for at in range(table, table + TABLE_SIZE, LANES * 8):
@@ -147,7 +147,7 @@ def begin(table):
         rows.label = -1.0
 
 
-@njit
+@shared
 def raise_maximum(row, top):
     """Make the state of a row relative to a larger maximum `top`.
 
@@ -167,7 +167,7 @@ def raise_maximum(row, top):
     row.reference = vector.first(reference_of(vector.splat(top)))
 
 
-@njit
+@shared
 def settle(table, count):
     """Finalise states after the last element.
 
@@ -193,44 +193,3 @@ def set_factors(rows, factor, like):
     rows.factor = factor
     rows.scale = vector.where_ge(tiny, absolute(shifted), scale, shifted)
     rows.unshift = vector.where_ge(tiny, absolute(shifted), _UNSHIFT, 1.0)
-
-
-@njit
-def finish_softmax(table, count, like):
-    settle(table, count)
-    for i in range(0, count, LANES):
-        rows = rows_of(table, i, 0.0)
-        set_factors(rows, 1.0 / (rows.below + rows.at_maximum), like)
-
-
-@njit
-def finish_cross_entropy(table, count, classes, sparse, options, like):
-    """Losses, and what their gradients take."""
-    settle(table, count)
-    scale, eps = options.scale, options.label_smoothing
-    c = 1.0 - eps if sparse else 0.0
-    limits = constants(0.0)
-    for i in range(0, count, LANES):
-        rows = rows_of(table, i, 0.0)
-        m, log_s, mass, x_y, w_y = (
-            rows.maximum,
-            rows.log_s,
-            rows.mass,
-            rows.label_logit,
-            rows.label_weight,
-        )
-        e, k = rows.below, rows.at_maximum
-        c_y, s, rest = w_y * c, e + k, e + (k - 1.0)
-        loss = formulas.cross_entropy_loss(m, log_s, c_y, x_y, mass, rows.distance, options.z_loss)
-        if classes > 0:
-            loss = where_eq(m, -np.inf, np.nan, loss)
-        rows.value = formulas.product(rows.kept, loss)
-        q, t = formulas.split(x_y - m, limits.floor, limits.magic)
-        e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
-        u_y = w_y * (eps / classes)
-        factor, g_y = formulas.cross_entropy_gradient(
-            rows.lse, s, rest, c_y, u_y, mass, options.z_loss, e_y, fall_y
-        )
-        g_y = (g_y * scale) * rows.label_slope
-        rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
-        set_factors(rows, factor * scale / s, like)

@@ -22,14 +22,10 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
-#: Options of functions that must vanish into their caller, and so need no entry for Python or C.
-INLINE = {
-    "forceinline": True,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-inline = njit(**INLINE)
+#: For functions that kernels call, and so need no entry for Python or C;
+shared = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+#: for those of them that must vanish into their caller.
+inline = partial(shared, forceinline=True)
 
 
 def inlined(function, name):
