@@ -19,13 +19,16 @@ from fastll.backend.numba import blocks, state, vector
 from fastll.backend.numba.folds import driver, has_targets
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, start_of, until_line
-from fastll.backend.numba.state import row_of, rows_of, usable
+from fastll.backend.numba.state import narrow_rows_of, row_of, rows_of, usable
 from fastll.backend.numba.vector import bytes_of, inline, lanes_of, load, read, size_of, store, write
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
 FEW = 32  # classes that are written at a time
+APART = (
+    1024  # bytes between tiles, so that none is 4096 bytes from another, which CPUs take for the same
+)
 LINES_AHEAD = 8  # classes from the one that is read or written to the one that is prefetched
 
 
@@ -33,12 +36,13 @@ class Tile(NamedTuple):
     """Addresses of memory for one call; numbers are of the compute dtype unless said otherwise."""
 
     tables: int  # of two groups
-    x: int  # logits, capped
+    narrow: int  # a table of what the elements' exponentials take, in the compute dtype
     slope: int  # of FEW classes: derivatives of the soft cap
     out: int  # of FEW classes
     sums: int  # an accumulator, of one number per row, for each lane; twice
     more_sums: int
     wide: int  # the sums on their way to one, in float64
+    x: int  # logits, capped
     second: int  # weights or targets, where there are any
 
 
@@ -46,9 +50,10 @@ class Tile(NamedTuple):
 def allocate_tile(call):
     """An uninitialised `Tile`, and the array that holds it."""
     like, line = call.like, GROUP * size_of(call.like)
-    tile, few = min(BLOCK, call.classes) * line, FEW * line
+    tile, few, table = min(BLOCK, call.classes) * line, FEW * line + APART, state.TABLE_SIZE
     sums = lanes_of(like) * bytes_of(vector.widen(zeros(like)))
-    sizes = (2 * state.TABLE_SIZE, tile, few, few, sums, sums, sums, tile if has_targets(call) else 0)
+    second = tile if has_targets(call) else 0
+    sizes = (2 * table, table, few, few, sums, sums, sums, tile, second)
     owner, pieces = allocate(sizes)
     return Tile(*pieces), owner
 
@@ -156,17 +161,12 @@ _sum_distances, _sum_weighted = _summed(blocks.distance_terms, 2), _summed(block
 
 
 @inline
-def aim(table, like):
-    """The windows of the exponential."""
+def aim(tile, table, like):
+    """Maxima and windows of the exponential as vectors of the compute dtype."""
     for w in range(0, GROUP, lanes_of(like)):
-        rows = rows_of(table, w, like)
-        rows.floor, rows.magic = window(rows.reference, like)
-
-
-@inline
-def references(rows, like):
-    """(maximum, floor, magic) of rows as vectors of the compute dtype."""
-    return cast(rows.maximum, like), cast(rows.floor, like), cast(rows.magic, like)
+        rows, narrow = rows_of(table, w, like), narrow_rows_of(tile.narrow, w, like)
+        narrow.maximum = rows.maximum
+        narrow.floor, narrow.magic = window(rows.reference, like)
 
 
 @inline
@@ -186,7 +186,7 @@ def raise_maxima(tile, table, n, count, fresh, like):
         row = row_of(table, i)
         if row.top > row.maximum:
             state.raise_maximum(row, row.top)
-    aim(table, like)
+    aim(tile, table, like)
 
 
 @inline
@@ -202,8 +202,8 @@ def fold_tile(tile, table, n, count, fresh, like):
     size, zero, one = size_of(like), zeros(like), constants(like).one
     raise_maxima(tile, table, n, count, fresh, like)
     for w in range(0, count, lanes_of(like)):
-        rows = rows_of(table, w, like)
-        maxima, floors, magics = references(rows, like)
+        narrow = narrow_rows_of(tile.narrow, w, like)
+        maxima, floors, magics = narrow.maximum, narrow.floor, narrow.magic
         clear(tile.sums, zero)
         counts = zero
         for j in range(n):
@@ -212,7 +212,7 @@ def fold_tile(tile, table, n, count, fresh, like):
             accumulate(tile.sums, j, e)
             counts = counts + formulas.at_maximum(x, maxima, one)
         sums = fold_sums(tile.sums, n, zero, tile.wide)
-        add_sums(rows, sums * 2.0**-SHIFT, vector.widen(counts))
+        add_sums(rows_of(table, w, like), sums * 2.0**-SHIFT, vector.widen(counts))
     for i in range(count):
         row = row_of(table, i)
         if not usable(row.maximum):
@@ -226,9 +226,10 @@ def fold_weighted_tile(tile, table, n, count, like):
     blocks.mask(tile.x, tile.second, n * GROUP, tile.x, like)
     raise_maxima(tile, table, n, count, False, like)
     for w in range(0, count, lanes_of(like)):
-        rows = rows_of(table, w, like)
-        added, k = _sum_weighted(tile, tile.second, w, n, zero, references(rows, like), like)
-        add_sums(rows, added, k)
+        narrow = narrow_rows_of(tile.narrow, w, like)
+        arguments = narrow.maximum, narrow.floor, narrow.magic
+        added, k = _sum_weighted(tile, tile.second, w, n, zero, arguments, like)
+        add_sums(rows_of(table, w, like), added, k)
     for i in range(count):
         row = row_of(table, i)
         if not usable(row.maximum):
@@ -325,11 +326,10 @@ def exp_tile(tile, table, x, n, count, like):
     """`rows.exp_block` for the rows of a tile."""
     size, zero = size_of(like), zeros(like)
     for w in range(0, count, lanes_of(like)):
-        rows = rows_of(table, w, like)
-        maxima, floors, magics = references(rows, like)
-        peaks = exponential(maxima, floors, magics)
-        factors, scales = cast(rows.factor, like), cast(rows.scale, like)
-        unshifts = cast(rows.unshift, like)
+        narrow = narrow_rows_of(tile.narrow, w, like)
+        floors, magics = narrow.floor, narrow.magic
+        factors, scales, unshifts = narrow.factor, narrow.scale, narrow.unshift
+        peaks = exponential(narrow.maximum, floors, magics)
         for j in range(n):
             e = exponential(read(at_of(x, j, w, like), zero), floors, magics)
             y = vector.where_eq(e, peaks, factors, (e * scales) * unshifts)
@@ -345,8 +345,8 @@ def exp_tile(tile, table, x, n, count, like):
 def log_tile(tile, table, x, n, count, like):
     """Log-probabilities."""
     for w in range(0, count, lanes_of(like)):
-        rows = rows_of(table, w, like)
-        maxima, log_s = cast(rows.maximum, like), cast(rows.log_s, like)
+        narrow = narrow_rows_of(tile.narrow, w, like)
+        maxima, log_s = narrow.maximum, narrow.log_s
         for j in range(n):
             y = formulas.log_probability(read(at_of(x, j, w, like), maxima), maxima, log_s)
             write(at_of(tile.out, j, w, like), y)
@@ -380,7 +380,11 @@ def _write_group(operation):
     def write_group(call, tile, group):
         like = call.like
         whole = call.classes <= BLOCK and call.state.address == 0 and call.options.softcap == 0.0
-        aim(group.table, like)
+        aim(tile, group.table, like)
+        for w in range(0, GROUP, lanes_of(like)):
+            rows, narrow = rows_of(group.table, w, like), narrow_rows_of(tile.narrow, w, like)
+            narrow.factor, narrow.log_s = rows.factor, rows.log_s
+            narrow.scale, narrow.unshift = rows.scale, rows.unshift
         for j in range(0, call.classes, FEW):
             n, x, second = min(FEW, call.classes - j), tile.x, tile.second
             if whole:  # the tiles keep what they hold

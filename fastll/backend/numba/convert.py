@@ -17,7 +17,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import types
 
 from fastll.backend.numba.cache import cached_cfunc
-from fastll.backend.numba.vector import Vector, emitted, inline, nothing, pointer, read, splat, write
+from fastll.backend.numba.vector import Vector, emitted, inline, pointer, read, splat, write
 from fastll.dtypes import FORMATS
 
 _BITS = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
@@ -148,7 +148,7 @@ def _vectors(name):
     def store_vector(builder, address, v):
         builder.store(encode(builder, v), pointer(builder, address, bits), align=1)
 
-    return emitted(lambda address: Vector(types.float32))(load_vector), emitted(nothing)(store_vector)
+    return emitted(lambda address: Vector(types.float32))(load_vector), emitted(None)(store_vector)
 
 
 _SIGNATURE = types.void(*(types.int64,) * 5)

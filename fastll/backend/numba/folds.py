@@ -156,9 +156,10 @@ def end_log_softmax(call, group):
     state.settle(group.table, group.count)
 
 
-@inline
+@vector.shared
 def end_cross_entropy(call, group):
     """Losses, and what their gradients take."""
+    vector.out_of_line()
     state.settle(group.table, group.count)
     scale, eps, z_loss = call.options.scale, call.options.label_smoothing, call.options.z_loss
     c = 1.0 - eps if call.labels.address != 0 else 0.0

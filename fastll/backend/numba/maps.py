@@ -34,16 +34,6 @@ class Call(NamedTuple):
     like: Number  # 0: says what the compute dtype is
 
 
-class Block(NamedTuple):
-    """Addresses of contiguous elements."""
-
-    inputs: tuple[int, ...]
-    weight: int
-    value: int
-    slope: int
-    n: int
-
-
 def _for_each(function, count):
     """A function that returns (function(0, *arguments), ..., function(count - 1, *arguments))."""
     name, at = f"{function.__qualname__}_{count}", count - 1
@@ -61,12 +51,12 @@ def fetch_input(i, inputs, outer, j, n, buffer, like):
 
 
 @inline
-def load_input(i, block, j, pad):
-    return load_ahead(block.inputs[i] + j * size_of(pad), block.n - j, pad)
+def load_input(i, inputs, j, n, pad):
+    return load_ahead(inputs[i] + j * size_of(pad), n - j, pad)
 
 
 def _block(operation):
-    """A function that maps the elements of a `Block` and returns the sum of their values.
+    """A function that maps a block, by addresses, and returns the sum of the values.
 
     Where nothing but that is asked for, the sum of log1p(e) is the log1p of one number per lane,
     q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
@@ -76,13 +66,13 @@ def _block(operation):
     formula, log1p = getattr(formulas, formula.__name__), formulas.log1p
     load_inputs = _for_each(load_input, inputs)
 
-    def map_block(call, block, streamed):
-        size, lanes, n = size_of(call.like), lanes_of(call.like), block.n
+    def map_block(call, n, inputs, weights, values, slopes):
+        size, lanes = size_of(call.like), lanes_of(call.like)
         zero = zeros(call.like)
-        together = has_log1p and block.weight == 0 and block.value == 0
+        together = has_log1p and weights == 0 and values == 0
         sums = q = e = slope = zero
         for j in range(0, n, lanes):
-            found = formula(*(load_inputs(block, j, zero) + call.parameters))
+            found = formula(*(load_inputs(inputs, j, n, zero) + call.parameters))
             if has_log1p:
                 value, e, slope = found
             elif has_slope:
@@ -91,16 +81,16 @@ def _block(operation):
                 value = found
             if has_log1p and not together:
                 value = value + log1p(e)
-            if block.weight != 0:
-                weight = load_ahead(block.weight + j * size, n - j, zero)
+            if weights != 0:
+                weight = load_ahead(weights + j * size, n - j, zero)
                 value, slope = value * weight, slope * weight
-            if block.value != 0:
-                if streamed and n - j >= lanes:
-                    vector.stream(block.value + j * size, value)
+            if values != 0:
+                if call.value.streamed and n - j >= lanes:
+                    vector.stream(values + j * size, value)
                 else:
-                    store(block.value + j * size, n - j, value)
-            if block.slope != 0:
-                store(block.slope + j * size, n - j, slope * call.scale)
+                    store(values + j * size, n - j, value)
+            if slopes != 0:
+                store(slopes + j * size, n - j, slope * call.scale)
             if call.partial.address != 0:
                 if n - j < lanes:
                     value, e = vector.first_lanes(value, n - j), vector.first_lanes(e, n - j)
@@ -149,14 +139,9 @@ def kernel(operation):
                 factors = 0
                 if weight.address != 0:
                     factors = fetch(weight, start_of(weight, outer), j, n, weights, like)
-                block = Block(
-                    fetch_inputs(call.inputs, outer, j, n, buffers, like),
-                    factors,
-                    target(value, outer, j, values),
-                    target(slope, outer, j, slopes),
-                    n,
-                )
-                result += map_block(call, block, streamed)
+                inputs_at = fetch_inputs(call.inputs, outer, j, n, buffers, like)
+                to, slopes_to = target(value, outer, j, values), target(slope, outer, j, slopes)
+                result += map_block(call, n, inputs_at, factors, to, slopes_to)
                 if value.address != 0:
                     deliver(value, start_of(value, outer), j, n, values, like)
                 if slope.address != 0:

@@ -429,6 +429,7 @@ def _write_row(operation, result):
 def _walk(operation):
     """A function that folds the rows of a group while it writes those of the one before."""
     log, loss = operation == "log_softmax", operation == "cross_entropy"
+    writes = operation != "logsumexp"
     fold_row, result = _fold_row(operation), _result(operation)
     write_row = _write_row(operation, result)
 
@@ -446,31 +447,22 @@ def _walk(operation):
 
     def walk(call, memory, group, before):
         for i in range(max(group.count, before.count)):
-            pending = begin_to_write(call, memory, before, i)
+            pending = nothing_pending(log, call.like)
+            if writes:
+                pending = begin_to_write(call, memory, before, i)
             row = row_of(group.table, i)
             wanted = call.state.address == 0 and (row.kept != 0.0 or call.lse.address != 0)
-            if i < group.count and wanted:
+            if not writes and call.second.address != 0:
+                fold_weighted_row(call, memory, group, i)
+            elif i < group.count and (wanted or not writes):
                 pending = fold_row(call, memory, group, i, pending)
-            if i < before.count and pending.source != 0:
+            if writes and i < before.count and pending.source != 0:
                 write_rest(pending)
                 if loss:
                     out = start_of_row(call.out, before, i)
                     put_label_gradient(call, row_of(before.table, i), out, 0, call.classes)
-            elif i < before.count:
+            elif writes and i < before.count:
                 write_row(call, memory, before, i)
-
-    return vector.phase(walk)
-
-
-def _walk_logsumexp():
-    fold_row = _fold_row("logsumexp")
-
-    def walk(call, memory, group, before):
-        for i in range(group.count):
-            if call.second.address == 0:
-                fold_row(call, memory, group, i, nothing_pending(False, call.like))
-            else:
-                fold_weighted_row(call, memory, group, i)
 
     return vector.phase(walk)
 
@@ -526,8 +518,5 @@ def _rows_at_once(call, memory, row):
 @cache
 def kernel(operation):
     """The kernel of an operation."""
-    if operation == "logsumexp":
-        walk = _walk_logsumexp()
-    else:
-        walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
+    walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
     return driver("rows", operation, _allocate(operation), _rows_at_once, walk)

@@ -51,10 +51,10 @@ COLUMNS = (
     "scale",  # of `exponential` in the result, together with
     "unshift",  # a second factor, so that both are normal numbers
     "label_gradient",
-    "floor",  # `window`, of the columns' tiles
-    "magic",
     "top",  # maximum of a tile, and the maximum before it
     "before",
+    "floor",  # `window`
+    "magic",
 )
 TABLE_SIZE = len(COLUMNS) * GROUP * 8
 
@@ -95,20 +95,26 @@ def _write(context, builder, signature, values, name):
     builder.store(values[1], _pointer(context, builder, signature.args[0], values[0], name), align=1)
 
 
-def _rows(builder, table, i):
-    return builder.add(table, builder.mul(i, i.type(8)))
+def _row_at(builder, table, i, size):
+    return builder.add(table, builder.mul(i, i.type(size)))
 
 
 @emitted(lambda table, i: _Rows(types.float64))
 def row_of(builder, table, i):
     """Row i."""
-    return _rows(builder, table, i)
+    return _row_at(builder, table, i, 8)
 
 
 @emitted(lambda table, i, like: _Rows(Vector(types.float64, Vector(like).ir.count)))
 def rows_of(builder, table, i, like):
     """Rows from i on, as many as a vector of the type of `like` has lanes."""
-    return _rows(builder, table, i)
+    return _row_at(builder, table, i, 8)
+
+
+@emitted(lambda table, i, like: _Rows(Vector(like)))
+def narrow_rows_of(builder, table, i, like):
+    """The same of a table whose numbers are of the type of `like`."""
+    return _row_at(builder, table, i, 4 if like.type == ir.FloatType() else 8)
 
 
 @inline
@@ -147,7 +153,7 @@ def begin(table):
         rows.label = -1.0
 
 
-@shared
+@inline
 def raise_maximum(row, top):
     """Make the state of a row relative to a larger maximum `top`.
 
@@ -173,6 +179,7 @@ def settle(table, count):
 
     A row without an element above -inf is the identity; a NaN stays.
     """
+    vector.out_of_line()
     for i in range(0, count, LANES):
         rows = rows_of(table, i, 0.0)
         m = rows.maximum

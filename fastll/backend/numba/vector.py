@@ -22,9 +22,12 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
-#: For functions that kernels call, and so need no entry for Python or C;
-shared = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-#: for those of them that must vanish into their caller.
+#: For functions that kernels call, and so need no entry for Python or C. All is said: an option that is
+#: left out is that of the caller.
+shared = partial(
+    njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=False
+)
+#: For those of them that must vanish into their caller.
 inline = partial(shared, forceinline=True)
 
 
@@ -86,12 +89,12 @@ register_model(Vector)(Model)
 
 
 def emitted(result):
-    """Make of emit(builder, *values), which emits code, a function of type result(*types)."""
+    """Make of emit(builder, *values), which emits code, a function of type result(*types) or None."""
 
     def decorate(emit):
         @wraps(emit)  # Numba reads the arguments off the signature, beginning with the second
         def typed(typing_context, *arguments):
-            kind = result(*arguments)
+            kind = types.none if result is None else result(*arguments)
 
             def codegen(context, builder, signature, values):
                 value = emit(builder, *values)
@@ -104,8 +107,10 @@ def emitted(result):
     return decorate
 
 
-def nothing(*arguments):
-    return types.none
+@emitted(None)
+def out_of_line(builder):
+    """Keep the calling function out of its callers' loops, whose registers its constants would take."""
+    builder.function.attributes.add("noinline")
 
 
 def _common(*arguments):
@@ -273,8 +278,14 @@ def widen(builder, v):
 
 
 @lower_cast(Vector, Vector)
-def _to_float64(context, builder, kind, result, v):
-    return _widened(builder, v)
+def _to_lanes_of(context, builder, kind, result, v):
+    if kind == result:
+        return v
+    return (
+        builder.fpext(v, result.ir)
+        if result.element == types.float64
+        else builder.fptrunc(v, result.ir)
+    )
 
 
 @lower_cast(types.Float, Vector)
@@ -372,7 +383,7 @@ def read(builder, address, like):
     return builder.load(pointer(builder, address, like.type), align=1)
 
 
-@emitted(nothing)
+@emitted(None)
 def write(builder, address, value):
     """Write a number or a vector at `address`."""
     builder.store(value, pointer(builder, address, value.type), align=1)
@@ -385,7 +396,7 @@ def _read_some(builder, address, count, pad):
     return _llvm(builder, name, pad.type, at, _I32(1), mask, pad)
 
 
-@emitted(nothing)
+@emitted(None)
 def _write_some(builder, address, count, v):
     name = f"llvm.masked.store.{_code(v)}.p0{_code(v)}"
     at, mask = pointer(builder, address, v.type), _mask(builder, count, v)
@@ -407,7 +418,7 @@ def store(address, count, v):
         _write_some(address, count, v)
 
 
-@emitted(nothing)
+@emitted(None)
 def stream(builder, address, v):
     """Write a vector past the caches: that reads nothing, where a plain store reads the line first.
 
@@ -417,13 +428,13 @@ def stream(builder, address, v):
     written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
-@emitted(nothing)
+@emitted(None)
 def stream_fence(builder):
     """What was streamed is in memory before whatever is written next."""
     builder.fence("seq_cst")
 
 
-@emitted(nothing)
+@emitted(None)
 def prefetch(builder, address):
     """Ask for the cache line of an address, which may lie beyond any array."""
     at, settings = pointer(builder, address, ir.IntType(8)), (_I32(0), _I32(3), _I32(1))
@@ -444,7 +455,7 @@ def load_ahead(address, count, pad):
     return load(address, count, pad)
 
 
-@emitted(nothing)
+@emitted(None)
 def call(builder, function, source, source_stride, destination, destination_stride, count):
     """Call the C function at an address with five int64."""
     arguments = source, source_stride, destination, destination_stride, count
