@@ -192,7 +192,7 @@ def end_terms(call, group):
 
 
 #: What an operation does with a group of rows before its elements are read, and after.
-_PHASES = {
+PHASES = {
     "logsumexp": (load_states, end_logsumexp),
     "softmax": (load_states, end_softmax),
     "log_softmax": (load_states, end_log_softmax),
@@ -207,7 +207,7 @@ def driver(family, operation, allocate, rows_at_once, walk):
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
     the rows of one group and writes those of the one before.
     """
-    load, end = _PHASES.get(operation, _TERMS)
+    load, end = PHASES.get(operation, _TERMS)
 
     def run(words, like, start, stop):
         call = _unpack(address_of(words), like)

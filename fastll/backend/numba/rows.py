@@ -341,11 +341,8 @@ def _result(operation):
         row, like = row_of(group.table, i), call.like
         m, scale = row.maximum, row.scale
         floor, magic = window(row.reference, like)
-        peak, factor = (
-            vector.first(exponential(splat(cast(m, like)), floor, magic)),
-            cast(row.factor, like),
-        )
-        scalars = Scalars(peak, factor, cast(scale, like), cast(m, like), cast(row.log_s, like))
+        peak = vector.first(exponential(splat(cast(m, like)), floor, magic))
+        values = cast(row.factor, like), cast(scale, like), cast(m, like), cast(row.log_s, like)
         source, out = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
         if not log:
             # kept exponentials do for a factor of moderate size, for which neither the product nor
@@ -354,7 +351,7 @@ def _result(operation):
             ordinary = usable(m) and row.unshift == 1.0 and abs(scale) < most
             source = kept_terms(memory, group, i) if ordinary else 0
         n = call.classes if source != 0 else 0
-        return Pending(source, out, n, log, call.out.streamed, scalars)
+        return Pending(source, out, n, log, call.out.streamed, Scalars(peak, *values))
 
     return vector.inlined(result, f"{operation}_result")
 

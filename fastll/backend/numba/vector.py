@@ -22,8 +22,8 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
-#: For functions that kernels call, and so need no entry for Python or C. All is said: an option that is
-#: left out is that of the caller.
+#: For functions that kernels call, which need no entry for Python or C. An option that is not given
+#: is taken from the caller.
 shared = partial(
     njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=False
 )
@@ -89,7 +89,10 @@ register_model(Vector)(Model)
 
 
 def emitted(result):
-    """Make of emit(builder, *values), which emits code, a function of type result(*types) or None."""
+    """A function for kernels out of emit(builder, *values), which emits its code.
+
+    The type of what it returns is result(*types) of its arguments; nothing where `result` is None.
+    """
 
     def decorate(emit):
         @wraps(emit)  # Numba reads the arguments off the signature, beginning with the second
@@ -109,7 +112,7 @@ def emitted(result):
 
 @emitted(None)
 def out_of_line(builder):
-    """Keep the calling function out of its callers' loops, whose registers its constants would take."""
+    """Keep the function that calls this from being inlined: loops there need its registers."""
     builder.function.attributes.add("noinline")
 
 
