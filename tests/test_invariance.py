@@ -124,22 +124,43 @@ def test_no_negative_zero_of_an_earlier_block(backend):
         assert not np.signbit(result).any()
 
 
-@pytest.mark.parametrize(("name", "option"), CALLS)
-def test_compiled_backends_agree_to_the_bit(name, option, dtype):
-    """Numba and Cython hold the same numbers and the same order of sums (where there is an FMA)."""
+@pytest.fixture
+def on_both():
+    """A function that calls another one on Numba and on Cython (where there is an FMA)."""
     require("numba")
     require("cython")
     from fastll.backend.cython import backend as cython
 
     if cython.instruction_set == "baseline":
         pytest.skip("no fused multiply-add in the extension for this CPU")
-    for classes in CLASSES:
-        call = Call(name, DTYPES[dtype], (ROWS, classes), option)
-        found = []
+
+    def found(function, *arguments, **keywords):
         for backend in ("numba", "cython"):
             with fastll.use_backend(backend):
-                found.append(results(call))
-        assert_same_bits(*found)
+                yield function(*arguments, **keywords)
+
+    return found
+
+
+@pytest.mark.parametrize(("name", "option"), CALLS)
+def test_compiled_backends_agree_to_the_bit(on_both, name, option, dtype):
+    """Numba and Cython hold the same numbers and the same order of sums."""
+    for classes in CLASSES:
+        call = Call(name, DTYPES[dtype], (ROWS, classes), option)
+        assert_same_bits(*on_both(results, call))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_huge_factors_of_the_gradient(on_both, dtype, reduction, rng):
+    """Exponentials that were kept do for moderate factors only; others give the same bits."""
+    for classes in (40, 5000):
+        x = (20 * rng.standard_normal((ROWS, classes))).astype(dtype)
+        y = rng.integers(0, classes, ROWS)
+        keywords = {"weight": np.full(classes, 2.0**40), "reduction": reduction, "return_grad": True}
+        for axis, logits in ((1, x), (0, turned(x))):
+            found = on_both(fastll.cross_entropy, logits, y, axis=axis, **keywords)
+            assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
