@@ -50,6 +50,21 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
             }
 }
 
+// What makes results of a vector of rows of their exponentials or logits.
+template <class T>
+struct Scalars {
+    Window<T, Vec<T>> window;
+    Vec<T> m, log_s, factor, scale, rest, peak;
+    bool tiny;  // whether any `rest` is not 1
+
+    Scalars() = default;
+    Scalars(const Group &group, Index w)
+        : window(windows_of<T>(&group.n[w])), m(load_as<T>(&group.m[w])), log_s(load_as<T>(&group.log_s[w])),
+          factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
+          rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
+          tiny(largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0) {}
+};
+
 template <class T>
 struct Columns {
     static constexpr Index most = GROUP;
@@ -275,6 +290,9 @@ struct Columns {
     void write(bool) {
         if (!call.out)
             return;
+        Scalars<T> scalars[GROUP / lanes<T>];
+        for (Index w = 0; w < GROUP; w += lanes<T>)
+            scalars[w / lanes<T>] = Scalars<T>(group, w);
         // whether the tiles still hold what there is
         const bool whole = call.classes <= BLOCK && !call.capped() && !call.state;
         for (Index j = 0; j < call.classes; j += FEW) {
@@ -282,7 +300,7 @@ struct Columns {
             T *logits = whole ? v + j * GROUP : v, *target = whole ? u + j * GROUP : u;
             if (!whole)
                 fetch_logits(j, n, logits);
-            write_tile(logits, n);
+            call.log() ? write_logarithms(scalars, logits, n) : write_tile(scalars, logits, n);
             if (call.spread()) {
                 if (!whole)
                     fetch_target(j, n, target);
@@ -296,23 +314,21 @@ struct Columns {
         }
     }
 
-    // Probabilities or their logarithms of n classes; see `Rows::write_block_anew`.
-    void write_tile(const T *logits, Index n) {
-        const bool log = call.log();
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const Vec<T> m = load_as<T>(&group.m[w]);
+    // Logarithms of probabilities of n classes.
+    void write_logarithms(const Scalars<T> *scalars, const T *logits, Index n) {
+        for (Index j = 0; j < n * GROUP; j += GROUP)
+            for (Index w = 0; w < GROUP; w += lanes<T>) {
+                const Scalars<T> &of = scalars[w / lanes<T>];
+                store_all(out + j + w, log_probability(load_all(logits + j + w), of.m, of.log_s));
+            }
+    }
+
+    // Probabilities of n classes; see `Rows::write_block_anew`.
+    void write_tile(const Scalars<T> *scalars, const T *logits, Index n) {
+        for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
+            const auto [window, m, log_s, factor, scale, rest, peak, tiny] = *scalars;
             const T *from = logits + w;
             T *to = out + w;
-            if (log) {
-                const Vec<T> log_s = load_as<T>(&group.log_s[w]);
-                for (Index j = 0; j < n * GROUP; j += GROUP)
-                    store_all(to + j, log_probability(load_all(from + j), m, log_s));
-                continue;
-            }
-            const auto window = windows_of<T>(&group.n[w]);
-            const Vec<T> factor = load_as<T>(&group.factor[w]), scale = load_as<T>(&group.scale[w]);
-            const Vec<T> rest = load_as<T>(&group.rest[w]), peak = window.terms(m);
-            const bool tiny = largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0;
             for (Index j = 0; j < n * GROUP; j += GROUP) {
                 Vec<T> e = window.terms(load_all(from + j)), p = probability(e, peak, factor, scale);
                 if (tiny)
@@ -320,7 +336,7 @@ struct Columns {
                 store_all(to + j, p);
             }
         }
-        for (Index i = 0; i < group.count && !log; i++)
+        for (Index i = 0; i < group.count; i++)
             if (!usable(group.m[i]))
                 write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
     }
