@@ -109,11 +109,13 @@ struct Rows {
 
     void fold() {
         for (Index i = 0; i < group->count; i++) {
-            pending = i < before->count ? pending_row(*before, i) : Pending<T>();
+            pending.j = pending.n = 0;
+            if (i < before->count)
+                begin_row(*before, i);
             if (group->kept[i] != 0 || call.lse)
                 fold_row(i);
             if (i < before->count)
-                write_row(*before, i, pending);
+                write_row(*before, i);
         }
         write_rows(*before, group->count);
     }
@@ -275,16 +277,19 @@ struct Rows {
 
     // A group's rows from `first_row` on.
     void write_rows(const Group &rows, Index first_row) {
-        for (Index i = first_row; i < rows.count; i++)
-            write_row(rows, i, pending_row(rows, i));
+        for (Index i = first_row; i < rows.count; i++) {
+            begin_row(rows, i);
+            write_row(rows, i);
+        }
     }
 
-    // Row i as it is to be written; nothing of it (n = 0) if that takes new exponentials. Those that were
-    // kept do for a factor of moderate size: then what `merge_terms` lost is too small for the result.
-    Pending<T> pending_row(const Group &rows, Index i) const {
+    // Make row i the pending one; nothing of it (n = 0) if it takes new exponentials. Those that were kept
+    // do for a factor of moderate size: then what `merge_terms` lost is too small for the result.
+    void begin_row(const Group &rows, Index i) {
+        Pending<T> &row = pending;  // a copy would wait for all of its fields
         const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
         const bool moderate = rows.rest[i] == 1 && scale < limit;
-        Pending<T> row = {};
+        row.j = row.n = 0;
         row.log = call.log(), row.streamed = interleaves && call.out.streamed;
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
         row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
@@ -301,19 +306,18 @@ struct Rows {
             row.j = least(row.n, until_line(row.out));
             row.write(0, row.j);
         }
-        return row;
     }
 
-    // What is left of row i, or if it does not wait for that, all of it, block by block.
-    void write_row(const Group &rows, Index i, Pending<T> row) {
+    // What is left of the pending row, i, or if it does not wait for that, all of it, block by block.
+    void write_row(const Group &rows, Index i) {
         const char *start = call.x().row(rows.outer, rows.inner + i);
         const char *second = call.second().row(rows.outer, rows.inner + i);
         char *target = call.out.row(rows.outer, rows.inner + i);
         const Index y = rows.label[i];
-        if (interleaves && row.n > 0) {
-            row.write_rest();
+        if (interleaves && pending.n > 0) {
+            pending.write_rest();
             if (y >= 0)
-                row.out[y] = (T) rows.g_y[i];
+                pending.out[y] = (T) rows.g_y[i];
             return;
         }
         for (Index j = 0; j < call.classes; j += BLOCK) {
@@ -324,9 +328,9 @@ struct Rows {
                 call.out.deliver(target, j, n, out);
                 continue;
             }
-            if (row.n > 0) {
-                Pending<T> part = row;
-                part.source = call.log() ? call.x().fetch(start, j, n, x) : row.source + j;
+            if (pending.n > 0) {
+                Pending<T> part = pending;
+                part.source = call.log() ? call.x().fetch(start, j, n, x) : pending.source + j;
                 part.out = to, part.n = n;
                 part.write_rest();
             } else
