@@ -26,10 +26,9 @@ from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
 FEW = 32  # classes that are written at a time
-APART = (
-    1024  # bytes between tiles, so that none is 4096 bytes from another, which CPUs take for the same
-)
 LINES_AHEAD = 8  # classes from the one that is read or written to the one that is prefetched
+# bytes between pieces of memory: addresses that are a multiple of 4096 apart hinder each other
+APART = 1024
 
 
 class Tile(NamedTuple):
@@ -51,9 +50,9 @@ def allocate_tile(call):
     """An uninitialised `Tile`, and the array that holds it."""
     like, line = call.like, GROUP * size_of(call.like)
     tile, few, table = min(BLOCK, call.classes) * line, FEW * line + APART, state.TABLE_SIZE
-    sums = lanes_of(like) * bytes_of(vector.widen(zeros(like)))
+    sums = lanes_of(like) * bytes_of(vector.widen(zeros(like))) + 2 * APART
     second = tile if has_targets(call) else 0
-    sizes = (2 * table, table, few, few, sums, sums, sums, tile, second)
+    sizes = (2 * table, table, few, few, sums, sums, sums, tile + APART, second)
     owner, pieces = allocate(sizes)
     return Tile(*pieces), owner
 
