@@ -52,7 +52,7 @@ def call_of(name, rng, shape, out):
 
 def test_extra_memory_is_of_the_order_of_rows(compiled):
     tracemalloc = pytest.importorskip("tracemalloc")
-    shape = (100, 50_000)
+    shape = (200, 50_000)
     out, rng = np.empty(shape, np.float16), np.random.default_rng(0)
     made = [call_of(name, rng, shape, out) for name in OPERATIONS]
     x = made[0].args[0]
