@@ -23,12 +23,12 @@ struct Pending {
     T peak, factor, scale;  // of `probability`
     T m, log_s;  // of `log_probability`
 
-    // Elements j to j + count, at most a vector; a whole one may be streamed.
+    // Elements j to j + count, at most a vector.
     FORCED void write(Index j_, Index count) const {
         Vec<T> x = load(source + j_, count, T());
         x = log ? log_probability(x, m, log_s) : probability(x, peak, factor, scale);
-        if (streamed && count >= lanes<T>)
-            stream_all(out + j_, x);
+        if (streamed)
+            stream(out + j_, count, x);
         else
             store(out + j_, count, x);
     }
@@ -290,7 +290,7 @@ struct Rows {
         const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
         const bool moderate = rows.rest[i] == 1 && scale < limit;
         row.j = row.n = 0;
-        row.log = call.log(), row.streamed = interleaves && call.out.streamed;
+        row.log = call.log(), row.streamed = false;
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
         row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
         row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i];
@@ -302,9 +302,10 @@ struct Rows {
             row.n = call.classes;
             row.peak = first(window_of<T>(rows.n[i]).terms(splat(row.m)));
         }
-        if (row.streamed) {  // what is left begins at a line
+        if (interleaves && call.out.streamed) {  // what is left begins at a line
             row.j = least(row.n, until_line(row.out));
             row.write(0, row.j);
+            row.streamed = true;
         }
     }
 

@@ -422,6 +422,18 @@ INLINE void store(T *v, Index count, Vec<T> x) {
         store_some(v, count, x);
 }
 
+// The same non-temporally, but for a register in part. v is aligned to a line.
+template <class T>
+INLINE void stream(T *v, Index count, Vec<T> x) {
+    for_registers(x, [=](auto from, int lane) FORCED {
+        const int few = few_of(from, count - lane);
+        if (few == from.count)
+            on_register::stream(v + lane, from);
+        else if (few > 0)  // a store of nothing would fetch its line all the same
+            on_register::store_some(v + lane, few, from);
+    });
+}
+
 // The first `count` lanes of x, then 0.
 template <class T>
 INLINE Vec<T> first_lanes(Vec<T> x, Index count) {
