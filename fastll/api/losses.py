@@ -396,16 +396,16 @@ def _elementwise(
     """An element-wise loss of the first array and others of its shape."""
     x = call.x
     w = None if weight is None else call.take(weight, "weight")
-    mean = check_reduction(reduction) == "mean"
-    grad = None
+    count = x.size if check_reduction(reduction) == "mean" else None
+    grad, scale = None, 1.0
     if return_grad or grad_out is not None:
         grad = call.output(grad_out, "grad_out", (*others, w))
-    scale = 1 / x.size if mean and x.size else 1.0
+        scale = 1 / count if count else 1.0
     loss = call.place.empty_like(x, call.compute) if reduction == "none" else None
     backend = call.backend
     sums = call.map(backend, (x, *others), loss, grad, w, parameters, scale)
     if sums is not None:
-        loss = backend.total(sums, float(x.size) if mean else None, call.compute)
+        loss = backend.total(sums, count, call.compute)
     return call.results(loss, None, grad, return_grad, grad_out)
 
 
