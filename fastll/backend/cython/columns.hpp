@@ -42,7 +42,7 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
             for (Index w = 0; w < GROUP; w += lanes<T>) {
                 T *to = (T *) at + w;
                 if (x.streamed && (size_t) to % 64 == 0)
-                    stream_all(to, load_all(tile + w));
+                    stream(to, lanes<T>, load_all(tile + w));
                 else {
                     prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
                     store_all(to, load_all(tile + w));

@@ -53,7 +53,7 @@ double map_block(const Elements<T> at, Index n) {
         if (at.summed)
             sums = sums + first_lanes(value, count);
         if (at.value && at.streamed && count >= lanes<T>)
-            stream_all(at.value + j, value);
+            stream(at.value + j, lanes<T>, value);
         else if (at.value)
             store(at.value + j, count, value);
         if (F::slope && at.slope)

@@ -356,12 +356,6 @@ INLINE void store_all(T *v, Vec<T> x) {
     for_registers(x, [=](auto from, int lane) FORCED { memcpy(v + lane, &from.v, sizeof from.v); });
 }
 
-// Non-temporal: that reads nothing, where a plain store reads the line first. v is aligned to a line.
-template <class T>
-INLINE void stream_all(T *v, Vec<T> x) {
-    for_registers(x, [=](auto from, int lane) FORCED { on_register::stream(v + lane, from); });
-}
-
 // What was streamed is in memory before whatever is written next.
 INLINE void stream_fence() {
 #if defined(__SSE2__)
@@ -387,7 +381,9 @@ INLINE Vec<T> load_some(const T *v, Index count, Vec<T> x) {
 template <class T>
 INLINE void store_some(T *v, Index count, Vec<T> x) {
     for_registers(x, [=](auto from, int lane) FORCED {
-        on_register::store_some(v + lane, few_of(from, count - lane), from);
+        const int few = few_of(from, count - lane);
+        if (few > 0)  // a store of nothing would fetch its line all the same
+            on_register::store_some(v + lane, few, from);
     });
 }
 
@@ -422,14 +418,15 @@ INLINE void store(T *v, Index count, Vec<T> x) {
         store_some(v, count, x);
 }
 
-// The same non-temporally, but for a register in part. v is aligned to a line.
+// The same non-temporally: that reads nothing, where a plain store reads the line first. v is aligned to a
+// line; the line that is written in part is stored.
 template <class T>
 INLINE void stream(T *v, Index count, Vec<T> x) {
     for_registers(x, [=](auto from, int lane) FORCED {
         const int few = few_of(from, count - lane);
         if (few == from.count)
             on_register::stream(v + lane, from);
-        else if (few > 0)  // a store of nothing would fetch its line all the same
+        else if (few > 0)
             on_register::store_some(v + lane, few, from);
     });
 }
