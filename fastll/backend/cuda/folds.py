@@ -82,7 +82,7 @@ def names(v):
     fetch_second = primitives.vector_reader(vector)
     deliver = primitives.vector_writer(vector, v.modern)
     joined = shared(np.float64).joined
-    approximate = size == 2 and real is np.float32  # for half precision
+    approximate = primitives.is_half(stored) and not weighted
     f = vars(shared(real, approximate, v.modern, targets, v.cluster > 1))
     if terms:
         formula = f[TERMS[v.operation].formula.__name__]

@@ -156,8 +156,7 @@ def kernel(variant):
     """
     x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
     real, lanes = primitives.compute_type(x.format), primitives.lanes_of(x.format) if x.vectors else 4
-    approximate = primitives.size_of(x.format) == 2 and real is np.float32  # for half precision
-    f = states.shared(real, approximate, variant.modern)
+    f = states.shared(real, primitives.is_half(x.format), variant.modern)
     zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p, f.log1p_sum, f.sum_of_block
     weighted, summed = variant.weight is not None, variant.partial
     together = row.log1p and summed and variant.value is None and not weighted

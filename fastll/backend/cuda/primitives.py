@@ -38,9 +38,14 @@ def lanes_of(name: str) -> int:
     return VECTOR // _SIZES[name]
 
 
+def is_half(name: str) -> bool:
+    """Whether a format is one of half precision."""
+    return name in ("float16", "bfloat16")
+
+
 def compute_type(name: str) -> type:
     """The NumPy type that the elements of a format are computed in; its name is that of a format."""
-    return np.float32 if name in ("float32", "float16", "bfloat16") else np.float64
+    return np.float32 if name == "float32" or is_half(name) else np.float64
 
 
 def emits(result=None, **kinds):
