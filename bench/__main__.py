@@ -22,6 +22,7 @@ from bench.jobs import Settings, measures, select
 from bench.peers import CUDA_PEERS, PEERS
 from bench.plots import draw
 from bench.session import measure
+from fastll import dispatch
 from fastll.cli import warn_without_extension
 from fastll.operations import OPERATIONS
 
@@ -234,7 +235,7 @@ def plot(results: Path, output: Path | None) -> None:
 @main.command()
 def crossover() -> None:
     """Show from which size Numba beats Cython, and when its compilation pays for itself."""
-    reason = fastll.backends()["cython"].reason
+    reason = dispatch.why_not("cython")
     if reason is not None:
         raise _Failure(f"no cython backend: {reason}")
     for line in crossover_lines():

@@ -28,6 +28,7 @@ from rich.table import Column, Table
 
 import fastll
 from fastll import demo as model
+from fastll import dispatch
 
 DEFAULT_STEPS, QUICK_STEPS = 300, 50
 #: Limit of the training time on a slow machine: with the rest of the demo, it takes under a minute.
@@ -53,10 +54,9 @@ class _Group(click.Group):
 
 def warn_without_extension() -> None:
     """Print one line, with the remedy, if the compiled extension is missing."""
-    try:
-        importlib.import_module("fastll.backend.cython")
-    except ImportError as error:
-        click.echo(f"No cython backend: {error}", err=True)
+    reason = dispatch.why_not("cython")
+    if reason is not None:
+        click.echo(f"No cython backend: {reason}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

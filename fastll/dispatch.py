@@ -95,12 +95,12 @@ def _load_forced(name: str) -> Backend:
 
 
 def _check_available(name: str) -> None:
-    reason = _why_not(name)
+    reason = why_not(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for but is not available: {reason}")
 
 
-def _why_not(name: str) -> str | None:
+def why_not(name: str) -> str | None:
     """Why a backend is not available, in a line; one of a GPU needs one."""
     module = _import(name)
     if isinstance(module, str):
@@ -227,5 +227,5 @@ def _status(name: str) -> Status:
         package_version = version(_PACKAGES[name])
     except PackageNotFoundError:
         package_version = None
-    reason = _why_not(name)
+    reason = why_not(name)
     return Status(reason is None, reason, package_version)
