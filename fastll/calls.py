@@ -14,7 +14,7 @@ import numpy as np
 
 from fastll import dispatch, layout
 from fastll.arrays import HOST, Array, Place, broadcast, kept_shape, place_of
-from fastll.contract import Backend, Floats, Fold, Map, new
+from fastll.contract import Backend, Floats, Fold, Map, new, units_of
 from fastll.dtypes import as_floats, kind_of
 
 
@@ -40,8 +40,7 @@ class Call:
 
     def take(self, a: Any, name: str) -> Array:
         """Another argument, broadcast to the shape of the first array."""
-        array = self.place.take(a, name)
-        return array if array.shape == self.x.shape else broadcast(array, self.x.shape, name)
+        return broadcast(self.place.take(a, name), self.x.shape, name)
 
     def output(self, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
         """`out`, checked, or a new array, for a result with the shape of the first array."""
@@ -62,7 +61,7 @@ class Call:
         """Run an element-wise operation; without `value`, return partial sums of the values."""
         pieces = layout.elements(inputs, value, slope, weight)
         outer, length = pieces[0][0][0].shape if pieces else (0, 0)
-        units = -(-length // backend.unit)
+        units = units_of(length, backend.unit)
         partial = sums = None
         if value is None:
             shape = len(pieces) * outer, units
