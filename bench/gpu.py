@@ -271,6 +271,8 @@ def values(domain: str, dtype: str, classes: int) -> Array:
     found = np.random.default_rng(2).random(BLOCK, np.float32)
     if domain == "distribution":
         found *= 2 / classes
+    if domain == "inside":
+        found = 1 / 16 + 14 / 16 * found
     if domain == "positive":
         found = 0.5 + 1.5 * found
     return found.astype(normal(dtype).dtype)

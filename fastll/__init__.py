@@ -6,13 +6,15 @@ of the first argument, on the same device, computed on the caller's current stre
 """
 
 from fastll import testing
-from fastll.api.losses import (
+from fastll.api.elementwise import (
+    binary_cross_entropy,
     binary_cross_entropy_with_logits,
-    cross_entropy,
-    dense_cross_entropy,
     gaussian_nll,
-    sparse_cross_entropy,
+    mse,
+    poisson_nll,
+    sigmoid_focal_loss,
 )
+from fastll.api.losses import cross_entropy, dense_cross_entropy, sparse_cross_entropy
 from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
 from fastll.api.streaming import LogSumExp
 from fastll.api.warmup import warmup
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LogSumExp",
     "backends",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "debug_labels",
@@ -34,8 +37,11 @@ __all__ = [
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
+    "mse",
+    "poisson_nll",
     "set_num_threads",
     "sigmoid",
+    "sigmoid_focal_loss",
     "softmax",
     "sparse_cross_entropy",
     "testing",

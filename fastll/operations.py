@@ -13,14 +13,16 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import DTypeLike, NDArray
 
-from fastll.api import losses, reductions
+from fastll.api import elementwise, losses, reductions
 
 Array = NDArray[Any]
 
 #: What the values of an array are: any real numbers (logits, and "real" of the order of 1), labels in
-#: [0, C), a distribution over the axis, probabilities in [0, 1), positive numbers of the order of 1, or
-#: factors of both signs and 0.
-Domain = Literal["logits", "real", "labels", "distribution", "probability", "positive", "factor"]
+#: [0, C), a distribution over the axis, probabilities in [0, 1), those well inside, in [1/16, 15/16],
+#: positive numbers of the order of 1, or factors of both signs and 0.
+Domain = Literal[
+    "logits", "real", "labels", "distribution", "probability", "inside", "positive", "factor"
+]
 #: The shape of an array: that of the first argument, that without the axis, (C,), or one entry.
 Shape = Literal["full", "rows", "classes", "one"]
 #: The dotted name of a function, or a function of a library's module and the arrays. It is called with
@@ -53,6 +55,8 @@ class Argument(NamedTuple):
         values = rng.random(own, wide)
         if self.domain == "distribution":
             values /= values.sum(axis=axis, keepdims=True)
+        if self.domain == "inside":
+            values = wide(1 / 16) + wide(14 / 16) * values
         if self.domain == "positive":
             values = wide(0.5) + wide(1.5) * values
         # what is not in the shape of the first argument need not have its dtype
@@ -120,6 +124,12 @@ def _log_softmax(np: Any, x: Any, axis: int) -> Any:
 
 def _sigmoid(np: Any, x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
+
+
+def _focal(np: Any, p: Any, t: Any) -> Any:
+    """The focal loss of probabilities, for any library with NumPy's functions."""
+    ce = -(t * np.log(p) + (1 - t) * np.log(1 - p))
+    return (t / 4 + (1 - t) * 3 / 4) * ce * (1 - p * t - (1 - p) * (1 - t)) ** 2
 
 
 def _sparse(np: Any, lse: Any, x: Any, axis: int, labels: Any) -> Any:
@@ -229,7 +239,7 @@ OPERATIONS = {
         measured="full",
     ),
     "binary_cross_entropy_with_logits": Operation(
-        losses.binary_cross_entropy_with_logits,
+        elementwise.binary_cross_entropy_with_logits,
         (Argument("logits", "logits"), Argument("target", "probability")),
         elementwise=True,
         gradient=True,
@@ -244,7 +254,7 @@ OPERATIONS = {
         measured="throughout",
     ),
     "gaussian_nll": Operation(
-        losses.gaussian_nll,
+        elementwise.gaussian_nll,
         (Argument("mean", "real"), Argument("target", "real"), Argument("var", "positive")),
         elementwise=True,
         gradient=True,
@@ -254,6 +264,64 @@ OPERATIONS = {
             "torch": "torch.nn.functional.gaussian_nll_loss",
             "jax": lambda jax, x, t, v: jax.numpy.mean((x - t) ** 2 / v + jax.numpy.log(v)) / 2,
         },
+    ),
+    "mse": Operation(
+        elementwise.mse,
+        (Argument("prediction", "real"), Argument("target", "real")),
+        elementwise=True,
+        gradient=True,
+        peers={
+            "numpy": lambda np, x, t: np.mean((x - t) ** 2),
+            "torch": "torch.nn.functional.mse_loss",
+            "jax": lambda jax, x, t: jax.numpy.mean((x - t) ** 2),
+        },
+        measured="full",
+    ),
+    "binary_cross_entropy": Operation(
+        elementwise.binary_cross_entropy,
+        (Argument("probs", "inside"), Argument("target", "probability")),
+        elementwise=True,
+        gradient=True,
+        options=({}, _WEIGHT),
+        peers={
+            "numpy": lambda np, p, t: -np.mean(t * np.log(p) + (1 - t) * np.log1p(-p)),
+            "torch": "torch.nn.functional.binary_cross_entropy",
+            "jax": lambda jax, p, t: (
+                -jax.numpy.mean(t * jax.numpy.log(p) + (1 - t) * jax.numpy.log1p(-p))
+            ),
+        },
+        measured="full",
+    ),
+    "poisson_nll": Operation(
+        elementwise.poisson_nll,
+        (Argument("prediction", "positive"), Argument("target", "positive")),
+        elementwise=True,
+        gradient=True,
+        options=(
+            {},
+            {"full": True},
+            {"log_input": False},
+            {"log_input": False, "full": True, "eps": 0.5},
+        ),
+        peers={
+            "numpy": lambda np, x, t: np.mean(np.exp(x) - t * x),
+            "torch": "torch.nn.functional.poisson_nll_loss",
+            "jax": lambda jax, x, t: jax.numpy.mean(jax.numpy.exp(x) - t * x),
+        },
+        measured="full",
+    ),
+    "sigmoid_focal_loss": Operation(
+        elementwise.sigmoid_focal_loss,
+        (Argument("logits", "logits"), Argument("target", "probability")),
+        elementwise=True,
+        gradient=True,
+        options=({}, {"alpha": -1.0, "gamma": 0.0}, {"alpha": 0.75, "gamma": 1.5}),
+        peers={
+            "numpy": lambda np, x, t: np.mean(_focal(np, _sigmoid(np, x), t)),
+            "torch": lambda torch, x, t: _focal(torch, torch.sigmoid(x), t).mean(),
+            "jax": lambda jax, x, t: _focal(jax.numpy, jax.nn.sigmoid(x), t).mean(),
+        },
+        measured="full",
     ),
 }
 

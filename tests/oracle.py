@@ -160,6 +160,49 @@ def gaussian_nll(mean, target, var, *, full=False, eps=1e-6):
     return Expected((loss, scale), (), ((x - t) / v, np.abs((x - t) / v)))
 
 
+def mse(prediction, target):
+    x, t = (np.asarray(a).astype(Real) for a in (prediction, target))
+    return Expected(((x - t) ** 2,) * 2, (), (2 * (x - t), 2 * np.abs(x - t)))
+
+
+def binary_cross_entropy(probs, target, *, weight=1.0):
+    p, t, w = (np.asarray(a).astype(Real) for a in (probs, target, weight))
+    loss = -w * (t * np.maximum(np.log(p), -100) + (1 - t) * np.maximum(np.log1p(-p), -100))
+    slope = w * (p - t) / np.maximum(p * (1 - p), Real(1e-12))
+    return Expected((loss, np.abs(loss)), (), (slope, np.abs(slope)))
+
+
+def poisson_nll(prediction, target, *, log_input=True, full=False, eps=1e-8):
+    x, t = (np.asarray(a).astype(Real) for a in (prediction, target))
+    eps = Real(np.float32(eps) if prediction.dtype.itemsize < 8 else eps)
+    if log_input:
+        terms, slopes = (np.exp(x), -t * x), (np.exp(x), -t)
+        scale = 0
+    else:  # a roundoff of x + eps is one of its logarithm, absolute
+        log = np.where(t == 0, 0, np.log(x + eps))
+        terms, slopes, scale = (x, -t * log), (1, -np.where(t == 0, 0, t / (x + eps))), np.abs(t)
+    if full:
+        s = np.where(t > 1, t, 1)
+        stirling = [np.where(t > 1, a, 0) for a in (s * np.log(s), -s, np.log(2 * np.pi * s) / 2)]
+        terms = (*terms, *stirling)
+    scale = scale + sum(map(np.abs, terms))
+    return Expected((sum(terms), scale), (), (sum(slopes), sum(map(np.abs, slopes))))
+
+
+def sigmoid_focal_loss(logits, target, *, alpha=0.25, gamma=2.0):
+    """A roundoff of log(1 - p_t), or of what is added to it, is `gamma` of them of the power."""
+    x, t = np.asarray(logits, Real), np.asarray(target).astype(Real)
+    ce = binary_cross_entropy_with_logits(x, t).value[0]
+    p, q = sigmoid(x).value[0], sigmoid(-x).value[0]
+    wrong = t * q + (1 - t) * p
+    weight = alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1
+    powers = 1 + gamma * (1 + np.where((t == 0) | (t == 1), 0, np.abs(np.log(wrong))))
+    factor = weight * wrong**gamma
+    slope = factor * ((1 - t) * p - t * q + gamma * (1 - 2 * t) * (p * q / wrong) * ce)
+    parts = (1 - t) * p + t * q + gamma * np.abs(1 - 2 * t) * (p * q / wrong) * ce
+    return Expected((factor * ce, factor * ce * powers), (), (slope, factor * parts * powers))
+
+
 def entropy(p, axis, base=None):
     p = _moved(p, axis)
     terms = -p * np.log(np.where(p == 0, 1, p)) / (1 if base is None else np.log(Real(base)))

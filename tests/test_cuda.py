@@ -15,7 +15,7 @@ from table import assert_close
 
 import fastll
 from fastll import formulas
-from fastll.api import losses, reductions
+from fastll.api import elementwise, losses, reductions
 from fastll.contract import Fold, Map, Options
 from fastll.formulas.maths import log
 from fastll.formulas.rows import product
@@ -80,7 +80,13 @@ def launched():
         "columns": (rows_of("softmax", "float32", out="float32"), geometry.BLOCK),
         "sigmoid": (maps.Variant("sigmoid", (whole,), value=whole, modern=True), maps.THREADS),
         "binary cross-entropy": (
-            maps.Variant("binary_cross_entropy", (half, half), partial=True, slope=half, modern=True),
+            maps.Variant(
+                "binary_cross_entropy_with_logits",
+                (half, half),
+                partial=True,
+                slope=half,
+                modern=True,
+            ),
             maps.THREADS,
         ),
     }
@@ -494,7 +500,7 @@ def test_elements_equal_those_of_the_cpu(gpu, rng):
         expected = results(
             reductions.sigmoid,
             reductions.log_sigmoid,
-            losses.binary_cross_entropy_with_logits,
+            elementwise.binary_cross_entropy_with_logits,
             losses.cross_entropy,
         )
     for actual, wanted in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Losses and their gradients."""
+"""Losses of rows and their gradients; those of elements are in `fastll.api.elementwise`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastll import calls, dispatch
 from fastll.api import Reduction, check_reduction, integer, number
-from fastll.arrays import Array, axis_of, broadcast
+from fastll.arrays import Array, axis_of
 from fastll.calls import Call
 from fastll.contract import Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
@@ -251,162 +251,6 @@ def _cross_entropy(
     if not each:
         loss = backend.total(loss, denominator if mean else None, compute)
     return call.results(loss, lse, grad, return_grad, grad_out)
-
-
-def binary_cross_entropy_with_logits(
-    logits: ArrayLike,
-    target: ArrayLike,
-    *,
-    weight: ArrayLike | None = None,
-    pos_weight: ArrayLike | None = None,
-    reduction: Reduction = "mean",
-    return_grad: bool = False,
-    grad_out: Array | None = None,
-) -> Any:
-    r"""Binary cross-entropy of logits, with its gradient.
-
-    For a logit x with target t, weight w and weight p of the positive class:
-
-    .. math::
-
-        L = w \left( p\,t\,\operatorname{softplus}(-x) + (1 - t) \operatorname{softplus}(x) \right),
-        \quad \operatorname{softplus}(x) = \max(x, 0) + \operatorname{log1p}(\exp(-|x|))
-
-    All summands are non-negative: a loss near zero keeps its digits.
-
-    Parameters
-    ----------
-    logits : array_like
-        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    target : array_like
-        Probabilities of the positive class, or bools or integers 0 and 1, with the shape of `logits`;
-        not checked.
-    weight : array_like, optional
-        Factor of each element's loss; broadcasts to `logits`.
-    pos_weight : array_like, optional
-        Factor of the positive part of the loss; broadcasts to `logits`.
-    reduction : {"mean", "sum", "none"}
-        "mean" divides by the number of elements, NaN if there are none; "none" gives each one's loss.
-    return_grad, grad_out
-        As for `cross_entropy`, like the errors.
-
-    Returns
-    -------
-    loss, grad
-        As for `cross_entropy`.
-
-    References
-    ----------
-    `torch.nn.functional.binary_cross_entropy_with_logits`.
-
-    Examples
-    --------
-    >>> from fastll import binary_cross_entropy_with_logits
-    >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
-    array([6.93147181e-01, 4.24835426e-18])
-    """
-    operation = "binary_cross_entropy" if pos_weight is None else "binary_cross_entropy_pos_weight"
-    call = Call(operation, logits, "logits")
-    t = call.place.take(target, "target")
-    if t.shape != call.x.shape:
-        raise ValueError(f"target has shape {t.shape}; expected that of logits, {call.x.shape}")
-    others = (t,) if pos_weight is None else (t, call.take(pos_weight, "pos_weight"))
-    return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
-
-
-def gaussian_nll(
-    mean: ArrayLike,
-    target: ArrayLike,
-    var: ArrayLike,
-    *,
-    full: bool = False,
-    eps: float = 1e-6,
-    reduction: Reduction = "mean",
-    return_grad: bool = False,
-    grad_out: Array | None = None,
-) -> Any:
-    r"""Negative log-likelihood of normal distributions, with its gradient.
-
-    For a target t under the mean :math:`\mu` and the variance :math:`v = \max(var, \epsilon)`:
-
-    .. math:: L = \tfrac12 \left( \frac{(\mu - t)^2}{v} + \log v \right),
-              \quad \frac{\partial L}{\partial \mu} = \frac{\mu - t}{v}
-
-    Parameters
-    ----------
-    mean : array_like
-        Any shape and strides; float16, bfloat16, float32, float64; integers and bools as float64.
-    target : array_like
-        Any real dtype; broadcasts to `mean`.
-    var : array_like
-        Variances, at least 0, of any real dtype. Without the last axis of `mean`, one per row, as in
-        PyTorch; otherwise it broadcasts to `mean`.
-    full : bool
-        Add the constant term, ``log(2 pi) / 2``.
-    eps : float
-        The least variance, at least 0: smaller ones are replaced by it.
-    reduction
-        As for `binary_cross_entropy_with_logits`.
-    return_grad, grad_out
-        As for `cross_entropy`, with respect to `mean`.
-
-    Returns
-    -------
-    loss, grad
-        As for `cross_entropy`.
-
-    Raises
-    ------
-    ValueError
-        If a variance is negative (on a GPU its loss and gradient are NaN instead).
-    TypeError, ValueError
-        As for `cross_entropy`.
-
-    References
-    ----------
-    `torch.nn.functional.gaussian_nll_loss`; Nix and Weigend, "Estimating the mean and variance of the
-    target probability distribution", ICNN 1994.
-
-    Examples
-    --------
-    >>> from fastll import gaussian_nll
-    >>> gaussian_nll([1.0, 2.0], [0.0, 2.0], [1.0, 4.0], reduction="none")
-    array([0.5       , 0.69314718])
-    """
-    call = Call("gaussian_nll", mean, "mean")
-    least = number(eps, "eps", 0.0)
-    t, v = call.take(target, "target"), call.place.take(var, "var")
-    if 0 < v.ndim == call.x.ndim - 1 and v.shape == call.x.shape[:-1]:
-        v = v[..., None]
-    call.check_domain(v, "var", 0.0)
-    others = t, broadcast(v, call.x.shape, "var")
-    parameters = least, math.log(2 * math.pi) / 2 if full else 0.0
-    return _elementwise(call, others, None, parameters, reduction, return_grad, grad_out)
-
-
-def _elementwise(
-    call: Call,
-    others: tuple[Array, ...],
-    weight: ArrayLike | None,
-    parameters: tuple[float, ...],
-    reduction: str,
-    return_grad: bool,
-    grad_out: Any,
-) -> Any:
-    """An element-wise loss of the first array and others of its shape."""
-    x = call.x
-    w = None if weight is None else call.take(weight, "weight")
-    count = x.size if check_reduction(reduction) == "mean" else None
-    grad, scale = None, 1.0
-    if return_grad or grad_out is not None:
-        grad = call.output(grad_out, "grad_out", (*others, w))
-        scale = 1 / count if count else 1.0
-    loss = call.place.empty_like(x, call.compute) if reduction == "none" else None
-    backend = call.backend
-    sums = call.map(backend, (x, *others), loss, grad, w, parameters, scale)
-    if sums is not None:
-        loss = backend.total(sums, count, call.compute)
-    return call.results(loss, None, grad, return_grad, grad_out)
 
 
 def _target(

@@ -38,11 +38,22 @@ ELEMENTS = {
     "outside": Element(elements.outside, parameters=2),
     "sigmoid": Element(elements.sigmoid),
     "log_sigmoid": Element(elements.log_sigmoid),
-    "binary_cross_entropy": Element(elements.binary_cross_entropy, inputs=2, slope=True, log1p=True),
-    "binary_cross_entropy_pos_weight": Element(
-        elements.binary_cross_entropy_pos_weight, inputs=3, slope=True
+    "binary_cross_entropy_with_logits": Element(
+        elements.binary_cross_entropy_with_logits, inputs=2, slope=True, log1p=True
+    ),
+    "binary_cross_entropy_with_logits_pos_weight": Element(
+        elements.binary_cross_entropy_with_logits_pos_weight, inputs=3, slope=True
     ),
     "gaussian_nll": Element(elements.gaussian_nll, inputs=3, parameters=2, slope=True),
+    "mse": Element(elements.mse, inputs=2, slope=True),
+    "binary_cross_entropy": Element(elements.binary_cross_entropy, inputs=2, slope=True),
+    "poisson_nll": Element(elements.poisson_nll, inputs=2, slope=True),
+    "poisson_nll_full": Element(elements.poisson_nll_full, inputs=2, slope=True),
+    "poisson_nll_of_rate": Element(elements.poisson_nll_of_rate, inputs=2, parameters=1, slope=True),
+    "poisson_nll_of_rate_full": Element(
+        elements.poisson_nll_of_rate_full, inputs=2, parameters=1, slope=True
+    ),
+    "sigmoid_focal_loss": Element(elements.sigmoid_focal_loss, inputs=2, parameters=3, slope=True),
 }
 
 #: Folds that are sums of terms, by name, likewise.

@@ -73,8 +73,10 @@ class Constants(NamedTuple):
     ln2_low: Any  # with ln2_high the parts of ln 2 that fused products are exact enough with
     magic: Any  # 1.5 * 2**(bits of the mantissa) + the exponent's bias
     floor: Any  # below it, exp is 0
+    ceiling: Any  # above it, exp is infinite
     scaled_magic: Any  # magic and floor of exponentials times 2**SHIFT
     scaled_floor: Any
+    reduced_magic: Any  # magic of exponentials times 2**-SHIFT
     least: Any  # the smallest normal number
     lift: Any  # 2**lift_bits, which makes every subnormal number a normal one
     lift_bits: Any
@@ -89,8 +91,12 @@ class Constants(NamedTuple):
     log2e: Any = 1 / math.log(2)
     ln2: Any = math.log(2)
     ln2_high: Any = math.log(2)
+    shift: Any = 2.0**SHIFT
     unshift: Any = 2.0**-SHIFT
     root: Any = math.sqrt(2) - 1  # above it, log1p halves its argument
+    half_log_tau: Any = math.log(2 * math.pi) / 2
+    log_floor: Any = -100  # PyTorch's least logarithm of a probability
+    variance_floor: Any = 1e-12  # and its least p (1 - p) in a slope
 
 
 @cache
@@ -103,8 +109,10 @@ def of(name: str) -> Constants:
         ln2_low=(LN2_HIGH - float(dtype(math.log(2)))) + LN2_LOW,
         magic=magic,
         floor=-bias * math.log(2),
+        ceiling=(bias + 2) * math.log(2),
         scaled_magic=magic + SHIFT,
         scaled_floor=(-bias - SHIFT) * math.log(2),
+        reduced_magic=magic - SHIFT,
         least=2.0 ** (1 - bias),
         lift=2.0 ** (mantissa + 1),
         lift_bits=mantissa + 1,

@@ -8,8 +8,16 @@ of many values takes one logarithm, that of the product of all 1 + e.
 
 # mypy: ignore-errors
 
-from fastll.formulas.maths import log, log1p, tails
-from fastll.formulas.vocabulary import absolute, constants, fma, where_eq, where_ge, where_gt
+from fastll.formulas.maths import exp, exp_product, log, log1m, log1p, product, tails
+from fastll.formulas.vocabulary import (
+    absolute,
+    constants,
+    fma,
+    maximum,
+    where_eq,
+    where_ge,
+    where_gt,
+)
 
 
 def outside(x, low, high):
@@ -48,13 +56,13 @@ def softplus_parts(x, positive, negative):
     return linear, e, negative * upper - positive * lower
 
 
-def binary_cross_entropy(x, target):
+def binary_cross_entropy_with_logits(x, target):
     """target softplus(-x) + (1 - target) softplus(x): both coefficients together are 1."""
     c = constants(x)
     return softplus_parts(x, target, c.one - target)
 
 
-def binary_cross_entropy_pos_weight(x, target, pos_weight):
+def binary_cross_entropy_with_logits_pos_weight(x, target, pos_weight):
     """The same with a factor of the positive part."""
     c = constants(x)
     positive = target * pos_weight
@@ -71,3 +79,90 @@ def gaussian_nll(mean, target, var, least, constant):
     slope = d / v
     value = fma(c.half, fma(d, slope, log(v)), constant)
     return where_gt(c.zero, var, c.nan, value), where_gt(c.zero, var, c.nan, slope)
+
+
+def mse(x, target):
+    """(x - target)**2."""
+    d = x - target
+    return d * d, d + d
+
+
+def binary_cross_entropy(p, target):
+    """-target log p - (1 - target) log(1 - p), with PyTorch's floors; NaN for a p outside [0, 1]."""
+    c = constants(p)
+    negative = c.one - target
+    log_p = maximum(c.log_floor, log(p))  # a NaN stays
+    log_q = maximum(c.log_floor, log1m(p))
+    variance = (c.one - p) * p
+    slope = (p - target) / maximum(c.variance_floor, variance)
+    return (
+        c.zero - (target * log_p + negative * log_q),
+        where_gt(c.zero, variance, c.nan, slope),
+    )
+
+
+def stirling(t):
+    """t log t - t + log(2 pi t) / 2, nearly log t!, where t is above 1; else 0."""
+    c = constants(t)
+    return where_gt(t, c.one, fma(t + c.half, log(t), c.half_log_tau - t), c.zero)
+
+
+def poisson_nll(x, target):
+    """exp(x) - target x, of the logarithm of a rate."""
+    rate = exp(x)
+    return rate - product(target, x), rate - target
+
+
+def poisson_nll_full(x, target):
+    """The same with nearly log(target!)."""
+    value, slope = poisson_nll(x, target)
+    return value + stirling(target), slope
+
+
+def poisson_nll_of_rate(x, target, eps):
+    """x - target log(x + eps), of a rate; NaN where x + eps is below 0."""
+    c = constants(x)
+    rate = x + eps
+    value = x - product(target, log(rate))
+    slope = c.one - where_eq(target, c.zero, c.zero, target / rate)
+    return where_gt(c.zero, rate, c.nan, value), where_gt(c.zero, rate, c.nan, slope)
+
+
+def poisson_nll_of_rate_full(x, target, eps):
+    """The same with nearly log(target!)."""
+    value, slope = poisson_nll_of_rate(x, target, eps)
+    return value + stirling(target), slope
+
+
+def sigmoid_focal_loss(x, target, positive_weight, negative_weight, gamma):
+    """w ce m**gamma with the binary cross-entropy ce, m = t (1 - p) + (1 - t) p, p = sigmoid(x) and
+    w = t positive_weight + (1 - t) negative_weight.
+
+    With e = exp(-|x|), p and 1 - p are 1 / (1 + e) and e / (1 + e) in some order. Let `near` be the
+    coefficient (t or 1 - t) of the first, and `far` that of the second:
+
+        m = (near + far e) / (1 + e),    log m = log(near + far e) - log1p(e)
+
+    of which log(far e) = -|x| where `near` is 0, as it is for a label that the sign of x agrees with.
+    (Beyond the floor e is 0, and with it ce there: m matters no more.) Both p - t and
+
+        dm/dx = (1 - 2 t) p (1 - p),    p (1 - p) / m = e / (near + far e) / (1 + e)
+
+    have the sign of 1 - 2 t where t is a label, so that nothing cancels in
+
+        dL/dx = w m**gamma ((p - t) + gamma (1 - 2 t) (p (1 - p) / m) ce)
+    """
+    c = constants(x)
+    negative = c.one - target
+    linear, e, slope = softplus_parts(x, target, negative)
+    soft = log1p(e)
+    value = linear + soft
+    near = where_gt(x, c.zero, negative, target)
+    far = where_gt(x, c.zero, target, negative)
+    mixed = fma(far, e, near)
+    steep = where_eq(near, c.zero, maximum(c.scaled_floor, c.zero - absolute(x)), c.zero)
+    power = exp_product(gamma, steep, where_eq(near, c.zero, c.zero, log(mixed)) - soft)
+    share = where_eq(near, c.zero, c.one, e / mixed) / (e + c.one)
+    pull = (gamma * (negative - target)) * share
+    weight = fma(target, positive_weight, negative * negative_weight)
+    return product(weight, value * power), (weight * power) * (slope + product(pull, value))

@@ -1,4 +1,4 @@
-"""exp, log1p, log and tanh, which the formulas of losses are made of.
+"""exp, log, log1p, log1m and tanh, which the formulas of losses are made of.
 
 Exponential. With n = round(x / ln 2) and f = x - n ln 2, |f| <= ln(2) / 2,
 
@@ -67,6 +67,38 @@ def tails(x):
     return scaled, scaled * c.unshift
 
 
+def exp(x):
+    """exp(x), from the smallest subnormal number to infinity.
+
+    A power 2**n beyond the normal numbers is none: exp(x) 2**SHIFT is computed for x <= 0 and
+    exp(x) 2**-SHIFT above.
+    """
+    c = constants(x)
+    y = where_gt(x, c.ceiling, c.ceiling, x)
+    magic = where_gt(x, c.zero, c.reduced_magic, c.scaled_magic)
+    return exponential(y, c.scaled_floor, magic) * where_gt(x, c.zero, c.shift, c.unshift)
+
+
+def exp_product(n, high, low):
+    """exp(n (high + low)), right to a few ulp however large n high is: what rounding takes is known.
+
+    What the product and the sum lose is so small that exp(x + lost) = exp(x) (1 + lost).
+    """
+    c = constants(high)
+    product_high = n * high
+    product_low = n * low
+    x = product_high + product_low
+    lost = fma(n, high, c.zero - product_high) + (product_low - (x - product_high))
+    e = exp(x)
+    return where_gt(x, c.scaled_floor, fma(e, lost, e), e)  # below, the result is 0 and lost any
+
+
+def product(coefficient, value):
+    """The product, 0 where the coefficient is."""
+    c = constants(value)
+    return where_eq(coefficient, c.zero, c.zero, coefficient * value)
+
+
 def series(u):
     """log(1 + u) for sqrt(1/2) <= 1 + u <= sqrt(2).
 
@@ -95,6 +127,22 @@ def log(x):
     finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
     positive = where_gt(c.infinity, x, finite, x)  # inf and NaN stay
     return where_gt(x, c.zero, positive, where_eq(x, c.zero, c.zero - c.infinity, x * c.nan))
+
+
+def log1m(p):
+    """log(1 - p), 0 <= p <= 1, with log(0) = -inf; NaN for a p above 1.
+
+    With y = 1 - p as rounded, 1 - p = y + lost, of which `lost` is exact: for y = 2**n f, n ln 2 plus
+    log(f + 2**-n lost). A small p is all in `lost`, and keeps its digits.
+    """
+    c = constants(p)
+    y = c.one - p
+    lost = (c.one - y) - p
+    n = exponent(y)
+    down = downscale(y)
+    fraction = series(fma(y, down, c.zero - c.one) + lost * down)
+    finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
+    return where_gt(y, c.zero, finite, where_eq(y, c.zero, c.zero - c.infinity, y * c.nan))
 
 
 def softcap(x, cap):

@@ -4,14 +4,8 @@ shape of the row. The formulas and the names of the sums are those of `fastll.co
 
 # mypy: ignore-errors
 
-from fastll.formulas.maths import log
+from fastll.formulas.maths import log, product
 from fastll.formulas.vocabulary import constants, fma, where_eq, where_gt
-
-
-def product(coefficient, value):
-    """The product, 0 where the coefficient is."""
-    c = constants(value)
-    return where_eq(coefficient, c.zero, c.zero, coefficient * value)
 
 
 def below_maximum(x, m, e):

@@ -84,7 +84,9 @@ def _times(coefficient: Array, value: Array) -> Array:
     return np.where(coefficient == 0, 0, coefficient * value)
 
 
-def _binary_cross_entropy(x: Array, t: Array, pos_weight: Array = 1.0) -> tuple[Array, Array]:
+def _binary_cross_entropy_with_logits(
+    x: Array, t: Array, pos_weight: Array = 1.0
+) -> tuple[Array, Array]:
     positive, negative = pos_weight * t, 1 - t
     value = _times(positive, _softplus(-x)) + _times(negative, _softplus(x))
     return value, negative * _sigmoid(x) - positive * _sigmoid(-x)
@@ -97,14 +99,53 @@ def _gaussian_nll(
     return ((mean - target) ** 2 / v + np.log(v)) / 2 + constant, (mean - target) / v
 
 
+def _binary_cross_entropy(p: Array, t: Array) -> tuple[Array, Array]:
+    value = -t * np.maximum(np.log(p), -100) - (1 - t) * np.maximum(np.log1p(-p), -100)
+    slope = (p - t) / np.maximum(p * (1 - p), 1e-12)
+    return value, np.where((p < 0) | (p > 1), np.nan, slope)
+
+
+def _poisson_nll(x: Array, t: Array) -> tuple[Array, Array]:
+    return np.exp(x) - _times(t, x), np.exp(x) - t
+
+
+def _poisson_nll_of_rate(x: Array, t: Array, eps: float) -> tuple[Array, Array]:
+    value, slope = x - _times(t, np.log(x + eps)), 1 - np.where(t == 0, 0, t / (x + eps))
+    below = x + eps < 0
+    return np.where(below, np.nan, value), np.where(below, np.nan, slope)
+
+
+def _with_stirling(t: Array, value: Array, slope: Array) -> tuple[Array, Array]:
+    stirling = t * np.log(t) - t + np.log(2 * np.pi * t) / 2
+    return value + np.where(t > 1, stirling, 0), slope
+
+
+def _sigmoid_focal_loss(
+    x: Array, t: Array, positive_weight: float, negative_weight: float, gamma: float
+) -> tuple[Array, Array]:
+    ce, slope = _binary_cross_entropy_with_logits(x, t)
+    p, q = _sigmoid(x), _sigmoid(-x)
+    wrong = t * q + (1 - t) * p  # 1 - p_t
+    weight = t * positive_weight + (1 - t) * negative_weight
+    pull = gamma * (1 - 2 * t) * np.where((p == 0) | (q == 0), 0, p * q / wrong)
+    return _times(weight, ce * wrong**gamma), weight * wrong**gamma * (slope + _times(pull, ce))
+
+
 #: Element-wise operations: their value, or value and slope.
 ELEMENTS: dict[str, Callable[..., Any]] = {
     "outside": lambda x, low, high: np.where((x < low) | (x > high), 1.0, 0.0),
     "sigmoid": _sigmoid,
     "log_sigmoid": lambda x: -_softplus(-x),
-    "binary_cross_entropy": _binary_cross_entropy,
-    "binary_cross_entropy_pos_weight": _binary_cross_entropy,
+    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
+    "binary_cross_entropy_with_logits_pos_weight": _binary_cross_entropy_with_logits,
     "gaussian_nll": _gaussian_nll,
+    "mse": lambda x, t: ((x - t) ** 2, 2 * (x - t)),
+    "binary_cross_entropy": _binary_cross_entropy,
+    "poisson_nll": _poisson_nll,
+    "poisson_nll_full": lambda x, t: _with_stirling(t, *_poisson_nll(x, t)),
+    "poisson_nll_of_rate": _poisson_nll_of_rate,
+    "poisson_nll_of_rate_full": lambda x, t, eps: _with_stirling(t, *_poisson_nll_of_rate(x, t, eps)),
+    "sigmoid_focal_loss": _sigmoid_focal_loss,
 }
 #: Terms of the folds that are sums of them.
 TERMS: dict[str, Callable[..., Any]] = {
