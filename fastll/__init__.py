@@ -14,7 +14,12 @@ from fastll.api.elementwise import (
     poisson_nll,
     sigmoid_focal_loss,
 )
-from fastll.api.losses import cross_entropy, dense_cross_entropy, sparse_cross_entropy
+from fastll.api.logits import (
+    entropy_from_logits,
+    kl_divergence_from_logits,
+    selective_log_softmax,
+)
+from fastll.api.losses import cross_entropy, dense_cross_entropy, nll_loss, sparse_cross_entropy
 from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
 from fastll.api.streaming import LogSumExp
 from fastll.api.warmup import warmup
@@ -32,13 +37,17 @@ __all__ = [
     "debug_labels",
     "dense_cross_entropy",
     "entropy",
+    "entropy_from_logits",
     "gaussian_nll",
     "get_num_threads",
+    "kl_divergence_from_logits",
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
     "mse",
+    "nll_loss",
     "poisson_nll",
+    "selective_log_softmax",
     "set_num_threads",
     "sigmoid",
     "sigmoid_focal_loss",

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fastll import dispatch, layout
-from fastll.arrays import HOST, Array, Place, broadcast, kept_shape, place_of
-from fastll.contract import Backend, Floats, Fold, Map, new, units_of
+from fastll.arrays import HOST, Array, Place, axis_of, broadcast, kept_shape, place_of
+from fastll.contract import Backend, Floats, Fold, Kept, Map, new, units_of
 from fastll.dtypes import as_floats, kind_of
 
 
@@ -41,6 +41,23 @@ class Call:
     def take(self, a: Any, name: str) -> Array:
         """Another argument, broadcast to the shape of the first array."""
         return broadcast(self.place.take(a, name), self.x.shape, name)
+
+    def rows(self, axis: int) -> tuple[int, tuple[int, ...]]:
+        """The axis of the classes, counted from 0, and the shape of the rows."""
+        shape = self.x.shape
+        if not shape:
+            raise ValueError(f"{self.name} has no axis of classes; expected at least one dimension")
+        axis = axis_of(axis, len(shape))
+        return axis, shape[:axis] + shape[axis + 1 :]
+
+    def sample_weight(self, weight: Any, rows: tuple[int, ...]) -> Array | None:
+        """One weight per row; on the CPU float64."""
+        if weight is None:
+            return None
+        w = self.place.take(weight, "sample_weight")
+        if self.place.on_cpu:
+            w = as_floats(w).reshape(w.shape)
+        return broadcast(w, rows, "sample_weight")
 
     def output(self, out: Any, name: str, inputs: Iterable[Array | None] = ()) -> Array:
         """`out`, checked, or a new array, for a result with the shape of the first array."""
@@ -96,6 +113,13 @@ class Call:
             return loss if lse is None else (loss, place.give(lse))
         given = place.give_array(grad) if grad_out is None else grad_out  # type: ignore[arg-type]
         return (loss, given) if lse is None else (loss, place.give(lse), given)
+
+
+def weight_of(backend: Backend, rows: tuple[int, ...], sample: Array | None) -> Any:
+    """What a mean over all rows divides by, as `Backend.weigh` has it."""
+    if sample is None:
+        return Kept(*[float(math.prod(rows))] * 2)
+    return backend.weigh(None, 0, None, None, sample, False)[1]
 
 
 def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:

@@ -27,7 +27,24 @@ point mass ``c = (1 - eps) w_y`` at ``y`` of a sparse one, every cross-entropy i
     loss   = c (log1p(r) + m - x_y) + sum_j u_j (log1p(r) + m - x_j) + z lse**2
     grad_j = scale ((c + sum u + 2 z lse) p_j - u_j - c [j = y])
 
-in which all summands of the loss are non-negative: nothing cancels.
+in which all summands of the loss are non-negative: nothing cancels. A row's sample weight g is a factor
+of its loss and of ``scale``; a row whose g is 0 is dropped, whatever its logits are. The loss of
+log-probabilities is the same with ``m = log s = 0``, and ``grad_j = -scale (u_j + c [j = y])``.
+
+**Entropy of logits.** With ``p`` and one more sum, ``a = sum_j exp(x_j - m) (m - x_j)``, of which all
+terms are non-negative,
+
+    H      = log s + a / s
+    grad_j = scale tau p_j ((m - x_j) - a / s)
+
+and for the distribution p of a second array t, whose state is (n, f, l) with ``u = f + l``,
+
+    a      = sum_j exp(t_j - n) ((m - x_j) - (n - t_j))
+    KL     = (log s - log u) + a / u
+    grad_j = scale tau (exp(x_j - m) / s - exp(t_j - n) / u)
+
+where ``exp(t_j - n) = 0`` annuls an infinite factor, and x and t are the logits times tau, the
+``inverse_temperature``, in the compute dtype.
 
 **The order of sums** is part of the contract among the backends of the CPU, in every layout: it is
 why they agree to the bit. A row is summed in blocks of `BLOCK` elements. Element j of a block goes
@@ -75,8 +92,12 @@ def units_of(length: int, unit: int = CHUNK) -> int:
     return -(-length // unit)
 
 
-def bad_label(label: int, position: tuple[int, ...], classes: int, ignore_index: int) -> IndexError:
-    """The error for a label that is out of range."""
+def bad_label(
+    label: int, position: tuple[int, ...], classes: int, ignore_index: int | None
+) -> IndexError:
+    """The error for a label that is out of range; without `ignore_index`, for an entry of `index`."""
+    if ignore_index is None:
+        return IndexError(f"index has class {label} at {position}; expected 0 <= class < {classes}")
     return IndexError(
         f"target has label {label} at {position}; "
         f"expected 0 <= label < {classes} or ignore_index = {ignore_index}"
@@ -90,7 +111,8 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float = 0.0  # 0: none
-    scale: Any = 1.0  # factor of the gradient, or of the sum of terms; or `Backend.factor` of a weight
+    scale: Any = 1.0  # factor of the gradient, or of the sum of terms; or as `Backend.averaged` has it
+    inverse_temperature: float = 1.0  # factor of the logits, of both arrays
 
 
 DEFAULTS = Options()
@@ -109,20 +131,43 @@ class Map(NamedTuple):
     scale: float = 1.0
 
 
+#: Folds that are no sums of terms. The first one takes weights or a state, the last two a temperature;
+#: so does the first one with labels.
+FOLDS = (
+    "logsumexp",
+    "softmax",
+    "log_softmax",
+    "cross_entropy",
+    "nll_loss",
+    "entropy_from_logits",
+    "kl_divergence_from_logits",
+)
+
+
+class Kept(NamedTuple):
+    """What a mean over rows divides by."""
+
+    weight: float  # sum of the sample weights of the kept rows, times class weights of their labels
+    rows: float  # sum of their sample weights
+
+
 class Fold(NamedTuple):
     """A reduction of rows and its operands."""
 
-    operation: str  # "logsumexp", "softmax", "log_softmax", "cross_entropy" or a key of `TERMS`
+    operation: str  # one of `FOLDS` or a key of `TERMS`
     x: Array  # full
     second: Array | None = None  # full, any real dtype: weights, dense target, second distribution
-    labels: Array | None = None  # row: sparse target, as `Backend.labels` returned it
+    labels: Array | None = None  # row: sparse target, as `Backend.weigh` returned it; or row + (K,)
     weight: Array | None = None  # class
+    sample: Array | None = None  # row, float64 (on a GPU any real dtype): sample weights
     options: Options = DEFAULTS
     state: Floats | None = None  # row + (3,): a log-sum-exp continues from (m, e, k) and leaves the
     # result there; a softmax takes the state of rows that are longer than those of x
-    value: Array | None = None  # row, compute dtype: the loss, or the sum of terms
+    value: Array | None = None  # row, compute dtype: the loss, the entropy, or the sum of terms
     lse: Array | None = None  # row, compute dtype
     sign: Array | None = None  # row, compute dtype: sign of s; without it a negative s gives NaN
+    selected: Array | None = None  # row + (K,), compute dtype: log-probabilities of the K labels of a
+    # row, NaN for one that is no class; of "logsumexp" and "entropy_from_logits"
     out: Array | None = None  # full, element dtype: probabilities, their logarithms or the gradient;
     # may be x
 
@@ -153,23 +198,32 @@ class Backend(Protocol):
         """Run a kernel over units 0 to `units`, which hold `elements` elements together."""
         ...
 
-    def labels(
-        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
-    ) -> tuple[Array, Any]:
-        """Labels in the form that `fold` takes, and the weight of the kept ones (see `factor`).
+    def weigh(
+        self,
+        labels: Array | None,
+        classes: int,
+        ignore_index: int | None,
+        weight: Array | None,
+        sample: Array | None,
+        check: bool,
+    ) -> tuple[Array | None, Any]:
+        """Labels in the form that `fold` takes, and the weight of the kept ones: a `Kept`, or on a GPU
+        something that finds it there.
 
-        `labels` has the shape of the rows, any strides and any integer dtype. Raises `bad_label` for
-        the first one outside [0, classes) that is not `ignore_index`; on a GPU only if asked to
-        `check`, as that waits for the device.
+        `labels` has any strides and any integer dtype, and the shape of the rows or one axis more.
+        Raises `bad_label` for the first one outside [0, classes) that is not `ignore_index`; on a GPU
+        only if asked to `check`, as that waits for the device. Without labels (a dense target) all rows
+        are kept.
         """
         ...
 
-    def factor(self, kept: Any) -> Any:
-        """The factor of the gradient of a mean over the weight of the kept labels, or over a number."""
+    def averaged(self, kept: Any, z_loss: float) -> tuple[Any, float]:
+        """`Options.scale` and `z_loss` of a mean, where lse**2 is averaged by sample weights alone."""
         ...
 
     def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
-        """Sum of all values, in float64 and then 0-d in `dtype`, over a number, a 0-d array or None."""
+        """Sum of all values, in float64 and then 0-d in `dtype`, over a number, the weight of kept rows
+        or None."""
         ...
 
     def fill_identity(self, state: Floats) -> None:

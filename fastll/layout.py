@@ -30,6 +30,10 @@ Piece = Sequence[Any]
 Elements = tuple[tuple[Array, ...], Array | None, Array | None, Array | None]
 
 
+#: The row operands of a fold.
+_ROW = ("labels", "sample", "state", "value", "lse", "sign", "selected")
+
+
 class _Group(NamedTuple):
     size: int
     strides: tuple[int, ...]  # one per operand; 0 where an operand does not have the axis
@@ -41,17 +45,19 @@ def folds(call: Fold, axes: tuple[int, ...]) -> tuple[Iterable[Fold], int]:
     The call's *full* operands (of the contract) share one shape; its *row* operands have that shape
     without `axes`. Rows in more than one piece need a running state.
     """
-    operation, x, second, labels, weight, options, state, value, lse, sign, out = call
+    operation, x, second, labels, weight, sample, options, state, value, lse, sign, selected, out = call
     whole, kept = _contiguous_shapes(x.shape, axes)
     if (
         whole is None
         or not x.flags.c_contiguous
         or (second is not None and not second.flags.c_contiguous)
         or (labels is not None and not labels.flags.c_contiguous)
+        or (sample is not None and not sample.flags.c_contiguous)
         or (state is not None and not state.flags.c_contiguous)
         or (value is not None and not value.flags.c_contiguous)
         or (lse is not None and not lse.flags.c_contiguous)
         or (sign is not None and not sign.flags.c_contiguous)
+        or (selected is not None and not selected.flags.c_contiguous)
         or (out is not None and not out.flags.c_contiguous)
     ):
         return _strided_folds(call, axes)
@@ -59,13 +65,15 @@ def folds(call: Fold, axes: tuple[int, ...]) -> tuple[Iterable[Fold], int]:
         operation,
         x.reshape(whole),
         None if second is None else second.reshape(whole),
-        None if labels is None else labels.reshape(kept),
+        None if labels is None else labels.reshape(kept + labels.shape[x.ndim - len(axes) :]),
         weight,
+        None if sample is None else sample.reshape(kept),
         options,
         None if state is None else state.reshape((*kept, 3)),
         None if value is None else value.reshape(kept),
         None if lse is None else lse.reshape(kept),
         None if sign is None else sign.reshape(kept),
+        None if selected is None else selected.reshape(*kept, selected.shape[-1]),
         None if out is None else out.reshape(whole),
     )
     return (new(Fold, fields),), 1
@@ -86,13 +94,11 @@ def _contiguous_shapes(
 
 def _strided_folds(call: Fold, axes: tuple[int, ...]) -> tuple[Iterable[Fold], int]:
     full = call.x, call.second, call.out
-    row = call.labels, call.state, call.value, call.lse, call.sign
+    row = [getattr(call, name) for name in _ROW]
     pieces, parts = _strided_rows(axes, full, row)
     return (
-        call._replace(
-            x=x, second=second, out=out, labels=labels, state=state, value=value, lse=lse, sign=sign
-        )
-        for x, second, out, labels, state, value, lse, sign in pieces
+        call._replace(x=x, second=second, out=out, **dict(zip(_ROW, rows, strict=True)))
+        for x, second, out, *rows in pieces
     ), parts
 
 

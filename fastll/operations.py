@@ -13,15 +13,25 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import DTypeLike, NDArray
 
-from fastll.api import elementwise, losses, reductions
+from fastll.api import elementwise, logits, losses, reductions
 
 Array = NDArray[Any]
 
 #: What the values of an array are: any real numbers (logits, and "real" of the order of 1), labels in
-#: [0, C), a distribution over the axis, probabilities in [0, 1), those well inside, in [1/16, 15/16],
-#: positive numbers of the order of 1, or factors of both signs and 0.
+#: [0, C) (of tests, some are ignored) or an index in it, a distribution over the axis, probabilities in
+#: [0, 1), those well inside, in [1/16, 15/16], positive numbers of the order of 1 (of a sample's
+#: weights, some are 0), or factors of both signs and 0.
 Domain = Literal[
-    "logits", "real", "labels", "distribution", "probability", "inside", "positive", "factor"
+    "logits",
+    "real",
+    "labels",
+    "index",
+    "distribution",
+    "probability",
+    "inside",
+    "positive",
+    "sample",
+    "factor",
 ]
 #: The shape of an array: that of the first argument, that without the axis, (C,), or one entry.
 Shape = Literal["full", "rows", "classes", "one"]
@@ -46,7 +56,7 @@ class Argument(NamedTuple):
         own = shapes.get(self.shape, (1,) * len(shape))
         dtype = np.dtype(dtype)
         wide = np.float32 if dtype.kind in "fV" and dtype.itemsize < 8 else np.float64
-        if self.domain == "labels":
+        if self.domain in ("labels", "index"):
             return rng.integers(0, shape[axis], own) if shape[axis] else np.full(own, -100)
         if self.domain in ("logits", "real"):
             return rng.standard_normal(own, wide).astype(dtype, copy=False)
@@ -57,8 +67,10 @@ class Argument(NamedTuple):
             values /= values.sum(axis=axis, keepdims=True)
         if self.domain == "inside":
             values = wide(1 / 16) + wide(14 / 16) * values
-        if self.domain == "positive":
+        if self.domain in ("positive", "sample"):
             values = wide(0.5) + wide(1.5) * values
+        if self.domain == "sample":
+            values = np.where(rng.random(own) < 0.1, 0, values)
         # what is not in the shape of the first argument need not have its dtype
         return values.astype(dtype if self.shape == "full" else wide, copy=False)
 
@@ -80,7 +92,7 @@ class Operation(NamedTuple):
     extras: tuple[str, ...] = ()
     #: Keywords to try together, from none to all. An `Argument` stands for such an array.
     options: tuple[Options, ...] = ({},)
-    #: The public function that chooses this one by its arguments.
+    #: The public function that chooses this one, or this case of it, by its arguments.
     chosen_by: str = ""
     #: The same in other libraries, by the name of the library (see ``bench/peers.py``).
     peers: Mapping[str, Peer] = {}
@@ -134,8 +146,17 @@ def _focal(np: Any, p: Any, t: Any) -> Any:
 
 def _sparse(np: Any, lse: Any, x: Any, axis: int, labels: Any) -> Any:
     """The mean loss over the rows with a label, for any library with NumPy's functions."""
-    at_label = np.take_along_axis(x, np.expand_dims(labels, axis), axis).squeeze(axis)
-    return np.mean(lse - at_label, where=labels >= 0)
+    return np.mean(lse - _select(np, x, axis, labels), where=labels >= 0)
+
+
+def _select(np: Any, x: Any, axis: int, index: Any) -> Any:
+    """The elements at an index, for any library with NumPy's functions."""
+    return np.take_along_axis(x, np.expand_dims(index, axis), axis).squeeze(axis)
+
+
+def _entropy(np: Any, log_p: Any, axis: int) -> Any:
+    """That of log-probabilities, for any library with an exponential."""
+    return -(np.exp(log_p) * log_p).sum(axis)
 
 
 def _peers(numpy: Peer, scipy: Peer, torch: Peer, jax: Peer) -> Mapping[str, Peer]:
@@ -143,6 +164,7 @@ def _peers(numpy: Peer, scipy: Peer, torch: Peer, jax: Peer) -> Mapping[str, Pee
 
 
 _CLASS_WEIGHT = Argument("weight", "positive", "classes")
+_SAMPLE_WEIGHT = {"sample_weight": Argument("sample_weight", "sample", "rows")}
 #: The part of a row that all cross-entropies share.
 _cross_entropy = partial(
     Operation,
@@ -155,9 +177,27 @@ _cross_entropy = partial(
         {"label_smoothing": 0.1},
         {"z_loss": 1e-2},
         {"softcap": 5.0},
-        {"weight": _CLASS_WEIGHT, "label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0},
+        _SAMPLE_WEIGHT,
+        {
+            "weight": _CLASS_WEIGHT,
+            "label_smoothing": 0.2,
+            "z_loss": 1e-3,
+            "softcap": 30.0,
+            **_SAMPLE_WEIGHT,
+        },
     ),
     chosen_by="cross_entropy",
+)
+_nll_loss = partial(
+    Operation,
+    losses.nll_loss,
+    reduces=True,
+    gradient=True,
+    chosen_by="nll_loss",
+    options=(
+        {},
+        {"weight": _CLASS_WEIGHT, "label_smoothing": 0.2, **_SAMPLE_WEIGHT},
+    ),
 )
 _WEIGHT = {"weight": Argument("weight", "positive", "one")}
 _POS_WEIGHT = {"pos_weight": Argument("pos_weight", "positive")}
@@ -237,6 +277,60 @@ OPERATIONS = {
             "jax": lambda jax, x, axis, t: -(t * jax.nn.log_softmax(x, axis)).sum(axis).mean(),
         },
         measured="full",
+    ),
+    "sparse_nll_loss": _nll_loss(
+        (Argument("log_probs", "logits"), Argument("target", "labels", "rows")),
+        peers={
+            "torch": lambda torch, x, axis, t: torch.nn.functional.nll_loss(x.movedim(axis, 1), t),
+        },
+    ),
+    "dense_nll_loss": _nll_loss(
+        (Argument("log_probs", "logits"), Argument("target", "distribution")),
+        peers={
+            "numpy": lambda np, x, axis, t: -(t * x).sum(axis).mean(),
+            "torch": lambda torch, x, axis, t: -(t * x).sum(axis).mean(),
+            "jax": lambda jax, x, axis, t: -(t * x).sum(axis).mean(),
+        },
+        measured="full",
+    ),
+    "selective_log_softmax": Operation(
+        logits.selective_log_softmax,
+        (Argument("logits", "logits"), Argument("index", "index", "rows")),
+        reduces=True,
+        options=(
+            {},
+            {"temperature": 0.7, "return_lse": True},
+            {"return_entropy": True, "return_lse": True},
+        ),
+        peers={
+            "numpy": lambda np, x, axis, i: _select(np, _log_softmax(np, x, axis), axis, i),
+            "torch": lambda torch, x, axis, i: x.log_softmax(axis).gather(axis, i.unsqueeze(axis)),
+            "jax": lambda jax, x, axis, i: _select(jax.numpy, jax.nn.log_softmax(x, axis), axis, i),
+        },
+    ),
+    "entropy_from_logits": Operation(
+        logits.entropy_from_logits,
+        (Argument("logits", "logits"),),
+        reduces=True,
+        gradient=True,
+        options=({}, {"temperature": 0.7, **_SAMPLE_WEIGHT}),
+        peers={
+            "numpy": lambda np, x, axis: _entropy(np, _log_softmax(np, x, axis), axis),
+            "torch": lambda torch, x, axis: _entropy(torch, x.log_softmax(axis), axis),
+            "jax": lambda jax, x, axis: _entropy(jax.numpy, jax.nn.log_softmax(x, axis), axis),
+        },
+    ),
+    "kl_divergence_from_logits": Operation(
+        logits.kl_divergence_from_logits,
+        (Argument("logits", "logits"), Argument("target_logits", "logits")),
+        reduces=True,
+        gradient=True,
+        options=({}, {"temperature": 0.7, **_SAMPLE_WEIGHT}),
+        peers={
+            "torch": lambda torch, x, axis, t: torch.nn.functional.kl_div(
+                x.log_softmax(axis), t.log_softmax(axis), log_target=True, reduction="sum"
+            ),
+        },
     ),
     "binary_cross_entropy_with_logits": Operation(
         elementwise.binary_cross_entropy_with_logits,

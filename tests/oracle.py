@@ -26,7 +26,9 @@ class Expected(NamedTuple):
     value: Pair
     extras: tuple[Pair, ...] = ()  # in the order of the table
     gradient: Pair | None = None
-    count: Any = None  # the divisor of a mean; None: the number of values
+    mean: Any = (
+        None  # the pairs of a mean and of its gradient, where these are others than over the number
+    )
 
 
 def _moved(a, axis):
@@ -88,6 +90,23 @@ def log_sigmoid(x):
     return Expected((value, np.abs(value)))
 
 
+def _targets(x, target, weight, ignore_index, label_smoothing, sample_weight):
+    """Smoothed, weighted targets; sample weights, 0 of ignored rows; what a mean divides by, with class
+    weights of labels and without."""
+    classes = x.shape[-1]
+    w = np.ones(classes, Real) if weight is None else np.asarray(weight, Real)
+    g = np.ones(x.shape[:-1], Real) if sample_weight is None else np.asarray(sample_weight, Real)
+    target = np.asarray(target)
+    if target.dtype.kind in "iu":
+        g = np.where(target == ignore_index, 0, g)
+        t = (np.where(g == 0, 0, target)[..., None] == np.arange(classes)).astype(Real)
+        count = (g * (t * w).sum(axis=-1)).sum()
+    else:
+        t = target
+        count = g.sum()
+    return w * ((1 - label_smoothing) * t + label_smoothing / Real(classes)), g, count, g.sum()
+
+
 def cross_entropy(
     logits,
     target,
@@ -98,48 +117,139 @@ def cross_entropy(
     label_smoothing=0.0,
     z_loss=0.0,
     softcap=None,
+    sample_weight=None,
 ):
     """Loss and lse of a row, gradient of an element. Labels are those of integers."""
     x = _moved(logits, axis)
-    classes = x.shape[-1]
     slope = np.ones_like(x)
     if softcap is not None:
         slope = 1 / np.cosh(x / softcap) ** 2
         x = softcap * np.tanh(x / softcap)
-    w = np.ones(classes, Real) if weight is None else np.asarray(weight, Real)
-    target = np.asarray(target)
-    kept = np.ones(x.shape[:-1], bool)
-    count = None
-    if target.dtype.kind in "iu":
-        kept = target != ignore_index
-        t = (np.where(kept, target, 0)[..., None] == np.arange(classes)).astype(Real)
-        count = (kept * (t * w).sum(axis=-1)).sum()
-    else:
-        t = _moved(target, axis)
-    u = w * ((1 - label_smoothing) * t + label_smoothing / Real(classes))
+    dense = np.asarray(target).dtype.kind not in "iu"
+    t = _moved(target, axis) if dense else target
+    u, g, count, rows = _targets(x, t, weight, ignore_index, label_smoothing, sample_weight)
     m, log_s = _log_sum(x)
     terms = u * (log_s + (m - x))
     lse = (m + log_s)[..., 0]
-    loss = np.where(kept, np.where(u == 0, 0, terms).sum(axis=-1) + z_loss * lse**2, 0)
     # the square doubles the relative error of lse, whose own scale is |m| + log s
     spread = np.abs(m[..., 0]) + log_s[..., 0]
-    loss_scale = np.abs(np.where(u == 0, 0, terms)).sum(axis=-1) + 2 * z_loss * np.abs(lse) * spread
     p = np.exp(x - m) / np.exp(log_s)
     total = u.sum(axis=-1, keepdims=True)
-    pull = 2 * z_loss * lse[..., None]
-    grad = np.where(kept[..., None], slope * ((total + pull) * p - u), 0)
-    grad_scale = np.abs(slope) * ((total + 2 * z_loss * spread[..., None]) * p + np.abs(u))
     # a roundoff of x (of its cap, or of x - m) is one of exp(x) times |x|
     shift = SUBTRACTED * np.abs(x - m) + (
         0 if softcap is None else 2 * np.abs(x).max(axis=-1, keepdims=True)
     )
-    loss_scale = loss_scale * (1 + shift.max(axis=-1))
-    grad_scale = grad_scale * (1 + shift)
-    gradient = (np.moveaxis(grad, -1, axis), np.moveaxis(grad_scale, -1, axis))
-    return Expected((loss, loss_scale), ((lse, spread + 1),), gradient, count)
+
+    def weighted(z):
+        """Loss and gradient with a factor of lse**2, each with its scale."""
+        loss = g * (np.where(u == 0, 0, terms).sum(axis=-1) + z * lse**2)
+        loss_scale = np.abs(g) * (
+            np.abs(np.where(u == 0, 0, terms)).sum(axis=-1) + 2 * z * np.abs(lse) * spread
+        )
+        pull = 2 * z * lse[..., None]
+        grad = g[..., None] * slope * ((total + pull) * p - u)
+        size = (total + 2 * z * spread[..., None]) * p + np.abs(u)
+        pairs = (loss, loss_scale * (1 + shift.max(axis=-1)))
+        return pairs, _back((grad, np.abs(g[..., None] * slope) * size * (1 + shift)), axis)
+
+    value, gradient = weighted(z_loss)
+    mean = ()
+    if count and rows:  # in a mean the squares are averaged over the rows, not their weight
+        loss, grad = weighted(z_loss * count / rows)
+        mean = [[part.sum() / count for part in loss], [part / count for part in grad]]
+    return Expected(value, ((lse, spread + 1),), gradient, mean)
 
 
 sparse_cross_entropy = dense_cross_entropy = cross_entropy
+
+
+def nll_loss(
+    log_probs, target, axis, *, weight=None, ignore_index=-100, label_smoothing=0.0, sample_weight=None
+):
+    x = _moved(log_probs, axis)
+    dense = np.asarray(target).dtype.kind not in "iu"
+    t = _moved(target, axis) if dense else target
+    u, g, count, _ = _targets(x, t, weight, ignore_index, label_smoothing, sample_weight)
+    terms = g[..., None] * np.where(u == 0, 0, -u * x)
+    value = terms.sum(axis=-1), np.abs(terms).sum(axis=-1)
+    grad = _back((-g[..., None] * u, np.abs(g[..., None] * u)), axis)
+    return Expected(value, (), grad, _mean(value, grad, count))
+
+
+sparse_nll_loss = dense_nll_loss = nll_loss
+
+
+def _back(pair, axis):
+    """A pair of arrays with the axis of the classes where it was."""
+    return tuple(np.moveaxis(part, -1, axis) for part in pair)
+
+
+def _mean(value, gradient, count):
+    """Mean and its gradient for a divisor of any sign."""
+    if not count:
+        return ()
+    return [
+        (value[0].sum() / count, value[1].sum() / abs(count)),
+        (gradient[0] / count, gradient[1] / abs(count)),
+    ]
+
+
+def _tempered(logits, axis, temperature):
+    """Logits over the temperature, and how many roundoffs more their exponentials may be off by."""
+    x = _moved(logits, axis) / Real(temperature)
+    shift = 0 if temperature == 1 else 2 * np.abs(x).max(axis=-1, keepdims=True)
+    return x, shift
+
+
+def selective_log_softmax(
+    logits, index, axis, *, temperature=1.0, return_entropy=False, return_lse=False
+):
+    x, shift = _tempered(logits, axis, temperature)
+    m, log_s = _log_sum(x)
+    x_y = np.take_along_axis(x, np.asarray(index)[..., None], axis=-1)
+    value = ((x_y - m) - log_s)[..., 0]
+    off = SUBTRACTED * np.abs(x - m).max(axis=-1, keepdims=True) * log_s
+    scale = (np.abs((x_y - m) - log_s) + off + shift)[..., 0]
+    extras = []
+    if return_entropy:
+        extras.append(entropy_from_logits(logits, axis, temperature=temperature).value)
+    if return_lse:
+        spread = np.abs(m[..., 0]) + log_s[..., 0] + 1
+        extras.append(((m + log_s)[..., 0], spread + np.broadcast_to(shift, m.shape)[..., 0]))
+    return Expected((value, scale), tuple(extras))
+
+
+def entropy_from_logits(logits, axis, *, temperature=1.0, sample_weight=None):
+    x, shift = _tempered(logits, axis, temperature)
+    shift = shift + SUBTRACTED * np.abs(x).max(axis=-1, keepdims=True) * 2
+    m, log_s = _log_sum(x)
+    p = np.exp(x - m) / np.exp(log_s)
+    d = np.where(p == 0, 0, m - x)
+    mean = (p * d).sum(axis=-1, keepdims=True)
+    g = np.ones(x.shape[:-1], Real) if sample_weight is None else np.asarray(sample_weight, Real)
+    h = (log_s + mean)[..., 0]
+    value = g * h, np.abs(g) * h * (1 + np.broadcast_to(shift, m.shape)[..., 0])
+    of_logits = g[..., None] / Real(temperature)
+    grad = of_logits * p * (d - mean), np.abs(of_logits) * p * (d + mean) * (1 + shift)
+    grad = _back(grad, axis)
+    return Expected(value, (), grad, _mean(value, grad, g.sum()))
+
+
+def kl_divergence_from_logits(logits, target_logits, axis, *, temperature=1.0, sample_weight=None):
+    x, x_shift = _tempered(logits, axis, temperature)
+    t, t_shift = _tempered(target_logits, axis, temperature)
+    shift = x_shift + t_shift
+    shift = shift + SUBTRACTED * 2 * (np.abs(x) + np.abs(t)).max(axis=-1, keepdims=True)
+    (m, log_s), (n, log_u) = _log_sum(x), _log_sum(t)
+    q, p = np.exp(x - m) / np.exp(log_s), np.exp(t - n) / np.exp(log_u)
+    terms, sizes = p * ((m - x) - (n - t)), p * ((m - x) + (n - t))
+    g = np.ones(x.shape[:-1], Real) if sample_weight is None else np.asarray(sample_weight, Real)
+    loss = (log_s - log_u)[..., 0] + terms.sum(axis=-1)
+    size = (log_s + log_u)[..., 0] + sizes.sum(axis=-1)
+    value = g * loss, np.abs(g) * size * (1 + np.broadcast_to(shift, m.shape)[..., 0])
+    of_logits = g[..., None] / Real(temperature)
+    grad = _back((of_logits * (q - p), np.abs(of_logits) * (q + p) * (1 + shift)), axis)
+    return Expected(value, (), grad, _mean(value, grad, g.sum()))
 
 
 def binary_cross_entropy_with_logits(logits, target, *, weight=1.0, pos_weight=1.0):

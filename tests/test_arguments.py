@@ -87,12 +87,12 @@ def test_dtype_of_arrays(backend, name, at, options, bad):
 
 @pytest.mark.parametrize(("name", "at", "options"), [a for a in ARRAYS if a[1] != 0], ids=ids)
 def test_shape_of_arrays(backend, name, at, options):
-    """One axis too many; a length that is not that of the first argument."""
+    """Two axes too many; a length that is not that of the first argument."""
     arrays, keywords = call_of(name, options)
     where = arrays if isinstance(at, int) else keywords
     argument = OPERATIONS[name].arguments[at].name if isinstance(at, int) else at
     *others, last = where[at].shape
-    for shape in ((*others, last, 2), (*others, last + 7)):
+    for shape in ((*others, last, 2, 2), (*others, last + 7)):
         where[at] = np.zeros(shape, where[at].dtype)
         refuses(name, ValueError, rf"^{argument} has shape \({shape[0]}", arrays, keywords)
 
@@ -250,6 +250,12 @@ CROSS_ENTROPY_ERRORS = [
     ({"softcap": 0}, ValueError, "softcap is 0; expected a number above 0"),
     ({"softcap": -3.0}, ValueError, "softcap is -3.0"),
     ({"softcap": np.nan}, ValueError, "softcap is nan"),
+    (
+        {"sample_weight": np.ones(4)},
+        ValueError,
+        r"sample_weight has shape \(4,\); expected one that broadcasts to \(3,\)",
+    ),
+    ({"sample_weight": ["a"]}, TypeError, "sample_weight has dtype"),
     ({"reduction": "avg"}, ValueError, "reduction is 'avg'; expected 'mean', 'sum' or 'none'"),
     ({"reduction": None}, ValueError, "reduction is None"),
 ]
@@ -351,10 +357,12 @@ def test_warmup():
 
 def test_every_function_is_in_the_table():
     public = {getattr(fastll, name) for name in fastll.__all__}
-    modules = "fastll.api.reductions", "fastll.api.losses", "fastll.api.elementwise"
+    modules = [f"fastll.api.{name}" for name in ("reductions", "losses", "logits", "elementwise")]
     of_arrays = {f.__name__ for f in public if getattr(f, "__module__", "") in modules}
-    assert of_arrays == {*OPERATIONS} | {o.chosen_by for o in OPERATIONS.values() if o.chosen_by}
-    assert all(o.function is getattr(fastll, name) for name, o in OPERATIONS.items())
+    names = {o.function.__name__ for o in OPERATIONS.values()}
+    assert of_arrays == names | {o.chosen_by for o in OPERATIONS.values() if o.chosen_by}
+    for name, operation in OPERATIONS.items():
+        assert operation.function is getattr(fastll, name, getattr(fastll, operation.chosen_by, None))
 
 
 @pytest.mark.parametrize("dtype", [">u8", ">i8", "u1", ">u2"])

@@ -62,29 +62,29 @@ def check_loss(operation, arrays, keywords, expected, dtype):
     """Losses, what comes beside them and gradients by every reduction; in place too."""
     extras = dict.fromkeys(operation.extras, True)
     chosen = getattr(fastll, operation.chosen_by) if operation.chosen_by else operation.function
-    slope, slope_scale = expected.gradient
 
-    def check(reduction, pair, scale, factor=ROUNDOFFS):
+    def check(reduction, pair, slope, factor=ROUNDOFFS):
         value, *others, grad = operation.function(
             *arrays, **keywords, **extras, reduction=reduction, return_grad=True
         )
         assert value.dtype == value_dtype(dtype)
         assert grad.dtype == dtype
         assert_close(value, pair, dtype, factor=factor)
-        assert_close(grad, (slope * scale, slope_scale * scale), dtype, factor=factor)
+        assert_close(grad, slope, dtype, factor=factor)
         for other, pair in zip(others, expected.extras, strict=True):
             assert other.dtype == value_dtype(dtype)
             assert_close(other, pair, dtype)
         assert_same_bits(chosen(*arrays, **keywords, reduction=reduction), value)
 
-    check("none", expected.value, 1)
+    check("none", expected.value, expected.gradient)
     total = [part.sum() for part in expected.value]
-    check("sum", total, 1)
-    count = expected.value[0].size if expected.count is None else expected.count
-    if count:
+    check("sum", total, expected.gradient)
+    size = expected.value[0].size
+    if expected.mean:
         # the weights of labels add up one after the other, in float64: about sqrt(n) roundoffs
-        factor = ROUNDOFFS + (0 if expected.count is None else np.sqrt(expected.value[0].size))
-        check("mean", [part / count for part in total], 1 / count, factor)
+        check("mean", *expected.mean, factor=ROUNDOFFS + np.sqrt(size))
+    elif size and expected.mean is None:
+        check("mean", [part / size for part in total], [part / size for part in expected.gradient])
     x = arrays[0]
     if x.flags.writeable and x.dtype == dtype:
         result, returned = operation.function(

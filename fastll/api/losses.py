@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from fastll import calls, dispatch
 from fastll.api import Reduction, check_reduction, integer, number
-from fastll.arrays import Array, axis_of
+from fastll.arrays import Array
 from fastll.calls import Call
 from fastll.contract import Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
@@ -26,6 +25,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     return_lse: bool = False,
     return_grad: bool = False,
@@ -65,9 +65,15 @@ def cross_entropy(
         Factor of ``lse**2``, added to each row's loss; at least 0.
     softcap : float, optional
         Replaces x by ``softcap * tanh(x / softcap)`` first; positive.
+    sample_weight : array_like, optional
+        One factor per row, of any sign; broadcasts to the shape of `logits` without `axis`. It
+        multiplies the row's loss and gradient. A row whose weight is 0 is dropped, as by
+        `ignore_index`. With "sum", these weights are the upstream gradient of a vector-Jacobian
+        product, or a factor (loss scaling) that keeps a gradient in half precision from underflow.
     reduction : {"mean", "sum", "none"}
-        "mean" divides by the summed weight of the kept labels, as in PyTorch, or for a dense target by
-        the number of rows, and is NaN if that is 0. "none" gives each row's loss.
+        "mean" divides by the summed weight of the kept rows: their sample weights, times the class
+        weights of labels as in PyTorch. It is NaN if that is 0. The mean of the z-loss is by sample
+        weights alone. "none" gives each row's loss.
     return_lse : bool
         Also return the log-sum-exp of each row, ignored rows included.
     return_grad : bool
@@ -117,10 +123,10 @@ def cross_entropy(
     array([[-0.213,  0.107,  0.107],
            [ 0.   ,  0.   ,  0.   ]])
     """
+    call = Call("cross_entropy", logits, "logits")
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    return _cross_entropy(
-        "any", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
-    )
+    weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
+    return _row_loss("any", call, target, axis, weights, options, reduction, outputs)
 
 
 def sparse_cross_entropy(
@@ -133,6 +139,7 @@ def sparse_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     return_lse: bool = False,
     return_grad: bool = False,
@@ -158,10 +165,10 @@ def sparse_cross_entropy(
     >>> float(sparse_cross_entropy([[0.0, 0.0]], [1]))
     0.6931471805599453
     """
+    call = Call("cross_entropy", logits, "logits")
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    return _cross_entropy(
-        "sparse", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
-    )
+    weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
+    return _row_loss("sparse", call, target, axis, weights, options, reduction, outputs)
 
 
 def dense_cross_entropy(
@@ -173,6 +180,7 @@ def dense_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    sample_weight: ArrayLike | None = None,
     reduction: Reduction = "mean",
     return_lse: bool = False,
     return_grad: bool = False,
@@ -198,32 +206,85 @@ def dense_cross_entropy(
     >>> float(dense_cross_entropy([[0.0, 0.0]], [[0.5, 0.5]]))
     0.6931471805599453
     """
+    call = Call("cross_entropy", logits, "logits")
     options = (-100, label_smoothing, z_loss, softcap)
-    return _cross_entropy(
-        "dense", logits, target, axis, weight, options, reduction, return_lse, return_grad, grad_out
-    )
+    weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
+    return _row_loss("dense", call, target, axis, weights, options, reduction, outputs)
 
 
-def _cross_entropy(
+def nll_loss(
+    log_probs: ArrayLike,
+    target: ArrayLike,
+    *,
+    axis: int = -1,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    return_grad: bool = False,
+    grad_out: Array | None = None,
+) -> Any:
+    r"""Negative log-likelihood of labels or distributions under log-probabilities, with its gradient.
+
+    For a row of C log-probabilities x, with label smoothing :math:`\epsilon`:
+
+    .. math:: L = -\sum_j w_j u_j x_j, \quad u_j = (1 - \epsilon) t_j + \epsilon / C
+
+    where t is the dense target, or 1 at the label and 0 elsewhere. It is `cross_entropy` of what
+    `log_softmax` returns. Nothing is normalised: any numbers will do for x. For labels without
+    smoothing, nothing but the entries at the labels is read.
+
+    Parameters
+    ----------
+    log_probs : array_like
+        As `logits` of `cross_entropy`.
+    target, axis, weight, ignore_index, label_smoothing, sample_weight, reduction, return_grad, grad_out
+        As for `cross_entropy`. A target or a weight of 0 contributes 0, even at a log-probability of
+        -inf.
+
+    Returns
+    -------
+    loss, grad
+        As for `cross_entropy`; the gradient is with respect to `log_probs`, ``-w_j u_j``.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As for `cross_entropy`.
+
+    References
+    ----------
+    `torch.nn.functional.nll_loss`, whose class axis is 1.
+
+    Examples
+    --------
+    >>> from fastll import log_softmax, nll_loss
+    >>> nll_loss(log_softmax([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), [0, 1], reduction="none")
+    array([0.23954477, 1.09861229])
+    """
+    call = Call("nll_loss", log_probs, "log_probs")
+    options = (ignore_index, label_smoothing, 0.0, None)
+    weights, outputs = (weight, sample_weight), (False, return_grad, grad_out)
+    return _row_loss("any", call, target, axis, weights, options, reduction, outputs)
+
+
+def _row_loss(
     kind: str,
-    logits: ArrayLike,
+    call: Call,
     target: ArrayLike,
     axis: int,
-    weight: ArrayLike | None,
+    weights: tuple[ArrayLike | None, ArrayLike | None],
     options: tuple[int, float, float, float | None],
     reduction: str,
-    return_lse: bool,
-    return_grad: bool,
-    grad_out: Any,
+    outputs: tuple[bool, bool, Any],
 ) -> Any:
-    call = Call("cross_entropy", logits, "logits")
-    x, place, compute = call.x, call.place, call.compute
-    if x.ndim == 0:
-        raise ValueError("logits has no axis of classes; expected at least one dimension")
-    axis = axis_of(axis, x.ndim)
-    classes, rows = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
+    """A loss of rows and their targets; `kind` is as for `_target`."""
+    axis, rows = call.rows(axis)
+    x, classes = call.x, call.x.shape[axis]
     dense, labels = _target(call, kind, target, rows)
-    weights = None if weight is None else _class_weight(call, weight, classes)
+    weight = None if weights[0] is None else _class_weight(call, weights[0], classes)
+    sample = call.sample_weight(weights[1], rows)
     mean = check_reduction(reduction) == "mean"
     ignore_index, smoothing, z_loss, softcap = options
     ignore_index = integer(ignore_index, "ignore_index")
@@ -232,24 +293,43 @@ def _cross_entropy(
     smoothing = number(smoothing, "label_smoothing", 0.0, 1.0)
     z_loss = number(z_loss, "z_loss", 0.0)
     cap = 0.0 if softcap is None else number(softcap, "softcap", 0.0, above=True)
+    return_lse, return_grad, grad_out = outputs
     grad = None
     if return_grad or grad_out is not None:
-        grad = call.output(grad_out, "grad_out", (dense, labels, weights))
+        grad = call.output(grad_out, "grad_out", (dense, labels, weight, sample))
 
     backend = call.backend
-    denominator: Any = float(math.prod(rows))
+    kept = None
     if labels is not None:
         check = dispatch.debugging_labels()
-        labels, denominator = backend.labels(labels, classes, ignore_index, weights, check)
-    scale = backend.factor(denominator) if mean else 1.0
+        weighed = sample if mean else None
+        labels, kept = backend.weigh(labels, classes, ignore_index, weight, weighed, check)
+    scale: Any = 1.0
+    if mean:
+        kept = kept or calls.weight_of(backend, rows, sample)
+        scale, z_loss = backend.averaged(kept, z_loss)
     each = reduction == "none"
-    loss = (place.empty if each else place.scratch)(rows, compute)
-    lse = place.empty(rows, compute) if return_lse else None
-    scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale))
-    fields = "cross_entropy", x, dense, labels, weights, scalars, None, loss, lse, None, grad
-    calls.fold(backend, place, new(Fold, fields), (axis,))
+    loss = (call.place.empty if each else call.place.scratch)(rows, call.compute)
+    lse = call.place.empty(rows, call.compute) if return_lse else None
+    scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale, 1.0))
+    fields = (
+        call.operation,
+        x,
+        dense,
+        labels,
+        weight,
+        sample,
+        scalars,
+        None,
+        loss,
+        lse,
+        None,
+        None,
+        grad,
+    )
+    calls.fold(backend, call.place, new(Fold, fields), (axis,))
     if not each:
-        loss = backend.total(loss, denominator if mean else None, compute)
+        loss = backend.total(loss, kept if mean else None, call.compute)
     return call.results(loss, lse, grad, return_grad, grad_out)
 
 
@@ -270,9 +350,9 @@ def _target(
         if t.shape == rows and floating:
             raise TypeError(
                 f"target has dtype {name_of(t.dtype)} and one entry per row; labels must be integers "
-                f"(a dense target has the shape of logits, {shape})"
+                f"(a dense target has the shape of {call.name}, {shape})"
             )
-        raise ValueError(f"target has shape {t.shape}; expected that of logits, {shape}")
+        raise ValueError(f"target has shape {t.shape}; expected that of {call.name}, {shape}")
     if t.dtype.kind not in "iu":
         expected = "integers (labels)" + " or floats (a dense target)" * (kind == "any")
         raise TypeError(f"target has dtype {name_of(t.dtype)}; expected {expected}")
@@ -280,7 +360,7 @@ def _target(
         fitting = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == t.shape]
         hint = f"; axis={fitting[0]} would fit" if len(fitting) == 1 else ""
         raise ValueError(
-            f"target has shape {t.shape}; expected that of logits without axis, {rows}{hint}"
+            f"target has shape {t.shape}; expected that of {call.name} without axis, {rows}{hint}"
         )
     return None, t
 

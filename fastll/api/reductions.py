@@ -201,7 +201,7 @@ def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any
     full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
     axes = axes_of(axis, full.ndim)
     if full.size:
-        fields = operation, full, None, None, None, DEFAULTS, None, None, None, None, target
+        fields = (operation, full, None, None, None, None, DEFAULTS, *[None] * 5, target)
         calls.fold(call.backend, call.place, new(Fold, fields), axes)
     return call.place.give(result) if out is None else out
 

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import CHUNK, Array, Floats, bad_label
+from fastll.contract import CHUNK, Array, Floats, Kept, bad_label
 
 _INT64 = np.dtype(np.int64)
-_INT64_MAX = (1 << 63) - 1
+_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class Host:
@@ -23,36 +23,59 @@ class Host:
     partial_dtype = np.dtype(np.float64)
 
     #: (labels, classes, ignore_index, weight) -> flat position of the first label out of range, or -1,
-    #: and weight of the kept ones. The labels are contiguous, of native int64.
-    scan_labels: Callable[[NDArray[Any], int, int, Any], tuple[int, float]]
+    #: weight of the kept ones, and their number. The labels are contiguous, of native int64.
+    scan_labels: Callable[[NDArray[Any], int, int, Any], tuple[int, float, float]]
     run = staticmethod(threads.run)
 
-    def labels(
-        self, labels: NDArray[Any], classes: int, ignore_index: int, weight: Any, check: bool = True
-    ) -> tuple[Array, float]:
+    def weigh(
+        self,
+        labels: NDArray[Any] | None,
+        classes: int,
+        ignore_index: int | None,
+        weight: Any,
+        sample: NDArray[Any] | None,
+        check: bool = True,
+    ) -> tuple[Array | None, Kept]:
         """As contiguous int64; always checked."""
+        if labels is None:
+            assert sample is not None
+            rows = float(np.sum(sample))
+            return None, Kept(rows, rows)
         y = labels
+        ignored = _INT64_MIN if ignore_index is None else ignore_index
         if y.dtype.kind == "u":
             # beyond int64 a label is out of range for certain, as is a negative one
-            y = np.where(
-                y > np.uint64(_INT64_MAX), -1 if ignore_index != -1 else -2, y.astype(np.int64)
-            )
+            y = np.where(y > np.uint64(_INT64_MAX), -1 if ignored != -1 else -2, y.astype(np.int64))
         if y.dtype != _INT64 or not y.flags.c_contiguous:
             y = np.ascontiguousarray(y, dtype=_INT64)
-        bad, kept = self.scan_labels(y, classes, ignore_index, weight)
+        if ignore_index is None and y.size and y.min() == _INT64_MIN:  # which no label may be
+            bad, kept, rows = int(y.argmin()), 0.0, 0.0
+        else:
+            bad, kept, rows = self.scan_labels(y, classes, ignored, weight)
         if bad >= 0:
             at = tuple(int(i) for i in np.unravel_index(bad, y.shape))
             raise bad_label(labels[at], at, classes, ignore_index)
-        return y, kept
+        if sample is None:
+            return y, Kept(kept, rows)
+        at = (y != ignored) & (sample != 0)
+        sample = sample[at]
+        rows = float(np.sum(sample))
+        return y, Kept(rows if weight is None else float(np.sum(sample * weight[y[at]])), rows)
 
-    def factor(self, kept: float) -> float:
-        return 1 / kept if kept else math.nan
+    def averaged(self, kept: Kept, z_loss: float) -> tuple[float, float]:
+        if z_loss and kept.rows != kept.weight:
+            z_loss *= kept.weight / kept.rows if kept.rows else math.nan
+        return 1 / kept.weight if kept.weight else math.nan, z_loss
 
-    def total(self, values: NDArray[Any], denominator: float | None, dtype: np.dtype[Any]) -> Array:
+    def total(
+        self, values: NDArray[Any], denominator: float | Kept | None, dtype: np.dtype[Any]
+    ) -> Array:
         if values.size == 1:  # NumPy's reductions take a microsecond
             summed = values.item()
         else:
             summed = np.add.reduce(values, axis=None, dtype=np.float64)
+        if isinstance(denominator, Kept):
+            denominator = denominator.weight
         if denominator is not None:
             summed = summed / denominator if denominator else math.nan
         total: Array = dtype.type(summed)

@@ -63,6 +63,34 @@ def cross_entropy_gradient(lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y):
     return c_y + excess, at_label
 
 
+def nll_loss(c_y, x_y, distances):
+    """-c x_y - sum u x, where `distances` are from 0."""
+    zero = constants(x_y).zero
+    return product(c_y, zero - x_y) + distances
+
+
+def softmax_entropy(log_s, away, s):
+    """log s + sum exp(x - m) (m - x) / s."""
+    return log_s + away / s
+
+
+def entropy_slope(p, x, m, mean):
+    """p ((m - x) - mean), where `mean` is that of m - x; 0 for p = 0."""
+    return product(p, (m - x) - mean)
+
+
+def log_ratio(x, m, t, n):
+    """(m - x) - (n - t)."""
+    return (m - x) - (n - t)
+
+
+def kl_divergence_of_sums(log_s, log_u, away, u):
+    """(log s - log u) + away / u; what is below 0 is a rounding error."""
+    c = constants(away)
+    value = (log_s - log_u) + away / u
+    return where_gt(c.zero, value, c.zero, value)
+
+
 def itself(x):
     """The term of a plain sum."""
     return x

@@ -59,15 +59,16 @@ class Backend(Host):
 
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array
-    ) -> tuple[int, float]:
+    ) -> tuple[int, float, float]:
         labels = labels.reshape(-1)
         kept = labels != ignore_index
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= classes)))
         if bad.size:
-            return int(bad[0]), 0.0
+            return int(bad[0]), 0.0, 0.0
+        rows = float(np.count_nonzero(kept))
         if weight is None:
-            return -1, float(np.count_nonzero(kept))
-        return -1, float(np.sum(weight[labels[kept]], dtype=np.float64))
+            return -1, rows, rows
+        return -1, float(np.sum(weight[labels[kept]], dtype=np.float64)), rows
 
 
 def _sigmoid(x: Array) -> Array:
@@ -180,7 +181,8 @@ class _Rows:
 
 def _logsumexp(rows: _Rows) -> None:
     call = rows.call
-    m, e, k = _exponentials(rows.x, rows.full(call.second), rows.of(call.state))
+    x = rows.x * call.options.inverse_temperature
+    m, e, k = _exponentials(x, rows.full(call.second), rows.of(call.state))
     rows.put(call.state, np.stack((m, e, k), axis=-1))
     s = e + k
     # log|s| from whichever of its two parts dominates
@@ -188,6 +190,17 @@ def _logsumexp(rows: _Rows) -> None:
     value = np.where((m == -np.inf) & ~np.isnan(e), -np.inf, m + log_s)
     rows.put(call.lse, value if call.sign is not None else np.where(s < 0, np.nan, value))
     rows.put(call.sign, np.sign(s))
+    _select(rows, x, m, np.log1p(e + (k - 1)))
+
+
+def _select(rows: _Rows, x: Array, m: Array, log_s: Array) -> None:
+    """The log-probabilities of some classes."""
+    if rows.call.selected is not None:
+        y = rows.of(rows.call.labels)
+        valid = (y >= 0) & (y < x.shape[1])
+        x_y = np.take_along_axis(x, np.where(valid, y, 0), axis=1) if x.shape[1] else np.nan
+        value = (x_y - m[:, None]) - log_s[:, None]
+        rows.put(rows.call.selected, np.where(valid, value, np.nan))
 
 
 def _softmax(rows: _Rows) -> None:
@@ -203,44 +216,92 @@ def _softmax(rows: _Rows) -> None:
 
 def _cross_entropy(rows: _Rows) -> None:
     call, x = rows.call, rows.x
-    ignore_index, eps, z, cap, scale = call.options
-    classes = x.shape[1]
+    z, cap, scale = call.options[2:5]
     slope = 1 / np.cosh(x / cap) ** 2 if cap else 1.0
     if cap:
         x = cap * np.tanh(x / cap)
     m, e, k = _exponentials(x)
     log_s = np.log1p(e + (k - 1))
-    w = np.ones(classes) if call.weight is None else call.weight.astype(np.float64)
-    row = np.arange(len(x))
-    c, x_y = np.zeros(len(x)), np.zeros(len(x))
-    kept = np.ones(len(x), bool)
-    if call.labels is not None:
-        y = rows.of(call.labels)
-        kept = y != ignore_index
-        u = np.broadcast_to(w * (eps / max(classes, 1)), x.shape)
-        y = np.where(kept, y, 0)
-        if kept.any():
-            c, x_y = (1 - eps) * w[y], x[row, y]
-    else:
-        u = w * ((1 - eps) * rows.full(call.second) + eps / max(classes, 1))
+    sample, row, y, c, x_y, u = _targets(rows, x)
     value = _times(c, log_s + (m - x_y))
     value = value + _times(u, log_s[:, None] + (m[:, None] - x)).sum(axis=1)
-    if classes:
+    if x.shape[1]:
         value = np.where(m == -np.inf, np.nan, value)
     lse = m + log_s
     value = value + _times(z, lse**2)
-    rows.put(call.value, np.where(kept, value, 0))
+    rows.put(call.value, _times(sample, value))
     rows.put(call.lse, lse)
     if call.out is None:
         return
     total = c + u.sum(axis=1) + _times(2 * z, lse)
     p = _probabilities(x, m, e + k)
     g = total[:, None] * p - u
-    if call.labels is not None and kept.any():
-        # at y: (total - c) p - c (1 - p) - u, with 1 - p free of cancellation
-        q = ((e + (k - 1)) - np.expm1(x_y - m)) / (e + k)
-        g[row, y] = (total - c) * p[row, y] - c * q - u[row, y]
-    rows.put_full(call.out, np.where(kept[:, None], scale * slope * g, 0))
+    # at y: (total - c) p - c (1 - p) - u, with 1 - p free of cancellation
+    q = ((e + (k - 1)) - np.expm1(x_y - m)) / (e + k)
+    g[row, y] = (total - c)[row] * p[row, y] - (c * q)[row] - u[row, y]
+    rows.put_full(call.out, _times(sample[:, None], scale * slope * g))
+
+
+def _targets(rows: _Rows, x: Array) -> tuple[Array, ...]:
+    """Sample weights, 0 of ignored rows; the rows that have a label, and it; c, x_y and u."""
+    call = rows.call
+    count, classes = x.shape
+    ignore_index, eps = call.options[:2]
+    w = np.ones(classes) if call.weight is None else call.weight.astype(np.float64)
+    sample = np.ones(count) if call.sample is None else as_floats(rows.of(call.sample))
+    c, x_y = np.zeros(count), np.zeros(count)
+    if call.labels is None:
+        u = w * ((1 - eps) * rows.full(call.second) + eps / max(classes, 1))
+        return sample, np.zeros(0, int), np.zeros(0, int), c, x_y, u
+    y = rows.of(call.labels)
+    sample = np.where(y == ignore_index, 0, sample)
+    row = np.flatnonzero(sample)
+    y = y[row]
+    c[row], x_y[row] = (1 - eps) * w[y], x[row, y]
+    return sample, row, y, c, x_y, np.broadcast_to(w * (eps / max(classes, 1)), x.shape)
+
+
+def _nll_loss(rows: _Rows) -> None:
+    call = rows.call
+    sample, row, y, c, x_y, u = _targets(rows, rows.x)
+    rows.put(call.value, _times(sample, _times(c, -x_y) + _times(u, -rows.x).sum(axis=1)))
+    if call.out is not None:
+        g = -u
+        g[row, y] -= c[row]
+        rows.put_full(call.out, _times(sample[:, None], call.options.scale * g))
+
+
+def _entropy_from_logits(rows: _Rows) -> None:
+    call = rows.call
+    x = rows.x * call.options.inverse_temperature
+    m, e, k = _exponentials(x)
+    log_s, p, distance = np.log1p(e + (k - 1)), _probabilities(x, m, e + k), m[:, None] - x
+    away = _times(p, distance).sum(axis=1)
+    sample = np.ones(len(x)) if call.sample is None else as_floats(rows.of(call.sample))
+    rows.put(call.value, _times(sample, np.where(m == -np.inf, np.nan, log_s + away)))
+    rows.put(call.lse, m + log_s)
+    _select(rows, x, m, log_s)
+    if call.out is not None:
+        scale = call.options.scale * call.options.inverse_temperature
+        g = scale * _times(p, distance - away[:, None])
+        rows.put_full(call.out, _times(sample[:, None], g))
+
+
+def _kl_divergence_from_logits(rows: _Rows) -> None:
+    call = rows.call
+    x, t = (a * call.options.inverse_temperature for a in (rows.x, rows.full(call.second)))
+    m, e, k = _exponentials(x)
+    n, f, l = _exponentials(t)  # noqa: E741  as the contract names it
+    q, p = _probabilities(x, m, e + k), _probabilities(t, n, f + l)
+    ratio = (m[:, None] - x) - (n[:, None] - t)
+    value = (np.log1p(e + (k - 1)) - np.log1p(f + (l - 1))) + _times(p, ratio).sum(axis=1)
+    # what is below 0 is a rounding error
+    value = np.where((m == -np.inf) | (n == -np.inf), np.nan, np.where(value < 0, 0, value))
+    sample = np.ones(len(x)) if call.sample is None else as_floats(rows.of(call.sample))
+    rows.put(call.value, _times(sample, value))
+    if call.out is not None:
+        scale = call.options.scale * call.options.inverse_temperature
+        rows.put_full(call.out, _times(sample[:, None], scale * (q - p)))
 
 
 def _sum_of_terms(rows: _Rows) -> None:
@@ -254,6 +315,9 @@ FOLDS: dict[str, Callable[[_Rows], None]] = {
     "softmax": _softmax,
     "log_softmax": _softmax,
     "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+    "entropy_from_logits": _entropy_from_logits,
+    "kl_divergence_from_logits": _kl_divergence_from_logits,
 }
 
 
