@@ -21,7 +21,8 @@ from fastll.api.logits import (
 )
 from fastll.api.losses import cross_entropy, dense_cross_entropy, nll_loss, sparse_cross_entropy
 from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
-from fastll.api.streaming import LogSumExp
+from fastll.api.sequences import perplexity, sequence_log_likelihood
+from fastll.api.streaming import LogSumExp, NegativeLogLikelihood
 from fastll.api.warmup import warmup
 from fastll.dispatch import backends, debug_labels, use_backend
 from fastll.threads import get_num_threads, set_num_threads
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LogSumExp",
+    "NegativeLogLikelihood",
     "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -46,8 +48,10 @@ __all__ = [
     "logsumexp",
     "mse",
     "nll_loss",
+    "perplexity",
     "poisson_nll",
     "selective_log_softmax",
+    "sequence_log_likelihood",
     "set_num_threads",
     "sigmoid",
     "sigmoid_focal_loss",

@@ -104,6 +104,18 @@ def bad_label(
     )
 
 
+def add_sums(sums: Floats, more: Floats) -> None:
+    """Add sums in two parts (..., 2) to others in place. The second part is what rounding took from the
+    first one, which Knuth's two-sum finds."""
+    a, b = sums[..., 0], more[..., 0]
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = a + b
+        back = total - a
+        error = (a - (total - back)) + (b - back)
+    sums[..., 1] += more[..., 1] + np.where(np.isfinite(total), error, 0)  # that of an infinity is NaN
+    sums[..., 0] = total
+
+
 class Options(NamedTuple):
     """The scalars of a fold."""
 
@@ -221,9 +233,23 @@ class Backend(Protocol):
         """`Options.scale` and `z_loss` of a mean, where lse**2 is averaged by sample weights alone."""
         ...
 
-    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
-        """Sum of all values, in float64 and then 0-d in `dtype`, over a number, the weight of kept rows
-        or None."""
+    def total(
+        self, values: Array, denominator: Any, dtype: np.dtype[Any], exponential: bool = False
+    ) -> Array:
+        """Sum of all values, in float64 and then 0-d in `dtype`, over a number, the weight of kept
+        rows or None.
+
+        With `exponential`, exp of that, which must be at least 0, or NaN.
+        """
+        ...
+
+    def accumulate(self, sums: Floats | None, losses: Array, kept: Any) -> Floats:
+        """Add the sum of losses and the weight of the kept labels to running sums (2, 2), of two parts
+        each (see `add_sums`), in place or, without them, to new ones."""
+        ...
+
+    def read(self, a: Array) -> NDArray[Any]:
+        """The contents of a contiguous array in the host's memory; waits for a GPU."""
         ...
 
     def fill_identity(self, state: Floats) -> None:

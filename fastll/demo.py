@@ -162,13 +162,13 @@ class Model:
         """The trained arrays."""
         return [self.embedding, self.hidden, self.output]
 
-    def nll(self, context: Tokens, target: Tokens) -> float:
-        """Mean negative log-likelihood of at most `BATCH` tokens."""
-        _, logits = self._forward(self._embed(context))
-        return float(fastll.cross_entropy(logits, target))
+    def logits(self, context: Tokens) -> Floats:
+        """Logits of at most `BATCH` tokens, which the next call overwrites."""
+        return self._forward(self._embed(context))[1]
 
     def nll_and_gradients(self, context: Tokens, target: Tokens) -> tuple[float, list[Floats], float]:
-        """The same, the gradients in the order of the parameters, and the seconds spent in fastll."""
+        """Mean negative log-likelihood of at most `BATCH` tokens, its gradients in the order of the
+        parameters, and the seconds spent in fastll."""
         embedded = self._embed(context)
         hidden, logits = self._forward(embedded)
         start = time.perf_counter()
@@ -275,29 +275,34 @@ def backends_used() -> Iterator[list[str]]:
 
 
 def evaluate(model: Model, corpus: Corpus) -> Score:
-    """Score of a model on the held-out text."""
+    """Score of a model on the held-out text, one batch at a time."""
     context, tokens = contexts(corpus.heldout), corpus.heldout
-    total = 0.0
+    likelihood = fastll.NegativeLogLikelihood()
     for start in range(0, len(tokens), BATCH):
-        target = tokens[start : start + BATCH]
-        total += len(target) * model.nll(context[start : start + BATCH], target)
-    return _score(total / len(tokens), corpus)
+        batch = slice(start, start + BATCH)
+        likelihood.update(model.logits(context[batch]), tokens[batch])
+    return _score(likelihood, corpus)
 
 
 def uniform(corpus: Corpus) -> Score:
     """Score of the uniform distribution over the vocabulary."""
-    return _score(math.log(len(corpus.vocabulary)), corpus)
+    return _score_of_weights(np.ones(len(corpus.vocabulary)), corpus)
 
 
 def unigram(corpus: Corpus) -> Score:
     """Score of the token frequencies in the training text, each plus 1/2 (Krichevsky-Trofimov)."""
     frequency = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) + 0.5
+    return _score_of_weights(frequency, corpus)
+
+
+def _score_of_weights(weights: Floats, corpus: Corpus) -> Score:
+    """Score of one distribution for all tokens."""
     # every row has the same logits: a broadcast view, which fastll reads without a copy
-    row = np.log(frequency).astype(np.float32)
+    row = np.log(weights).astype(np.float32)
     logits = np.broadcast_to(row, (len(corpus.heldout), len(row)))
-    return _score(float(fastll.cross_entropy(logits, corpus.heldout)), corpus)
+    return _score(fastll.NegativeLogLikelihood().update(logits, corpus.heldout), corpus)
 
 
-def _score(nll: float, corpus: Corpus) -> Score:
-    bits = nll * len(corpus.heldout) / math.log(2)
-    return Score(nll, bits / corpus.heldout_bytes, math.exp(nll))
+def _score(likelihood: fastll.NegativeLogLikelihood, corpus: Corpus) -> Score:
+    bits = likelihood.bits_per_token * likelihood.count
+    return Score(likelihood.mean, bits / corpus.heldout_bytes, likelihood.perplexity)

@@ -39,6 +39,7 @@ ARRAYS = {
 POSITIONAL = {
     name: len(row.arguments) for key, row in OPERATIONS.items() for name in (key, row.chosen_by)
 }
+POSITIONAL |= {"perplexity": 2, "sequence_log_likelihood": 2}
 
 
 class DeviceArray:
@@ -351,6 +352,14 @@ def instead_of_host(monkeypatch):
         found = value(self)
         return there.contents(found).copy()[()] if isinstance(found, DeviceArray) else found
 
+    likelihood = fastll.NegativeLogLikelihood.update
+
+    def counted(self, logits, target, *, weight=None, **options):
+        x, y = there.to_device(np.asarray(logits)), there.to_device(np.asarray(target))
+        w = None if weight is None else there.to_device(np.asarray(weight))
+        return likelihood(self, x, y, weight=w, **options)
+
+    monkeypatch.setattr(fastll.NegativeLogLikelihood, "update", counted)
     monkeypatch.setattr(fastll.LogSumExp, "update", updated)
     monkeypatch.setattr(fastll.LogSumExp, "value", property(fetched))
     for name, operation in OPERATIONS.items():

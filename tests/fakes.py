@@ -11,7 +11,7 @@ from fastll import array_libraries, dispatch
 from fastll.array_libraries import DeviceView, _known
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
-from fastll.contract import bad_label
+from fastll.contract import add_sums, bad_label
 
 #: Elements of one unit of the fake GPU, which is not the CPU's.
 UNIT = 10
@@ -74,12 +74,24 @@ class Backend(Host):
         on_host(result)[...] = super().factor(float(on_host(kept)))
         return result
 
-    def total(self, values, denominator, dtype):
+    def total(self, values, denominator, dtype, exponential=False):
         result = self.empty((), dtype)
         if isinstance(denominator, DeviceView):
             denominator = float(on_host(denominator))
-        on_host(result)[...] = super().total(on_host(values), denominator, dtype)
+        on_host(result)[...] = super().total(on_host(values), denominator, dtype, exponential)
         return result
+
+    def accumulate(self, sums, losses, kept):
+        if sums is None:
+            sums = self.empty((2, 2), np.float64)
+            on_host(sums)[...] = 0
+        kept = kept if isinstance(kept, float) else float(on_host(kept))
+        more = [[float(reference.total(on_host(losses), None, np.dtype(np.float64))), 0], [kept, 0]]
+        add_sums(on_host(sums), np.array(more))
+        return sums
+
+    def read(self, a):
+        return on_host(a).copy()
 
     def fill_identity(self, state):
         super().fill_identity(on_host(state))

@@ -301,6 +301,27 @@ def test_streaming(gpu, rng):
     assert_close(everything, oracle.logsumexp(x.reshape(-1), 0)[0], np.float32)
 
 
+def test_streaming_likelihood(gpu, rng, monkeypatch):
+    """Sums on the device, which an update does not wait for, and the exponential of a mean there."""
+    x = rng.standard_normal((2, 9, 50)).astype(np.float32)
+    y = rng.integers(0, 50, (2, 9))
+    y[0, :3] = -100
+    expected = oracle.cross_entropy(x, y, 2)
+    total, count = expected.value[0].sum(), expected.count
+    acc = fastll.NegativeLogLikelihood()
+    with monkeypatch.context() as without:
+        without.delattr(device.Emulated, "read")
+        acc.update(x[0], y[0]).update(x[1], y[1])
+    # a roundoff of float32 for each loss, and what the tests of operations allow its value
+    np.testing.assert_allclose([acc.sum, acc.mean], [float(total), float(total / count)], rtol=3e-7)
+    assert acc.count == 15
+    assert acc.merge(fastll.NegativeLogLikelihood().update(x[1], x[1])).count == 24
+    perplexity = float(np.exp(total / count))
+    np.testing.assert_allclose(
+        fastll.perplexity(x.astype(np.float64), y), perplexity, rtol=60 * np.finfo(float).eps
+    )
+
+
 class TestGeometry:
     @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
     @pytest.mark.parametrize("inputs", [1, 2])

@@ -1,10 +1,12 @@
 """Beyond 2**31 elements, by views that take no memory; and how much memory a call takes."""
 
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 from table import inputs
+from test_processes import run
 
 import fastll
 from fastll.operations import OPERATIONS
@@ -69,3 +71,46 @@ def test_extra_memory_is_of_the_order_of_rows(compiled):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < x.nbytes / 20
+
+
+REDUCTIONS = """
+import resource
+import numpy as np
+import fastll
+
+def reductions(x):
+    labels, likelihood = np.zeros(len(x), int), fastll.NegativeLogLikelihood()
+    for start in range(0, len(x), 5000):
+        rows = slice(start, start + 5000)
+        likelihood.update(x[rows], labels[rows])
+    losses = fastll.cross_entropy(x, labels, reduction="none")
+    return fastll.logsumexp(x, axis=1), losses, fastll.entropy(x), likelihood.mean
+
+reductions(np.zeros((8, 4096), np.float32))  # compile first
+"""
+
+LIMITED = """
+x = np.memmap(path, np.float32, "r").reshape(-1, 4096)
+used = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+limit = int(used.split()[1]) * 1024 + x.nbytes // 8
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+lse, losses, entropy, mean = reductions(x)
+for value in (lse, losses, mean):
+    np.testing.assert_allclose(value, np.log(4096), rtol=1e-6)
+assert not entropy.any()
+try:
+    x.copy()
+except MemoryError:
+    print("limited")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's: of anonymous memory alone")
+def test_files_larger_than_memory(compiled, tmp_path):
+    """A file of logits is read where it is mapped: the limit leaves an eighth of its size free."""
+    path = tmp_path / "logits"
+    with open(path, "wb") as file:
+        file.truncate(256 << 20)  # zeros that take no place on the disk
+    exec(REDUCTIONS, {})  # what is compiled here is found there
+    code = f"{REDUCTIONS}path = {str(path)!r}{LIMITED}"
+    assert run(code, backend=compiled, FASTLL_NUM_THREADS="1") == "limited"

@@ -1,5 +1,6 @@
 """Arrays of other libraries: taken as they are, and the result where and as the first one is."""
 
+import copy
 import pickle
 import sys
 from functools import cache
@@ -13,7 +14,7 @@ from fakes import CupyArray, Interface
 from test_processes import run
 
 import fastll
-from fastll import LogSumExp, dispatch, layout
+from fastll import LogSumExp, NegativeLogLikelihood, dispatch, layout
 from fastll.array_libraries import CPU, Device, DeviceView, device_view
 from fastll.arrays import HOST, place_of
 from fastll.dtypes import BFLOAT16, as_floats, kind_of, rounded
@@ -217,6 +218,17 @@ def test_streaming_torch(torch, rng):
     merged = LogSumExp(3).merge(acc)
     assert isinstance(merged.value, torch.Tensor)
     assert isinstance(pickle.loads(pickle.dumps(acc)).value, np.ndarray)
+
+
+def test_likelihoods_torch(torch, rng):
+    x, y = rng.standard_normal((2, 3, 8)), rng.integers(0, 8, (2, 3))
+    there = torch.from_numpy(x), torch.from_numpy(y)
+    for function in (fastll.sequence_log_likelihood, fastll.perplexity):
+        result = function(*there)
+        assert isinstance(result, torch.Tensor)
+        np.testing.assert_array_equal(result, function(x, y))
+    mixed = NegativeLogLikelihood().update(there[0][:1], there[1][:1]).update(x[1:], y[1:])
+    assert mixed.mean == NegativeLogLikelihood().update(x[:1], y[:1]).update(x[1:], y[1:]).mean
 
 
 class OnCPU:
@@ -430,6 +442,35 @@ def test_streaming_on_gpu(gpu, rng):
         on_host.merge(whole)
     with pytest.raises(TypeError, match="the state is on cuda:0; only one on the CPU can be pickled"):
         pickle.dumps(whole)
+
+
+def test_likelihoods_on_gpu(gpu, rng, monkeypatch):
+    x, y = rng.standard_normal((2, 3, 8)), rng.integers(0, 8, (2, 3))
+    y[0, 1] = -100
+    for function in (fastll.sequence_log_likelihood, fastll.perplexity):
+        result = function(CupyArray(x), CupyArray(y))
+        assert type(result) is CupyArray
+        np.testing.assert_allclose(result.memory, function(x, y), rtol=1e-14)
+    expected = NegativeLogLikelihood().update(x, y)
+
+    def waits(self, a):
+        raise AssertionError("an update waits")
+
+    for second in (0, 1):  # on one device, and on two
+        acc = NegativeLogLikelihood()
+        with monkeypatch.context() as without:
+            without.setattr(fakes.Backend, "read", waits)
+            acc.update(CupyArray(x[:1]), CupyArray(y[:1]))
+            acc.update(CupyArray(x[1:], second), CupyArray(y[1:], second))
+        assert acc.count == expected.count == 5
+        assert acc.mean == pytest.approx(expected.mean, rel=1e-14)
+        assert pickle.loads(pickle.dumps(acc)).sum == acc.sum
+        copied = copy.copy(acc).update(CupyArray(x), CupyArray(y)).update(x, y)
+        assert (copied.count, acc.count) == (15, 5)
+        assert NegativeLogLikelihood().update(x, y).merge(acc).count == 10
+        assert acc.merge(acc).count == 10
+    dense = NegativeLogLikelihood().update(CupyArray(x), CupyArray(x), weight=CupyArray(np.ones(8)))
+    assert dense.count == 6
 
 
 # Protocols

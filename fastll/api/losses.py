@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,7 @@ from fastll import calls, dispatch
 from fastll.api import Reduction, check_reduction, integer, number
 from fastll.arrays import Array
 from fastll.calls import Call
-from fastll.contract import Fold, Options, new
+from fastll.contract import Backend, Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
 
 
@@ -269,6 +269,16 @@ def nll_loss(
     return _row_loss("any", call, target, axis, weights, options, reduction, outputs)
 
 
+class RowLosses(NamedTuple):
+    """The losses of rows, and what was found beside them."""
+
+    backend: Backend
+    losses: Array
+    kept: Any  # what a mean of them divides by, if one was asked for; see `Backend.weigh`
+    lse: Array | None
+    grad: Array | None
+
+
 def _row_loss(
     kind: str,
     call: Call,
@@ -279,7 +289,30 @@ def _row_loss(
     reduction: str,
     outputs: tuple[bool, bool, Any],
 ) -> Any:
-    """A loss of rows and their targets; `kind` is as for `_target`."""
+    """A loss of rows and their targets; see `losses_of_rows`."""
+    found = losses_of_rows(kind, call, target, axis, weights, options, reduction, outputs)
+    loss = found.losses
+    if reduction != "none":
+        loss = found.backend.total(loss, found.kept, call.compute)
+    return call.results(loss, found.lse, found.grad, *outputs[1:])
+
+
+def losses_of_rows(
+    kind: str,
+    call: Call,
+    target: ArrayLike,
+    axis: int,
+    weights: tuple[ArrayLike | None, ArrayLike | None],
+    options: tuple[int, float, float, float | None],
+    reduction: str,
+    outputs: tuple[bool, bool, Any],
+) -> RowLosses:
+    """The losses of a call's rows, and the gradient of what the reduction makes of them.
+
+    `kind` is "sparse", "dense" or "any" of the two; `weights` are those of classes and samples,
+    `options` ignore_index, label_smoothing, z_loss and softcap, `outputs` return_lse, return_grad and
+    grad_out.
+    """
     axis, rows = call.rows(axis)
     x, classes = call.x, call.x.shape[axis]
     dense, labels = _target(call, kind, target, rows)
@@ -298,45 +331,27 @@ def _row_loss(
     if return_grad or grad_out is not None:
         grad = call.output(grad_out, "grad_out", (dense, labels, weight, sample))
 
-    backend = call.backend
-    kept = None
+    backend, place, compute = call.backend, call.place, call.compute
+    kept, scale = None, 1.0
     if labels is not None:
-        check = dispatch.debugging_labels()
-        weighed = sample if mean else None
+        check, weighed = dispatch.debugging_labels(), sample if mean else None
         labels, kept = backend.weigh(labels, classes, ignore_index, weight, weighed, check)
-    scale: Any = 1.0
+    elif mean:
+        kept = calls.weight_of(backend, rows, sample)
     if mean:
-        kept = kept or calls.weight_of(backend, rows, sample)
         scale, z_loss = backend.averaged(kept, z_loss)
-    each = reduction == "none"
-    loss = (call.place.empty if each else call.place.scratch)(rows, call.compute)
-    lse = call.place.empty(rows, call.compute) if return_lse else None
+    losses = (place.empty if reduction == "none" else place.scratch)(rows, compute)
+    lse = place.empty(rows, compute) if return_lse else None
     scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale, 1.0))
-    fields = (
-        call.operation,
-        x,
-        dense,
-        labels,
-        weight,
-        sample,
-        scalars,
-        None,
-        loss,
-        lse,
-        None,
-        None,
-        grad,
-    )
-    calls.fold(backend, call.place, new(Fold, fields), (axis,))
-    if not each:
-        loss = backend.total(loss, kept if mean else None, call.compute)
-    return call.results(loss, lse, grad, return_grad, grad_out)
+    operands = call.operation, x, dense, labels, weight, sample, scalars
+    calls.fold(backend, place, new(Fold, (*operands, None, losses, lse, None, None, grad)), (axis,))
+    return RowLosses(backend, losses, kept if mean else None, lse, grad)
 
 
 def _target(
     call: Call, kind: str, target: ArrayLike, rows: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
-    """A target as a dense one, or as labels; `kind` is "sparse", "dense" or "any" of the two."""
+    """A target as a dense one, or as labels; `kind` is as for `losses_of_rows`."""
     t = call.place.take(target, "target")
     if t.dtype.kind in "iu" and t.shape == rows and kind != "dense":
         return None, t

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastll import calls, dispatch
+from fastll.api.losses import losses_of_rows
+from fastll.array_libraries import CPU, Device
 from fastll.arrays import HOST, Axis, Place, axes_of, kept_shape, place_of
 from fastll.calls import Call
-from fastll.contract import Backend, Floats, Fold
+from fastll.contract import Backend, Floats, Fold, add_sums
 from fastll.dtypes import FLOATING, as_floats, kind_of
 
 Array = NDArray[Any]
@@ -233,3 +236,156 @@ class LogSumExp:
 
     def __repr__(self) -> str:
         return f"LogSumExp(shape={self.shape}, dtype={self._dtype}, value={self.value})"
+
+
+class NegativeLogLikelihood:
+    r"""Streaming negative log-likelihood: `cross_entropy` over data of any size, in parts.
+
+    Its state is two sums, of the losses and of what their mean divides by, in float64 and in two parts
+    each: the second part is what rounding has taken from the first. So n updates add up to within
+    :math:`2^{-106} n^2`, relative, in any order: however many there are, none is lost, and chunks,
+    threads, processes and machines may be merged as they come. (Within an update, the losses of rows
+    are added in float64.) A new accumulator is the exact identity: merging it changes no bit.
+
+    Results are Python's numbers. On a GPU the sums stay on the device, and an update does not wait for
+    it; to read a result, to merge, copy or pickle does. Updates on several devices add up.
+
+    References
+    ----------
+    D. E. Knuth, "The Art of Computer Programming", volume 2, section 4.2.2, for the sums.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastll import NegativeLogLikelihood
+    >>> logits, tokens = np.zeros((100, 8), np.float32), np.arange(100) % 8
+    >>> heldout = NegativeLogLikelihood()
+    >>> for start in range(0, 100, 30):
+    ...     part = slice(start, start + 30)
+    ...     _ = heldout.update(logits[part], tokens[part])
+    >>> heldout.count, heldout.mean, heldout.perplexity, heldout.bits_per_token
+    (100, 2.0794415, 8.000000, 3.000000)
+    """
+
+    __slots__ = ("_sums", "_weighted")
+
+    def __init__(self) -> None:
+        # for each device, sums (2, 2) as `contract.add_sums` has them
+        self._sums: dict[Device, tuple[Place, Floats]] = {}
+        self._weighted = False
+
+    def update(
+        self,
+        logits: ArrayLike,
+        target: ArrayLike,
+        *,
+        axis: int = -1,
+        weight: ArrayLike | None = None,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
+        """Add rows and their targets.
+
+        Parameters
+        ----------
+        logits, target, axis, weight, ignore_index, softcap, sample_weight
+            As for `cross_entropy`: labels, or one distribution per row. Updates may differ in shape,
+            dtype, library and device.
+
+        Returns
+        -------
+        NegativeLogLikelihood
+            This accumulator.
+
+        Raises
+        ------
+        IndexError, TypeError, ValueError
+            As for `cross_entropy`; nothing has been added by then. On a GPU a label that is out of
+            range makes the sum NaN instead, unless `debug_labels` is in force.
+        """
+
+        call = Call("cross_entropy", logits, "logits")
+        weights, options = (weight, sample_weight), (ignore_index, 0.0, 0.0, softcap)
+        found = losses_of_rows(
+            "any", call, target, axis, weights, options, "mean", (False, False, None)
+        )
+        place = call.place
+        _, sums = self._sums.get(place.device, (None, None))
+        self._sums[place.device] = place, found.backend.accumulate(sums, found.losses, found.kept)
+        self._weighted |= weight is not None or sample_weight is not None
+        return self
+
+    def merge(self, other: NegativeLogLikelihood) -> Self:
+        """Add the rows of another accumulator, which is not changed.
+
+        Parameters
+        ----------
+        other : NegativeLogLikelihood
+            It may be on another device.
+
+        Returns
+        -------
+        NegativeLogLikelihood
+            This accumulator.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a `NegativeLogLikelihood`.
+        """
+        if not isinstance(other, NegativeLogLikelihood):
+            raise TypeError(f"other is a {type(other).__name__}; expected a NegativeLogLikelihood")
+        more = other._totals()
+        _, sums = self._sums.setdefault(CPU, (HOST, np.zeros((2, 2))))
+        add_sums(sums, more)
+        self._weighted |= other._weighted
+        return self
+
+    def _totals(self) -> Floats:
+        """The sums of all devices, a new array."""
+        totals = np.zeros((2, 2))
+        for place, sums in self._sums.values():
+            if not place.on_cpu:
+                sums = dispatch.choose("cross_entropy", sums.dtype, sums.size, place).read(sums)
+            add_sums(totals, sums)
+        return totals
+
+    @property
+    def sum(self) -> float:
+        """The sum of the losses, in nats; 0 before the first."""
+        return float(self._totals()[0].sum())
+
+    @property
+    def count(self) -> int | float:
+        """What the mean divides by, as in `cross_entropy`: the number of rows that are not ignored, or,
+        as a float after an update with weights, the sum of theirs."""
+        high, low = self._totals()[1].tolist()
+        return high + low if self._weighted else int(high) + int(low)
+
+    @property
+    def mean(self) -> float:
+        """The loss per row, in nats: NaN before the first."""
+        loss, count = self._totals().sum(axis=1).tolist()
+        return loss / count if count else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(mean)``."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mean))
+
+    @property
+    def bits_per_token(self) -> float:
+        """``mean / log(2)``: the length of the code that the model gives the data, per row."""
+        return self.mean / math.log(2)
+
+    def __getstate__(self) -> tuple[Floats, bool]:
+        return self._totals(), self._weighted
+
+    def __setstate__(self, state: tuple[Floats, bool]) -> None:
+        sums, self._weighted = state
+        self._sums = {CPU: (HOST, sums)}
+
+    def __repr__(self) -> str:
+        return f"NegativeLogLikelihood(mean={self.mean}, count={self.count})"

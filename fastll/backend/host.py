@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import CHUNK, Array, Floats, Kept, bad_label
+from fastll.contract import CHUNK, Array, Floats, Kept, add_sums, bad_label
 
-_INT64 = np.dtype(np.int64)
+_INT64, _FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -68,7 +68,11 @@ class Host:
         return 1 / kept.weight if kept.weight else math.nan, z_loss
 
     def total(
-        self, values: NDArray[Any], denominator: float | Kept | None, dtype: np.dtype[Any]
+        self,
+        values: NDArray[Any],
+        denominator: float | Kept | None,
+        dtype: np.dtype[Any],
+        exponential: bool = False,
     ) -> Array:
         if values.size == 1:  # NumPy's reductions take a microsecond
             summed = values.item()
@@ -78,8 +82,21 @@ class Host:
             denominator = denominator.weight
         if denominator is not None:
             summed = summed / denominator if denominator else math.nan
-        total: Array = dtype.type(summed)
+        total: Array
+        if exponential:
+            with np.errstate(over="ignore"):
+                total = dtype.type(np.exp(summed))
+        else:
+            total = dtype.type(summed)
         return total
+
+    def accumulate(self, sums: Floats | None, losses: NDArray[Any], kept: Kept) -> Floats:
+        sums = np.zeros((2, 2)) if sums is None else sums
+        add_sums(sums, np.array([[self.total(losses, None, _FLOAT64), 0.0], [kept.weight, 0.0]]))
+        return sums
+
+    def read(self, a: Array) -> NDArray[Any]:
+        return a
 
     def fill_identity(self, state: Floats) -> None:
         state[...] = -np.inf, 0, 0

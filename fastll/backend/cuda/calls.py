@@ -92,6 +92,7 @@ class Total(NamedTuple):
     denominator: int  # address, or 0 for `divisor`
     reciprocals: int  # address of where 1 / sum goes, or 0
     divisor: float
+    exponential: int = 0  # whether exp of the result is wanted
 
 
 class Weigh(NamedTuple):
@@ -114,6 +115,16 @@ class Merge(NamedTuple):
     rows: int
     state: int  # address
     other: int  # address, or 0
+
+
+class Accumulate(NamedTuple):
+    """Running sums (2, 2), and the numbers that are added to them."""
+
+    sums: int  # address
+    fresh: int  # whether the sums are new
+    loss: int  # address
+    kept: int  # address, or 0 for `number`
+    number: float
 
 
 def words(call: tuple[Any, ...], real: Any) -> list[Any]:

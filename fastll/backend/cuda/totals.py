@@ -11,7 +11,9 @@ import numpy as np
 
 from fastll.backend.cuda import calls, states
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
+from fastll.backend.cuda.maths import Sum
 from fastll.backend.cuda.primitives import integer_reader, reader, size_of, writer
+from fastll.formulas import constants
 
 THREADS = 1024
 #: Numbers that a thread block adds up.
@@ -24,6 +26,8 @@ SHARED = 2 * 8 * states.WARPS
 _read, _write, _write_single = reader("float64"), writer("float64"), writer("float32", np.float64)
 _shared = states.shared(np.float64)
 _sum, _maximum, _joined = _shared.sum_of_block, _shared.maximum_of_team, _shared.joined
+_plus, _exp_minus_scaled = _shared.plus, _shared.exp_minus_scaled
+_UNSHIFT = 2.0**-constants.SHIFT
 
 
 @device
@@ -48,6 +52,8 @@ def add_up(values, out):
         if cuda.threadIdx.x == 0:
             if cuda.gridDim.x == 1:
                 total /= _read(call.denominator) if call.denominator != 0 else call.divisor
+                if call.exponential != 0:
+                    total = (1.0 / _exp_minus_scaled(-total, 0.0)) / _UNSHIFT
                 if call.reciprocals != 0:
                     _write_reciprocals(call.reciprocals, total)
             write(call.out + block * out_size, total)
@@ -119,3 +125,25 @@ def merge():
         _write(at + 16, at_maximum)
 
     return Kernel(run, calls.Merge, np.float64)
+
+
+@kernels
+def accumulate():
+    """The kernel that adds a loss and the weight of its labels to running sums: a thread for each."""
+
+    def run(call):
+        row = np.int64(cuda.threadIdx.x)
+        if row >= 2:
+            return
+        at, number, sums = call.sums + row * 16, call.number, Sum(0.0, 0.0)
+        if call.fresh == 0:
+            sums = Sum(_read(at), _read(at + 8))
+        if row == 0:
+            number = _read(call.loss)
+        elif call.kept != 0:
+            number = _read(call.kept)
+        sums = _plus(sums, number)
+        _write(at, sums.high)
+        _write(at + 8, sums.low)
+
+    return Kernel(run, calls.Accumulate, np.float64)
