@@ -16,6 +16,12 @@ double max_block(const T *v, Index n) {
     return largest(top);
 }
 
+template <class T>
+void scale_block(const T *v, Index n, T scale, T *out) {
+    for (Index j = 0; j < n; j++)
+        out[j] = v[j] * scale;
+}
+
 // The soft cap of v into `out`; its derivative into `slope` unless that is NULL.
 template <class T>
 void cap_block(const T *v, Index n, T cap, T *out, T *slope) {

@@ -47,11 +47,14 @@ struct Operand {
 
 struct Options {
     int64_t ignore_index;
-    double label_smoothing, z_loss, softcap, scale;
+    double label_smoothing, z_loss, softcap, scale, inverse_temperature;
 };
 
 // Codes of operations: those of the tables of `fastll.formulas` follow, each table from its own on.
-enum Operation { LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, TERMS = 1000, ELEMENTS = 2000 };
+enum Operation {
+    LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS,
+    TERMS = 1000, ELEMENTS = 2000
+};
 
 struct Call {
     int operation;
@@ -62,20 +65,21 @@ struct Call {
     Index classes;  // of a map: elements of an outer row
     Index inner;  // of a map: units of an outer row
     Operand inputs[4];  // of a fold: x and `second`
-    Operand labels, weight, state;
-    Operand value, partial, lse, sign;
+    Index choices;  // labels of a row whose log-probabilities are `selected`
+    Operand labels, weight, sample, state;
+    Operand value, partial, lse, sign, selected;
     Operand out;  // in the shape of x; of a map: the slope
 
     const Operand &x() const { return inputs[0]; }
     const Operand &second() const { return inputs[1]; }
     bool log() const { return operation == LOG_SOFTMAX; }
     bool capped() const { return options.softcap != 0; }
+    bool tempered() const { return options.inverse_temperature != 1; }
     bool weighted() const { return operation == LOGSUMEXP && second(); }
 
-    // Whether a cross-entropy has a u that is not 0.
-    bool spread() const {
-        return operation == CROSS_ENTROPY && (second() || options.label_smoothing != 0);
-    }
+    // Whether there is a loss of targets, and whether it has a u that is not 0.
+    bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }
+    bool spread() const { return targeted() && (second() || options.label_smoothing != 0); }
 };
 
 INLINE Index least(Index a, Index b) {

@@ -54,7 +54,7 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
 template <class T>
 struct Scalars {
     Window<T, Vec<T>> window;
-    Vec<T> m, log_s, factor, scale, rest, peak;
+    Vec<T> m, log_s, factor, scale, rest, peak, upstream;
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
@@ -62,6 +62,7 @@ struct Scalars {
         : window(windows_of<T>(&group.n[w])), m(load_as<T>(&group.m[w])), log_s(load_as<T>(&group.log_s[w])),
           factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
           rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
+          upstream(load_as<T>(&group.upstream[w])),
           tiny(largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0) {}
 };
 
@@ -117,9 +118,12 @@ struct Columns {
         }
     }
 
-    // Classes j to j + n of the logits, with the soft cap where there is one, and what is at the labels.
+    // Classes j to j + n of the logits, times tau, with the soft cap where there is one, and what is at the
+    // labels.
     void fetch_logits(Index j, Index n, T *to) {
         gather(call.x(), group, j, n, to);
+        if (call.tempered())
+            scale_block(to, n * GROUP, (T) call.options.inverse_temperature, to);
         for (Index part = 0; part < n && call.capped(); part += FEW) {
             Index few = least(FEW, n - part);
             T *at = to + part * GROUP;
@@ -159,6 +163,16 @@ struct Columns {
                 fetch_target(j, n, u);
                 fold_target(n, before);
             }
+        }
+    }
+
+    // A fold of log-probabilities: the distances alone.
+    void fold_targets() {
+        for (Index j = 0; j < call.classes && call.spread(); j += BLOCK) {
+            Index n = least(BLOCK, call.classes - j);
+            fetch_logits(j, n, v);
+            fetch_target(j, n, u);
+            fold_target(n, group.m);
         }
     }
 
@@ -294,23 +308,37 @@ struct Columns {
         for (Index w = 0; w < GROUP; w += lanes<T>)
             scalars[w / lanes<T>] = Scalars<T>(group, w);
         // whether the tiles still hold what there is
-        const bool whole = call.classes <= BLOCK && !call.capped() && !call.state;
+        const bool whole =
+            call.classes <= BLOCK && !call.capped() && !call.state && call.operation != NLL_LOSS;
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
             T *logits = whole ? v + j * GROUP : v, *target = whole ? u + j * GROUP : u;
-            if (!whole)
-                fetch_logits(j, n, logits);
-            call.log() ? write_logarithms(scalars, logits, n) : write_tile(scalars, logits, n);
+            if (call.operation == NLL_LOSS)
+                for (Index at = 0; at < n * GROUP; at += lanes<T>)
+                    store_all(out + at, scalars[at % GROUP / lanes<T>].factor);
+            else {
+                if (!whole)
+                    fetch_logits(j, n, logits);
+                call.log() ? write_logarithms(scalars, logits, n) : write_tile(scalars, logits, n);
+            }
             if (call.spread()) {
                 if (!whole)
                     fetch_target(j, n, target);
-                subtract_block(out, target, n * GROUP, (T) call.options.scale);
+                subtract_tile(scalars, target, n);
             }
             if (call.capped())
                 multiply_block(out, slope, n * GROUP);
-            if (call.labels)
+            if (call.labels || call.sample)
                 write_labels(j, n);
             scatter(call.out, group, j, n, out);
+        }
+    }
+
+    // Gradients less those of the targets; see `subtract_block`.
+    void subtract_tile(const Scalars<T> *scalars, const T *target, Index n) {
+        for (Index at = 0; at < n * GROUP; at += lanes<T>) {
+            const Vec<T> upstream = scalars[at % GROUP / lanes<T>].upstream;
+            store_all(out + at, less_target(load_all(out + at), load_all(target + at), upstream));
         }
     }
 
@@ -326,7 +354,7 @@ struct Columns {
     // Probabilities of n classes; see `Rows::write_block_anew`.
     void write_tile(const Scalars<T> *scalars, const T *logits, Index n) {
         for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
-            const auto [window, m, log_s, factor, scale, rest, peak, tiny] = *scalars;
+            const auto [window, m, log_s, factor, scale, rest, peak, upstream, tiny] = *scalars;
             const T *from = logits + w;
             T *to = out + w;
             for (Index j = 0; j < n * GROUP; j += GROUP) {
@@ -341,11 +369,11 @@ struct Columns {
                 write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
     }
 
-    // The gradients of ignored rows and at labels.
+    // The gradients of dropped rows and at labels.
     void write_labels(Index j, Index n) {
         for (Index i = 0; i < group.count; i++) {
             Index y = group.label[i] - j;
-            if (group.kept[i] == 0)
+            if (group.sample[i] == 0)
                 for (Index c = 0; c < n; c++)
                     out[c * GROUP + i] = 0;
             else if (y >= 0 && y < n)

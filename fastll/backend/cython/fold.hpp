@@ -32,8 +32,13 @@ INLINE void for_states(const Operand &state, Group &group, F copy) {
     }
 }
 
-// Labels and their weights. One that is out of range, as another thread changed it after the check, makes
-// the row NaN.
+INLINE int64_t label_at(const Call &call, const Group &group, Index i, Index choice) {
+    const char *at = call.labels.row(group.outer, group.inner + i);
+    return element<int64_t>(at + choice * call.labels.classes, false);
+}
+
+// Sample weights, labels, and their class weights. A label that is out of range, as another thread changed
+// it after the check, makes the row NaN.
 template <class T>
 void load_labels(const Call &call, Group &group) {
     const T *weight = (const T *) call.weight.address;
@@ -45,7 +50,7 @@ void load_labels(const Call &call, Group &group) {
     for (Index i = 0; i < count; i++) {
         const Index y = group.label[i];
         const bool kept = y != ignored, valid = kept & (y >= 0) & (y < classes);
-        group.kept[i] = kept ? 1.0 : 0.0;
+        group.sample[i] = kept ? group.sample[i] : 0.0;
         group.label[i] = valid ? y : -1;
         group.w_y[i] = kept & !valid ? (double) NAN : 1.0;
     }
@@ -57,7 +62,7 @@ void load_labels(const Call &call, Group &group) {
 // A new group from `row` on, as it is before its first element.
 template <class T>
 void load_group(const Call &call, Group &group, Index row, Index most) {
-    begin(group, call.operation == CROSS_ENTROPY);
+    begin(call, group);
     group.outer = row / call.inner, group.inner = row % call.inner;
     group.count = least(most, call.inner - group.inner);
     if (call.across && call.out.streamed) {  // so that the other groups begin at lines
@@ -66,8 +71,35 @@ void load_group(const Call &call, Group &group, Index row, Index most) {
     }
     if (call.state)
         for_states(call.state, group, [](const char *at, double *x) { memcpy(x, at, sizeof *x); });
-    if (call.labels)
+    for (Index i = 0; i < group.count && call.sample; i++)
+        group.sample[i] = element<double>(call.sample.row(group.outer, group.inner + i), false);
+    if (call.labels && call.targeted())
         load_labels<T>(call, group);
+}
+
+// The element of class y, from memory.
+template <class T>
+T logit_at(const Call &call, const Group &group, Index i, Index y) {
+    const Operand &x = call.x();
+    T logit;
+    read_block(x.format, x.swapped, x.row(group.outer, group.inner + i) + y * x.classes, x.classes, 1, &logit);
+    return logit * (T) call.options.inverse_temperature;
+}
+
+// The log-probabilities of some classes of each row; NaN for one that there is not.
+template <class T>
+void select(const Call &call, const Group &group) {
+    for (Index i = 0; i < group.count; i++)
+        for (Index choice = 0; choice < call.choices; choice++) {
+            const int64_t y = label_at(call, group, i, choice);
+            T selected = (T) NAN;
+            if (y >= 0 && y < call.classes)
+                selected = (T) log_probability(
+                    (double) logit_at<T>(call, group, i, (Index) y), group.m[i], group.log_s[i]
+                );
+            char *at = call.selected.row(group.outer, group.inner + i);
+            memcpy(at + choice * call.selected.classes, &selected, sizeof selected);
+        }
 }
 
 // Scalars of the rows from their sums, and those that are asked for into memory.
@@ -75,10 +107,18 @@ template <class T>
 void finish_group(const Call &call, Group &group) {
     if (call.operation >= TERMS)
         return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i]; });
+    auto put_values = [&] { put<T>(call.value, group, [&](Index i) { return group.value[i]; }); };
+    if (call.operation == NLL_LOSS) {
+        for (Index i = 0; i < group.count; i++)
+            if (group.label[i] >= 0)
+                group.x_y[i] = logit_at<T>(call, group, i, group.label[i]);
+        finish_nll_loss(call, group);
+        return put_values();
+    }
     finish_states(group);
     if (call.operation == CROSS_ENTROPY) {
         finish_cross_entropy(call, group);
-        put<T>(call.value, group, [&](Index i) { return group.value[i]; });
+        put_values();
     } else if (call.operation != LOGSUMEXP) {
         for (Index i = 0; i < group.count; i += lanes<double>)
             set_factors(call, group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
@@ -93,6 +133,8 @@ void finish_group(const Call &call, Group &group) {
         });
     }
     put<T>(call.lse, group, [&](Index i) { return group.m[i] + group.log_s[i]; });
+    if (call.selected)
+        select<T>(call, group);
 }
 
 template <class T, class Pass>
@@ -109,6 +151,8 @@ int fold_groups(const Call &call, Index start, Index stop) {
                 pass.template fold_terms<decltype(term)>();
                 return 0;
             });
+        else if (call.operation == NLL_LOSS)
+            pass.fold_targets();
         else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
             pass.fold();
         finish_group<T>(call, group);
@@ -134,10 +178,10 @@ INLINE int run(const Call &call, Index start, Index stop) {
     return status;
 }
 
-// First position of a label outside [0, classes), or -1; the summed weight of the others.
+// First position of a label outside [0, classes), or -1; the summed weight of the others, and their number.
 Index scan_labels(
     const char *labels, Index count, Index classes, int64_t ignore_index, const char *weight, bool single,
-    double *kept
+    double *kept, double *rows
 ) {
     auto label = [=](Index i) { return element<int64_t>(labels + i * 8, false); };
     auto is_bad = [=](int64_t y) { return (y != ignore_index) & ((y < 0) | (y >= classes)); };
@@ -146,7 +190,8 @@ Index scan_labels(
         ignored += label(i) == ignore_index;
         bad |= is_bad(label(i));
     }
-    *kept = bad || weight ? 0 : (double) (count - ignored);
+    *rows = bad ? 0 : (double) (count - ignored);
+    *kept = weight ? 0 : *rows;
     for (Index i = 0; i < count && (bad || weight); i++) {
         int64_t y = label(i);
         if (is_bad(y)) {

@@ -17,7 +17,7 @@ cdef extern from "fold.hpp" nogil:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
 
     enum Operation:
-        LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, TERMS, ELEMENTS
+        LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS, TERMS, ELEMENTS
 
     cdef struct Operand:
         char* address
@@ -27,16 +27,16 @@ cdef extern from "fold.hpp" nogil:
 
     cdef struct Options:
         int64_t ignore_index
-        double label_smoothing, z_loss, softcap, scale
+        double label_smoothing, z_loss, softcap, scale, inverse_temperature
 
     cdef cppclass Call:
         int operation
         bint single, across
         Options options
         double[4] parameters
-        Py_ssize_t classes, inner
+        Py_ssize_t classes, inner, choices
         Operand[4] inputs
-        Operand labels, weight, state, value, partial, lse, sign, out
+        Operand labels, weight, sample, state, value, partial, lse, sign, selected, out
         bint capped()
         bint spread()
 
@@ -44,7 +44,7 @@ cdef extern from "fold.hpp" nogil:
     const char** term_names
     int run(const Call&, Py_ssize_t, Py_ssize_t)
     Py_ssize_t scan_labels(
-        const char*, Py_ssize_t, Py_ssize_t, int64_t, const char*, bint, double*
+        const char*, Py_ssize_t, Py_ssize_t, int64_t, const char*, bint, double*, double*
     )
 
 
@@ -58,7 +58,11 @@ cdef dict names(const char** table, int first):
 cdef dict MAPS = names(element_names, ELEMENTS)
 cdef dict FOLDS = names(term_names, TERMS)
 FOLDS.update(
-    logsumexp=LOGSUMEXP, softmax=SOFTMAX, log_softmax=LOG_SOFTMAX, cross_entropy=CROSS_ENTROPY
+    logsumexp=LOGSUMEXP,
+    softmax=SOFTMAX,
+    log_softmax=LOG_SOFTMAX,
+    cross_entropy=CROSS_ENTROPY,
+    nll_loss=NLL_LOSS,
 )
 
 
@@ -135,7 +139,7 @@ cdef class Kernel:
         return 0
 
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
-        """An array with one entry, or one state, per row."""
+        """An array with one entry per row, or several."""
         if a is None:
             return 0
         operand.address = cnp.PyArray_BYTES(a)
@@ -194,10 +198,11 @@ class Backend(_Host):
         cdef Kernel kernel = Kernel.__new__(Kernel)
         cdef Call* to = &kernel.call
         cdef cnp.ndarray weights = None
-        operation, x, second, labels, weight, options, state, value, lse, sign, out = <tuple> call
+        operation, x, second, labels, weight, sample, options, state, *results = <tuple> call
+        value, lse, sign, selected, out = results
         to.operation = code_of(FOLDS, operation)
-        ignore_index, label_smoothing, z_loss, softcap, scale = <tuple> options
-        to.options = Options(ignore_index, label_smoothing, z_loss, softcap, scale)
+        ignore_index, label_smoothing, z_loss, softcap, scale, tau = <tuple> options
+        to.options = Options(ignore_index, label_smoothing, z_loss, softcap, scale, tau)
         kernel.walk_rows(x)
         kernel.bind_full(&to.inputs[0], x)
         kernel.bind_full(&to.inputs[1], second)
@@ -205,10 +210,13 @@ class Backend(_Host):
         if weight is not None:
             weights = weight if weight.flags.aligned else weight.copy()
             to.weight.address = cnp.PyArray_BYTES(weights)
+        kernel.bind_row(&to.sample, sample)
         kernel.bind_row(&to.state, state)
         kernel.bind_row(&to.value, value)
         kernel.bind_row(&to.lse, lse)
         kernel.bind_row(&to.sign, sign)
+        kernel.bind_row(&to.selected, selected)
+        to.choices = 0 if selected is None else selected.shape[2]
         kernel.bind_full(&to.out, out)
         kernel.stream(&to.out, out)
         kernel.arrays = call, weights
@@ -221,10 +229,10 @@ class Backend(_Host):
         cdef const char* weights = <const char*> NULL if weight is None else cnp.PyArray_BYTES(weight)
         cdef Py_ssize_t count = cnp.PyArray_SIZE(labels), position
         cdef bint single = weight is None or is_single(weight)
-        cdef double total
+        cdef double kept, rows
         with nogil:
-            position = scan_labels(first, count, classes, ignore_index, weights, single, &total)
-        return position, total
+            position = scan_labels(first, count, classes, ignore_index, weights, single, &kept, &rows)
+        return position, kept, rows
 
 
 backend = Backend()

@@ -45,7 +45,8 @@ struct Rows {
     const Call &call;
     const Index bytes = call.classes * (Index) sizeof(T);  // of a row
     // whether exponentials are kept for writing
-    const bool keeps = call.out && !call.log() && !call.capped() && !call.state && bytes <= ROW_SIZE;
+    const bool keeps = call.out && !call.log() && !call.capped() && !call.state &&
+                       call.operation != NLL_LOSS && bytes <= ROW_SIZE;
     // whether a group is written while the next one is folded
     const bool interleaves = call.out && call.out.format == IN_PLACE && !call.state &&
                              (call.log() ? call.x().format == IN_PLACE : keeps && !call.spread());
@@ -78,12 +79,16 @@ struct Rows {
         return kept ? kept + ((&rows - groups) * most + i) * pitch : nullptr;
     }
 
-    // Block of logits from j on, with the soft cap where there is one; its derivative into `slope_to`.
+    // Block of logits from j on, times tau, with the soft cap where there is one; its derivative into
+    // `slope_to`.
     const T *fetch_logits(const char *start, Index j, Index n, T *buffer, T *slope_to) const {
         const T *v = call.x().fetch(start, j, n, buffer);
-        if (!call.capped())
+        if (call.capped())
+            cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
+        else if (call.tempered())
+            scale_block(v, n, (T) call.options.inverse_temperature, buffer);
+        else
             return v;
-        cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
         return buffer;
     }
 
@@ -112,12 +117,25 @@ struct Rows {
             pending.j = pending.n = 0;
             if (i < before->count)
                 begin_row(*before, i);
-            if (group->kept[i] != 0 || call.lse)
+            if (group->sample[i] != 0 || call.lse)
                 fold_row(i);
             if (i < before->count)
                 write_row(*before, i);
         }
         write_rows(*before, group->count);
+    }
+
+    // A fold of log-probabilities: the distances alone.
+    void fold_targets() {
+        for (Index i = 0; i < group->count && call.spread(); i++) {
+            const char *start = call.x().row(group->outer, group->inner + i);
+            const char *second = call.second().row(group->outer, group->inner + i);
+            for (Index j = 0; j < call.classes && group->sample[i] != 0; j += BLOCK) {
+                Index n = least(BLOCK, call.classes - j);
+                const T *v = fetch_logits(start, j, n, x, nullptr);
+                fold_target(i, v, fetch_target(second, j, n), n, group->m[i], group->m[i]);
+            }
+        }
     }
 
     // Add the elements of a row to its state; distances, mass and what is at the label.
@@ -297,7 +315,7 @@ struct Rows {
         if (row.log) {
             row.source = (const T *) call.x().row(rows.outer, rows.inner + i);
             row.n = call.classes;
-        } else if (kept && rows.kept[i] != 0 && usable(rows.m[i]) && moderate) {
+        } else if (kept && rows.sample[i] != 0 && usable(rows.m[i]) && moderate) {
             row.source = kept_of(rows, i);
             row.n = call.classes;
             row.peak = first(window_of<T>(rows.n[i]).terms(splat(row.m)));
@@ -324,7 +342,7 @@ struct Rows {
         for (Index j = 0; j < call.classes; j += BLOCK) {
             Index n = least(BLOCK, call.classes - j);
             T *to = call.out.place(target, j, out);
-            if (rows.kept[i] == 0) {
+            if (rows.sample[i] == 0) {
                 memset(to, 0, n * sizeof(T));
                 call.out.deliver(target, j, n, out);
                 continue;
@@ -334,10 +352,12 @@ struct Rows {
                 part.source = call.log() ? call.x().fetch(start, j, n, x) : pending.source + j;
                 part.out = to, part.n = n;
                 part.write_rest();
-            } else
+            } else if (call.operation == NLL_LOSS)
+                std::fill(to, to + n, (T) rows.factor[i]);
+            else
                 write_block_anew(rows, i, fetch_logits(start, j, n, x, slope), n, to);
             if (call.spread())
-                subtract_block(to, fetch_target(second, j, n), n, (T) call.options.scale);
+                subtract_block(to, fetch_target(second, j, n), n, (T) rows.upstream[i]);
             if (call.capped())
                 multiply_block(to, slope, n);
             if (y >= j && y < j + n)

@@ -23,11 +23,12 @@ struct Group {  // rows inner to inner + count of an outer one, and what is know
     double lead[GROUP];  // exp(m) / 2**n
     double log_s[GROUP];  // log(e + k)
     Index label[GROUP];  // -1: none that exists
-    double kept[GROUP];  // 1, or 0 where the row is ignored
+    double sample[GROUP];  // its weight, 0 where the row is dropped
     double x_y[GROUP], w_y[GROUP], slope_y[GROUP];  // logit, class weight, soft cap's slope at the label
     double distances[GROUP];  // sum_j u_j (m - x_j)
     double mass[GROUP];  // sum_j u_j
     double value[GROUP];  // the loss, or the sum of terms
+    double upstream[GROUP];  // factor of the row's gradient
     double factor[GROUP];  // of exp(x - m) in the result
     double scale[GROUP], rest[GROUP];  // of `exponential` in the result, one after the other
     double g_y[GROUP];  // the gradient at the label
@@ -102,10 +103,12 @@ INLINE void set_state(Group &group, Index i, const State &row) {
 }
 
 // Every row the identity, idle ones too, so that their lanes hold harmless numbers.
-INLINE void begin(Group &group, bool targets) {
+INLINE void begin(const Call &call, Group &group) {
+    const bool targets = call.targeted();
     for (Index i = 0; i < GROUP; i += lanes<double>) {
-        store_all(group.m + i, splat(-(double) INFINITY));
-        store_all(group.kept + i, splat(1.0));
+        // log-probabilities have been normalised: theirs stays 0
+        store_all(group.m + i, splat(call.operation == NLL_LOSS ? 0 : -(double) INFINITY));
+        store_all(group.sample + i, splat(1.0));
         for (double *zeros : {group.e, group.k, group.n, group.added})
             store_all(zeros + i, Wide());
         for (double *zeros : {group.x_y, group.distances, group.mass})
@@ -162,6 +165,14 @@ INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
     store_all(&group.rest[i], where_gt(size, least, 1.0, unshift));
 }
 
+// What a row's gradient is multiplied by: 16 of them.
+INLINE Wide upstream_of(const Call &call, Group &group, Index i) {
+    Wide sample = load_all(group.sample + i);
+    Wide upstream = sample * (call.options.scale * call.options.inverse_temperature);
+    store_all(group.upstream + i, upstream);
+    return upstream;
+}
+
 // Losses, gradients at the labels, and factors of the others.
 void finish_cross_entropy(const Call &call, Group &group) {
     const Options &options = call.options;
@@ -175,19 +186,35 @@ void finish_cross_entropy(const Call &call, Group &group) {
             cross_entropy_loss(m, log_s, c_y, x_y, mass, of(group.distances), splat(options.z_loss));
         if (call.classes > 0)
             loss = where_eq(m, -(double) INFINITY, (double) NAN, loss);
-        store_all(&group.value[i], product(of(group.kept), loss));
+        store_all(&group.value[i], product(of(group.sample), loss));
         if (!call.out)
             continue;
+        Wide upstream = upstream_of(call, group, i);
         auto [q, t] = split(x_y - m, plain.floor, plain.magic);
         Wide u_y = w_y * (options.label_smoothing / (double) call.classes);
         auto [factor, g_y] = cross_entropy_gradient(
             m + log_s, s, e + (k - 1.0), c_y, u_y, mass, splat(options.z_loss), fma(q, t, t),
             fma(q, t, t - 1.0)
         );
-        g_y = (g_y * options.scale) * of(group.slope_y);
+        g_y = (g_y * upstream) * of(group.slope_y);
         store_all(&group.g_y[i], where_gt((double) INFINITY, absolute(m), g_y, (double) NAN));
-        set_factors(call, group, i, (factor * options.scale) / s);
+        set_factors(call, group, i, (factor * upstream) / s);
     }
+}
+
+// The same of log-probabilities, whose gradient depends on the targets alone.
+void finish_nll_loss(const Call &call, Group &group) {
+    const double eps = call.options.label_smoothing, share = eps / (double) call.classes;
+    for (Index i = 0; i < GROUP; i += lanes<double>) {
+        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+        Wide w_y = of(group.w_y), c_y = w_y * (call.labels ? 1 - eps : 0.0);
+        Wide loss = nll_loss(c_y, of(group.x_y), of(group.distances));
+        store_all(&group.value[i], product(of(group.sample), loss));
+        store_all(&group.g_y[i], (w_y * share + c_y) * (0.0 - upstream_of(call, group, i)));
+    }
+    // NaN where there is no such label, as it is throughout the gradient of a cross-entropy
+    for (Index i = 0; i < group.count; i++)
+        group.factor[i] = call.labels && group.label[i] < 0 ? NAN : 0;
 }
 
 // log_s of weighted sums, which are of any sign, from whichever part dominates: a negative sum is NaN unless

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -297,6 +298,16 @@ template <class T> struct Constants;  // see formulas.hpp
 template <class T, int B>
 INLINE Constants<T> constants(Lanes<T, B>) {
     return {};
+}
+
+// What formulas need of a single number.
+template <class T, std::enable_if_t<std::is_arithmetic_v<T>, int> = 0>
+INLINE Constants<T> constants(T) {
+    return {};
+}
+
+INLINE double where_eq(double a, double b, double x, double y) {
+    return a == b ? x : y;
 }
 
 template <class T, size_t N, class V>
