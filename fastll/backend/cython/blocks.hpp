@@ -60,6 +60,13 @@ void subtract_block(T *out, const T *u, Index n, T scale) {
         store(out + j, n - j, less_target(load(out + j, n - j, T()), load(u + j, n - j, T()), scale));
 }
 
+// The gradient of an entropy from p, where `mean` is that of m - x.
+template <class T>
+void slope_block(const T *p, const T *v, Index n, T m, T mean, T *out) {
+    for (Index j = 0; j < n; j += lanes<T>)
+        store(out + j, n - j, entropy_slope(load(p + j, n - j, T()), load(v + j, n - j, T()), m, mean));
+}
+
 template <class T>
 void multiply_block(T *out, const T *slope, Index n) {
     for (Index j = 0; j < n; j++)
@@ -91,6 +98,20 @@ void sum_exactly(const T *v, Index step, Index n, State &row) {
     }
     row.e += e;
     row.k += k;
+}
+
+// Add exp(x - m) times the distance of x likewise; `beside` are the logits that a target's x is compared
+// with, and m_beside is their maximum.
+template <Away AWAY, class T>
+void sum_away_exactly(const T *v, const T *beside, double m_beside, Index step, Index n, State &row) {
+    double away = 0;
+    for (Index j = 0; j < n; j++) {
+        double x = v[j * step], distance = row.m - x;
+        if constexpr (AWAY == DIVERGENT)
+            distance = log_ratio((double) beside[j * step], m_beside, x, row.m);
+        away += product(std::exp(x - row.m), distance);
+    }
+    row.away += away;
 }
 
 // The same with weights, of which those of both signs at an infinite maximum make it NaN.

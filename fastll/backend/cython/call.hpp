@@ -52,7 +52,7 @@ struct Options {
 
 // Codes of operations: those of the tables of `fastll.formulas` follow, each table from its own on.
 enum Operation {
-    LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS,
+    LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS, ENTROPY, KL_DIVERGENCE,
     TERMS = 1000, ELEMENTS = 2000
 };
 
@@ -76,6 +76,9 @@ struct Call {
     bool capped() const { return options.softcap != 0; }
     bool tempered() const { return options.inverse_temperature != 1; }
     bool weighted() const { return operation == LOGSUMEXP && second(); }
+
+    bool entropic() const { return operation == ENTROPY; }
+    bool divergent() const { return operation == KL_DIVERGENCE; }
 
     // Whether there is a loss of targets, and whether it has a u that is not 0.
     bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }

@@ -54,7 +54,7 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
 template <class T>
 struct Scalars {
     Window<T, Vec<T>> window;
-    Vec<T> m, log_s, factor, scale, rest, peak, upstream;
+    Vec<T> m, log_s, factor, scale, rest, peak, upstream, mean;
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
@@ -62,7 +62,7 @@ struct Scalars {
         : window(windows_of<T>(&group.n[w])), m(load_as<T>(&group.m[w])), log_s(load_as<T>(&group.log_s[w])),
           factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
           rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
-          upstream(load_as<T>(&group.upstream[w])),
+          upstream(load_as<T>(&group.upstream[w])), mean(load_as<T>(&group.mean[w])),
           tiny(largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0) {}
 };
 
@@ -79,7 +79,7 @@ struct Columns {
     T *slope = memory.take<T>(FEW * GROUP), *out = memory.take<T>(FEW * GROUP);
     // terms of a vector of rows, for each lane that an element may go to; and their sums on the way to one
     double *accumulators = memory.take<double>(SUMS), *sums = memory.take<double>(SUMS);
-    Group group;
+    Group group, target;  // rows of the logits, and of the second logits
 
     explicit Columns(const Call &call_) : call(call_) {}
 
@@ -133,8 +133,14 @@ struct Columns {
         read_labels(j, n, to, group.x_y);
     }
 
-    // Classes j to j + n of u; see `Rows::fetch_target`.
+    // Classes j to j + n of u, see `Rows::fetch_target`; or of the second logits.
     void fetch_target(Index j, Index n, T *to) {
+        if (call.divergent()) {
+            gather(call.second(), group, j, n, to);
+            if (call.tempered())
+                scale_block(to, n * GROUP, (T) call.options.inverse_temperature, to);
+            return;
+        }
         const double eps = call.options.label_smoothing;
         const T *w = (const T *) call.weight.address;
         if (call.second())
@@ -157,11 +163,18 @@ struct Columns {
             if (call.weighted()) {
                 gather(call.second(), group, j, n, u);
                 fold_weighted_tile(n);
-            } else
-                fold_tile(n, j == 0 && !call.state);
-            if (call.spread()) {
+                continue;
+            }
+            const bool fresh = j == 0 && !call.state;
+            raise_maxima(n, fresh);
+            call.entropic() ? fold_tile<ENTROPIC>(group, v, n) : fold_tile<NOWHERE>(group, v, n);
+            if (call.spread() || call.divergent())
                 fetch_target(j, n, u);
+            if (call.spread())
                 fold_target(n, before);
+            if (call.divergent()) {
+                raise_targets(n, fresh, before);
+                fold_tile<DIVERGENT>(target, u, n);
             }
         }
     }
@@ -176,69 +189,97 @@ struct Columns {
         }
     }
 
-    // The rows' maxima with those of a tile; `fresh` rows have none yet.
-    void raise_maxima(Index n, bool fresh) {
-        T tops[GROUP];
+    // The maxima of a tile's rows, and if these are `fresh`, i.e. have none yet, of the group's.
+    void find_maxima(Group &rows, const T *of, Index n, bool fresh, T *tops) const {
         for (Index w = 0; w < GROUP; w += lanes<T>) {
             Vec<T> top = splat(-(T) INFINITY);
             for (Index j = 0; j < n; j++)
-                top = maximum(load_all(v + j * GROUP + w), top);
+                top = maximum(load_all(of + j * GROUP + w), top);
             store_all(tops + w, top);
         }
-        if (fresh) {
-            for (Index i = 0; i < GROUP; i++) {
-                group.m[i] = tops[i];
-                group.n[i] = exponent_of(tops[i]);
-            }
-            return;
+        for (Index i = 0; i < GROUP && fresh; i++) {
+            rows.m[i] = tops[i];
+            rows.n[i] = exponent_of(tops[i]);
         }
-        for (Index i = 0; i < group.count; i++)
+    }
+
+    // The rows' maxima with those of a tile.
+    void raise_maxima(Index n, bool fresh) {
+        T tops[GROUP];
+        find_maxima(group, v, n, fresh, tops);
+        for (Index i = 0; i < group.count && !fresh; i++)
             if (tops[i] > group.m[i]) {
                 State row = state_of(group, i);
-                raise_maximum(row, tops[i]);
+                raise_maximum(row, tops[i], tops[i] - row.m);
                 set_state(group, i, row);
             }
+    }
+
+    // Those of the targets, where those of the logits were the ones in `before`.
+    void raise_targets(Index n, bool fresh, const double *before) {
+        T tops[GROUP];
+        find_maxima(target, u, n, fresh, tops);
+        for (Index i = 0; i < group.count && !fresh; i++) {
+            State row = state_of(target, i);
+            raise_target(row, tops[i], finite_or_zero(group.m[i]) - finite_or_zero(before[i]));
+            set_state(target, i, row);
+        }
     }
 
     // Add the sums of a vector of rows from w on, or what `exactly` adds to rows without a usable maximum.
-    template <class A, class F>
-    FORCED void add_sums(Index w, double unshift, const A *at_top, F exactly) {
-        const double *below = sums;
+    template <Away AWAY, class A, class F>
+    FORCED void add_sums(Group &rows, Index w, double unshift, const A *at_top, F exactly) {
+        const double *below = sums, *away = sums + lanes<T>;
         Index unusable = 0;
         for (Index i = 0; i < lanes<T>; i++)
-            unusable += usable(group.m[w + i]) ? 0 : 1;
+            unusable += usable(rows.m[w + i]) ? 0 : 1;
         if (unusable == 0)
             for (Index i = 0; i < lanes<T>; i++) {
-                group.added[w + i] += below[i] * unshift;
-                group.k[w + i] += at_top[i];
+                rows.added[w + i] += below[i] * unshift;
+                rows.k[w + i] += at_top[i];
+                if (AWAY != NOWHERE)
+                    rows.away_added[w + i] += away[i] * unshift;
             }
         else
             for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
-                State row = state_of(group, i);
-                if (usable(row.m))
-                    row.added += below[i - w] * unshift, row.k += at_top[i - w];
-                else
+                State row = state_of(rows, i);
+                if (!usable(row.m))
                     exactly(i, row);
-                set_state(group, i, row);
+                else {
+                    row.added += below[i - w] * unshift, row.k += at_top[i - w];
+                    if (AWAY != NOWHERE)
+                        row.away_added += away[i - w] * unshift;
+                }
+                set_state(rows, i, row);
             }
     }
 
-    void fold_tile(Index n, bool fresh) {
-        raise_maxima(n, fresh);
+    // Add a tile to the states of rows, whose maxima are at least its own.
+    template <Away AWAY>
+    void fold_tile(Group &rows, const T *of, Index n) {
         for (Index w = 0; w < group.count; w += lanes<T>) {
-            const auto window = windows_of<T>(&group.n[w]);
-            const Vec<T> m = load_as<T>(&group.m[w]);
-            const T *from = v + w;
+            const auto window = windows_of<T>(&rows.n[w]);
+            const Vec<T> m = load_as<T>(&rows.m[w]), m_of_x = load_as<T>(&group.m[w]);
+            const Vec<T> m_beside = where_gt(m_of_x, -(T) INFINITY, m_of_x, (T) 0);
+            const T *from = of + w, *beside = v + w;
             Vec<T> counts = {};
             sum_tile<T>(n, [&](Index j) FORCED {
-                Vec<T> x = load_all(from + j * GROUP);
+                Vec<T> x = load_all(from + j * GROUP), e = window.terms(x);
                 counts = counts + at_maximum(x, m, (T) 1);
-                return below_maximum(x, m, window.terms(x));
+                Vec<T> below = below_maximum(x, m, e);
+                if constexpr (AWAY == ENTROPIC)
+                    return pack(below, product(e, m - x));
+                else if constexpr (AWAY == DIVERGENT)
+                    return pack(below, product(e, log_ratio(load_all(beside + j * GROUP), m_beside, x, m)));
+                else
+                    return below;
             });
             T equal[lanes<T>];
             store_all(equal, counts);
-            add_sums(w, Constants<double>::unshift, equal, [&](Index i, State &row) {
-                sum_exactly(v + i, GROUP, n, row);
+            add_sums<AWAY>(rows, w, Constants<double>::unshift, equal, [&](Index i, State &row) {
+                sum_exactly(of + i, GROUP, n, row);
+                if (AWAY != NOWHERE)
+                    sum_away_exactly<AWAY>(of + i, v + i, finite_or_zero(group.m[i]), GROUP, n, row);
             });
         }
     }
@@ -254,7 +295,7 @@ struct Columns {
                 Vec<T> x = load_all(from + j * GROUP);
                 return weighted_terms(x, load_all(weights + j * GROUP), m, window.terms(x));
             });
-            add_sums(w, 1, sums + lanes<T>, [&](Index i, State &row) {
+            add_sums<NOWHERE>(group, w, 1, sums + lanes<T>, [&](Index i, State &row) {
                 sum_weighted_exactly(v + i, u + i, GROUP, n, row);
             });
         }
@@ -304,27 +345,36 @@ struct Columns {
     void write(bool) {
         if (!call.out)
             return;
-        Scalars<T> scalars[GROUP / lanes<T>];
-        for (Index w = 0; w < GROUP; w += lanes<T>)
+        Scalars<T> scalars[GROUP / lanes<T>], of_targets[GROUP / lanes<T>];
+        for (Index w = 0; w < GROUP; w += lanes<T>) {
             scalars[w / lanes<T>] = Scalars<T>(group, w);
+            if (call.divergent())
+                of_targets[w / lanes<T>] = Scalars<T>(target, w);
+        }
         // whether the tiles still hold what there is
         const bool whole =
             call.classes <= BLOCK && !call.capped() && !call.state && call.operation != NLL_LOSS;
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
-            T *logits = whole ? v + j * GROUP : v, *target = whole ? u + j * GROUP : u;
+            T *logits = whole ? v + j * GROUP : v, *targets = whole ? u + j * GROUP : u;
             if (call.operation == NLL_LOSS)
                 for (Index at = 0; at < n * GROUP; at += lanes<T>)
                     store_all(out + at, scalars[at % GROUP / lanes<T>].factor);
             else {
                 if (!whole)
                     fetch_logits(j, n, logits);
-                call.log() ? write_logarithms(scalars, logits, n) : write_tile(scalars, logits, n);
+                call.log() ? write_logarithms(scalars, logits, n)
+                           : write_tile(group, scalars, logits, n, out);
             }
-            if (call.spread()) {
-                if (!whole)
-                    fetch_target(j, n, target);
-                subtract_tile(scalars, target, n);
+            if (call.entropic())
+                make_slopes(scalars, logits, n);
+            if (!whole && (call.spread() || call.divergent()))
+                fetch_target(j, n, targets);
+            if (call.spread())
+                subtract_tile(scalars, targets, n);
+            if (call.divergent()) {
+                write_tile(target, of_targets, targets, n, slope);
+                subtract_block(out, slope, n * GROUP, (T) 1);
             }
             if (call.capped())
                 multiply_block(out, slope, n * GROUP);
@@ -342,6 +392,14 @@ struct Columns {
         }
     }
 
+    // Gradients of entropies from probabilities; see `slope_block`.
+    void make_slopes(const Scalars<T> *scalars, const T *logits, Index n) {
+        for (Index at = 0; at < n * GROUP; at += lanes<T>) {
+            const Scalars<T> &of = scalars[at % GROUP / lanes<T>];
+            store_all(out + at, entropy_slope(load_all(out + at), load_all(logits + at), of.m, of.mean));
+        }
+    }
+
     // Logarithms of probabilities of n classes.
     void write_logarithms(const Scalars<T> *scalars, const T *logits, Index n) {
         for (Index j = 0; j < n * GROUP; j += GROUP)
@@ -352,11 +410,11 @@ struct Columns {
     }
 
     // Probabilities of n classes; see `Rows::write_block_anew`.
-    void write_tile(const Scalars<T> *scalars, const T *logits, Index n) {
+    void write_tile(const Group &rows, const Scalars<T> *scalars, const T *logits, Index n, T *results) const {
         for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
-            const auto [window, m, log_s, factor, scale, rest, peak, upstream, tiny] = *scalars;
+            const auto [window, m, log_s, factor, scale, rest, peak, upstream, mean, tiny] = *scalars;
             const T *from = logits + w;
-            T *to = out + w;
+            T *to = results + w;
             for (Index j = 0; j < n * GROUP; j += GROUP) {
                 Vec<T> e = window.terms(load_all(from + j)), p = probability(e, peak, factor, scale);
                 if (tiny)
@@ -365,8 +423,8 @@ struct Columns {
             }
         }
         for (Index i = 0; i < group.count; i++)
-            if (!usable(group.m[i]))
-                write_exactly(logits + i, GROUP, n, group.m[i], group.factor[i], out + i);
+            if (!usable(rows.m[i]))
+                write_exactly(logits + i, GROUP, n, rows.m[i], rows.factor[i], results + i);
     }
 
     // The gradients of dropped rows and at labels.

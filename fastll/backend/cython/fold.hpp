@@ -104,7 +104,7 @@ void select(const Call &call, const Group &group) {
 
 // Scalars of the rows from their sums, and those that are asked for into memory.
 template <class T>
-void finish_group(const Call &call, Group &group) {
+void finish_group(const Call &call, Group &group, Group &target) {
     if (call.operation >= TERMS)
         return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i]; });
     auto put_values = [&] { put<T>(call.value, group, [&](Index i) { return group.value[i]; }); };
@@ -118,6 +118,13 @@ void finish_group(const Call &call, Group &group) {
     finish_states(group);
     if (call.operation == CROSS_ENTROPY) {
         finish_cross_entropy(call, group);
+        put_values();
+    } else if (call.entropic()) {
+        finish_entropy(call, group);
+        put_values();
+    } else if (call.divergent()) {
+        finish_states(target);
+        finish_kl_divergence(call, group, target);
         put_values();
     } else if (call.operation != LOGSUMEXP) {
         for (Index i = 0; i < group.count; i += lanes<double>)
@@ -146,6 +153,10 @@ int fold_groups(const Call &call, Index start, Index stop) {
         Group &group = pass.current();
         load_group<T>(call, group, row, least(pass.most, stop - row));
         row += group.count;
+        if (call.divergent()) {
+            begin(call, pass.target);
+            pass.target.count = group.count;
+        }
         if (call.operation >= TERMS)
             with_term(call.operation - TERMS, [&](auto term) {
                 pass.template fold_terms<decltype(term)>();
@@ -155,7 +166,7 @@ int fold_groups(const Call &call, Index start, Index stop) {
             pass.fold_targets();
         else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
             pass.fold();
-        finish_group<T>(call, group);
+        finish_group<T>(call, group, pass.target);
         pass.write(row == stop);
     }
     return 0;

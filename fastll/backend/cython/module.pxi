@@ -17,7 +17,8 @@ cdef extern from "fold.hpp" nogil:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
 
     enum Operation:
-        LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS, TERMS, ELEMENTS
+        LOGSUMEXP, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, NLL_LOSS, ENTROPY, KL_DIVERGENCE,
+        TERMS, ELEMENTS
 
     cdef struct Operand:
         char* address
@@ -63,6 +64,8 @@ FOLDS.update(
     log_softmax=LOG_SOFTMAX,
     cross_entropy=CROSS_ENTROPY,
     nll_loss=NLL_LOSS,
+    entropy_from_logits=ENTROPY,
+    kl_divergence_from_logits=KL_DIVERGENCE,
 )
 
 

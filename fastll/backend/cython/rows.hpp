@@ -22,22 +22,41 @@ struct Pending {
     bool log, streamed;
     T peak, factor, scale;  // of `probability`
     T m, log_s;  // of `log_probability`
+    const T *logits;  // of `entropy_slope`, as are m and
+    T tau, mean;
 
     // Elements j to j + count, at most a vector.
+    template <Away AWAY>
     FORCED void write(Index j_, Index count) const {
         Vec<T> x = load(source + j_, count, T());
         x = log ? log_probability(x, m, log_s) : probability(x, peak, factor, scale);
+        if constexpr (AWAY == ENTROPIC)
+            x = entropy_slope(x, load(logits + j_, count, T()) * tau, m, mean);
         if (streamed)
             stream(out + j_, count, x);
         else
             store(out + j_, count, x);
     }
 
-    void write_rest() {
-        for (; j + lanes<T> <= n; j += lanes<T>)
-            write(j, lanes<T>);
-        write(j, n - j);
+    // All up to element `end`.
+    template <Away AWAY>
+    void write_until(Index end) {
+        for (; j + lanes<T> <= end; j += lanes<T>)
+            write<AWAY>(j, lanes<T>);
+        write<AWAY>(j, end - j);
+        j = end;
     }
+
+    void write_until(Index end) { logits ? write_until<ENTROPIC>(end) : write_until<NOWHERE>(end); }
+};
+
+// A row's blocks of logits, of which the next one is there while one is folded.
+template <class T>
+struct Ahead {
+    T *buffer, *next;  // for those that are not in place: the one that is folded, and the next one
+    const T *block;  // the next one, which after the last is empty
+    Index count;
+    double top;  // its maximum
 };
 
 template <class T>
@@ -49,7 +68,8 @@ struct Rows {
                        call.operation != NLL_LOSS && bytes <= ROW_SIZE;
     // whether a group is written while the next one is folded
     const bool interleaves = call.out && call.out.format == IN_PLACE && !call.state &&
-                             (call.log() ? call.x().format == IN_PLACE : keeps && !call.spread());
+                             (call.log() || call.entropic() ? call.x().format == IN_PLACE : true) &&
+                             (call.log() || (keeps && !call.spread() && !call.divergent()));
     // rows in a group: as many as writing finds in the cache
     const Index most =
         call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
@@ -64,10 +84,8 @@ struct Rows {
     double *exponents = memory.take<double>(blocks);
     Group groups[2];
     Group *group = &groups[0], *before = &groups[1];
-    // while a block is folded: the row's next one, which after the last is empty, and its maximum
-    const T *following;
-    Index following_count;
-    double following_top;
+    Group target;  // states of the second logits
+    Ahead<T> logits{x, next}, targets{u, slope};
     Pending<T> pending;
 
     explicit Rows(const Call &call_) : call(call_) { group->count = before->count = 0; }
@@ -81,8 +99,10 @@ struct Rows {
 
     // Block of logits from j on, times tau, with the soft cap where there is one; its derivative into
     // `slope_to`.
-    const T *fetch_logits(const char *start, Index j, Index n, T *buffer, T *slope_to) const {
-        const T *v = call.x().fetch(start, j, n, buffer);
+    const T *fetch_logits(
+        const Operand &of, const char *start, Index j, Index n, T *buffer, T *slope_to = nullptr
+    ) const {
+        const T *v = of.fetch(start, j, n, buffer);
         if (call.capped())
             cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
         else if (call.tempered())
@@ -103,11 +123,13 @@ struct Rows {
         return u;
     }
 
-    // The block of logits from j on as the `following` one; the one before it stays where it is.
-    void fetch_following(const char *start, Index j) {
-        std::swap(x, next);
-        following_count = least(BLOCK, call.classes - j);
-        following = fetch_logits(start, j, following_count, next, nullptr);
+    // The block of logits from j on as the next one; the one before it stays where it is.
+    void fetch_next(const Operand &of, const char *start, Index j, Ahead<T> &ahead) const {
+        std::swap(ahead.buffer, ahead.next);
+        ahead.count = least(BLOCK, call.classes - j);
+        ahead.block = fetch_logits(of, start, j, ahead.count, ahead.next);
+        if (j == 0)
+            ahead.top = max_block(ahead.block, ahead.count);
     }
 
     // ---- Fold ----
@@ -132,7 +154,7 @@ struct Rows {
             const char *second = call.second().row(group->outer, group->inner + i);
             for (Index j = 0; j < call.classes && group->sample[i] != 0; j += BLOCK) {
                 Index n = least(BLOCK, call.classes - j);
-                const T *v = fetch_logits(start, j, n, x, nullptr);
+                const T *v = fetch_logits(call.x(), start, j, n, x);
                 fold_target(i, v, fetch_target(second, j, n), n, group->m[i], group->m[i]);
             }
         }
@@ -143,57 +165,81 @@ struct Rows {
         const char *start = call.x().row(group->outer, group->inner + i);
         const char *second = call.second().row(group->outer, group->inner + i);
         T *terms = kept_of(*group, i);
-        State row = state_of(*group, i);
-        fetch_following(start, 0);
-        following_top = max_block(following, following_count);
+        State row = state_of(*group, i), aim = {};
+        fetch_next(call.x(), start, 0, logits);
+        if (call.divergent()) {
+            aim = state_of(target, i);
+            fetch_next(call.second(), second, 0, targets);
+        }
         for (Index j = 0; j < call.classes; j += BLOCK) {
-            const T *v = following;
-            Index n = following_count;
-            double top = following_top, m = row.m;
-            fetch_following(start, j + n);
+            const T *v = logits.block, *t = targets.block;
+            const Index n = logits.count;
+            const double m = row.m, top = logits.top, target_top = targets.top;
+            T *terms_of_block = terms ? terms + j : nullptr;
+            fetch_next(call.x(), start, j + n, logits);
             if (call.weighted()) {
                 fold_weighted_block(v, call.second().fetch(second, j, n, u), n, row);
                 continue;
             }
-            fold_block(v, n, top, row, terms ? terms + j : nullptr);
+            if (top > row.m)
+                raise_maximum(row, top, top - row.m);
+            if (call.entropic())
+                fold_block<ENTROPIC>(v, n, top, row, terms_of_block, logits);
+            else
+                fold_block<NOWHERE>(v, n, top, row, terms_of_block, logits);
             exponents[j / BLOCK] = row.n;
             if (call.spread())
                 fold_target(i, v, fetch_target(second, j, n), n, m, row.m);
+            if (call.divergent()) {
+                const double m_beside = finite_or_zero(row.m);
+                fetch_next(call.second(), second, j + n, targets);
+                raise_target(aim, target_top, m_beside - finite_or_zero(m));
+                fold_block<DIVERGENT>(t, n, target_top, aim, nullptr, targets, v, m_beside);
+            }
         }
         set_state(*group, i, row);
+        if (call.divergent())
+            set_state(target, i, aim);
         if (terms)
             merge_terms(terms, row.n);
         if (group->label[i] >= 0) {
-            group->x_y[i] = fetch_logits(start, group->label[i], 1, x, u)[0];
+            group->x_y[i] = fetch_logits(call.x(), start, group->label[i], 1, x, u)[0];
             group->slope_y[i] = call.capped() ? u[0] : 1;
         }
     }
 
-    // Add a block with maximum `top` to the state of a row. Leave its exponentials in `terms` unless NULL.
-    void fold_block(const T *v, Index n, double top, State &row, T *terms) {
-        if (top > row.m)
-            raise_maximum(row, top);
+    // Add a block with maximum `top` to the state of a row, whose maximum is at least that. Leave its
+    // exponentials in `terms` unless NULL. `beside` and its maximum are as for `sum_away_exactly`.
+    template <Away AWAY>
+    void fold_block(
+        const T *v, Index n, double top, State &row, T *terms, Ahead<T> &ahead, const T *beside = nullptr,
+        double m_beside = 0
+    ) {
         if (!usable(row.m)) {
             if (terms)
                 memset(terms, 0, n * sizeof(T));  // correct for -inf; never read otherwise
             sum_exactly(v, 1, n, row);
-            following_top = max_block(following, following_count);
+            if (AWAY != NOWHERE)
+                sum_away_exactly<AWAY>(v, beside, m_beside, 1, n, row);
+            ahead.top = max_block(ahead.block, ahead.count);
         } else if (top < row.m)
-            add_block<false>(v, n, row, terms);
+            add_block<AWAY, false>(v, n, row, terms, ahead, beside, (T) m_beside);
         else
-            add_block<true>(v, n, row, terms);
+            add_block<AWAY, true>(v, n, row, terms, ahead, beside, (T) m_beside);
     }
 
     // Add the sum of exp(x) / 2**n over a block; AT_TOP: of the elements below m, and count those equal.
-    // Meanwhile, write as much of the pending row, and find the maximum of the following block.
-    template <bool AT_TOP>
-    void add_block(const T *v, Index n, State &row, T *terms) {
+    // Meanwhile, write as much of the pending row, and find the maximum of the next block.
+    template <Away AWAY, bool AT_TOP>
+    void add_block(
+        const T *v, Index n, State &row, T *terms, Ahead<T> &following, const T *beside, T m_beside
+    ) {
         const T lowest = -(T) INFINITY, m = (T) row.m;
         const auto window = window_of<T>(row.n);
         const Pending<T> old = pending;
-        const T *ahead = following;
-        const Index ahead_count = following_count, ready = (old.n - old.j) / lanes<T> * lanes<T>;
-        Vec<T> counts = {}, top = splat(lowest);
+        const T *ahead = following.block;
+        const Index ahead_count = following.count, ready = (old.n - old.j) / lanes<T> * lanes<T>;
+        Vec<T> counts = {}, top = splat(lowest), away = {};
         Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             if (j < ahead_count)
                 top = maximum(load_ahead(ahead + j, ahead_count - j, lowest), top);
@@ -201,7 +247,11 @@ struct Rows {
             if (terms)
                 store_all(terms + j, e);
             if (j < ready)
-                old.write(old.j + j, lanes<T>);
+                old.template write<AWAY>(old.j + j, lanes<T>);
+            if constexpr (AWAY == ENTROPIC)
+                away = away + product(e, m - x);
+            if constexpr (AWAY == DIVERGENT)
+                away = away + product(e, log_ratio(load_ahead(beside + j, count, T()), m_beside, x, m));
             if constexpr (AT_TOP) {
                 counts = counts + at_maximum(x, m, (T) 1);
                 e = below_maximum(x, m, e);
@@ -209,8 +259,10 @@ struct Rows {
             return e;
         });
         pending.j += least(ready, (n + lanes<T> - 1) / lanes<T> * lanes<T>);
-        following_top = largest(top);
+        following.top = largest(top);
         row.added += total(sums) * Constants<double>::unshift;
+        if (AWAY != NOWHERE)
+            row.away_added += total(away) * Constants<double>::unshift;
         if (AT_TOP)
             row.k += total(counts);
     }
@@ -219,7 +271,7 @@ struct Rows {
         mask_block(v, b, n, out);
         double top = max_block(out, n);
         if (top > row.m)
-            raise_maximum(row, top);
+            raise_maximum(row, top, 0);
         if (!usable(row.m))
             return sum_weighted_exactly(out, b, 1, n, row);
         const Vec<T> m = splat((T) row.m);
@@ -234,10 +286,10 @@ struct Rows {
     }
 
     // Add a block to distances and mass; `before_m` is the maximum that the distances so far refer to.
-    void fold_target(Index i, const T *v, const T *target, Index n, double before_m, double m) {
+    void fold_target(Index i, const T *v, const T *t, Index n, double before_m, double m) {
         const T top = (T) (m > -INFINITY ? m : 0);
         auto sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
-            Vec<T> u_ = load_ahead(target + j, count, T());
+            Vec<T> u_ = load_ahead(t + j, count, T());
             return pack(distance(load_ahead(v + j, count, T()), u_, top), u_);
         });
         double mass = group->mass[i];
@@ -312,6 +364,11 @@ struct Rows {
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
         row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
         row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i];
+        row.logits = nullptr;
+        if (interleaves && call.entropic()) {
+            row.logits = (const T *) call.x().row(rows.outer, rows.inner + i);
+            row.tau = (T) call.options.inverse_temperature, row.mean = (T) rows.mean[i];
+        }
         if (row.log) {
             row.source = (const T *) call.x().row(rows.outer, rows.inner + i);
             row.n = call.classes;
@@ -321,8 +378,7 @@ struct Rows {
             row.peak = first(window_of<T>(rows.n[i]).terms(splat(row.m)));
         }
         if (interleaves && call.out.streamed) {  // what is left begins at a line
-            row.j = least(row.n, until_line(row.out));
-            row.write(0, row.j);
+            row.write_until(least(row.n, until_line(row.out)));
             row.streamed = true;
         }
     }
@@ -331,38 +387,48 @@ struct Rows {
     void write_row(const Group &rows, Index i) {
         const char *start = call.x().row(rows.outer, rows.inner + i);
         const char *second = call.second().row(rows.outer, rows.inner + i);
-        char *target = call.out.row(rows.outer, rows.inner + i);
+        char *place = call.out.row(rows.outer, rows.inner + i);
         const Index y = rows.label[i];
         if (interleaves && pending.n > 0) {
-            pending.write_rest();
+            pending.write_until(pending.n);
             if (y >= 0)
                 pending.out[y] = (T) rows.g_y[i];
             return;
         }
         for (Index j = 0; j < call.classes; j += BLOCK) {
             Index n = least(BLOCK, call.classes - j);
-            T *to = call.out.place(target, j, out);
+            T *to = call.out.place(place, j, out);
             if (rows.sample[i] == 0) {
                 memset(to, 0, n * sizeof(T));
-                call.out.deliver(target, j, n, out);
+                call.out.deliver(place, j, n, out);
                 continue;
             }
+            const bool reads = call.log() || call.entropic() ||
+                               (pending.n == 0 && call.operation != NLL_LOSS);
+            const T *v = reads ? fetch_logits(call.x(), start, j, n, x, slope) : nullptr;
+            T *results = call.entropic() ? out : to;  // not where the logits may still be
             if (pending.n > 0) {
                 Pending<T> part = pending;
-                part.source = call.log() ? call.x().fetch(start, j, n, x) : pending.source + j;
-                part.out = to, part.n = n;
-                part.write_rest();
+                part.source = call.log() ? v : pending.source + j;
+                part.out = results, part.n = n;
+                part.write_until(n);
             } else if (call.operation == NLL_LOSS)
                 std::fill(to, to + n, (T) rows.factor[i]);
             else
-                write_block_anew(rows, i, fetch_logits(start, j, n, x, slope), n, to);
+                write_block_anew(rows, i, v, n, results);
+            if (call.entropic())
+                slope_block(results, v, n, (T) rows.m[i], (T) rows.mean[i], to);
+            if (call.divergent()) {
+                write_block_anew(target, i, fetch_logits(call.second(), second, j, n, u), n, slope);
+                subtract_block(to, slope, n, (T) 1);
+            }
             if (call.spread())
                 subtract_block(to, fetch_target(second, j, n), n, (T) rows.upstream[i]);
             if (call.capped())
                 multiply_block(to, slope, n);
             if (y >= j && y < j + n)
                 to[y - j] = (T) rows.g_y[i];
-            call.out.deliver(target, j, n, out);
+            call.out.deliver(place, j, n, out);
         }
     }
 

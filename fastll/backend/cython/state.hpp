@@ -15,11 +15,16 @@ struct State {  // of a row that elements are being added to
     double m, e, k;
     double n;  // exponent of the reference of `exponential`
     double added;  // to e since, but in multiples of 2**n: so no exponential is needed on the way
+    double away, away_added;  // likewise the sum of exp(x - m) times distances, if there is one
 };
+
+// What the elements of a sum are away from: nothing, the row's maximum (entropy), or the maximum as much
+// as another array's elements are away from theirs (divergence).
+enum Away { NOWHERE, ENTROPIC, DIVERGENT };
 
 struct Group {  // rows inner to inner + count of an outer one, and what is known of each
     Index outer, inner, count;
-    double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP];  // as in `State`
+    double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP], away[GROUP], away_added[GROUP];  // `State`
     double lead[GROUP];  // exp(m) / 2**n
     double log_s[GROUP];  // log(e + k)
     Index label[GROUP];  // -1: none that exists
@@ -27,7 +32,8 @@ struct Group {  // rows inner to inner + count of an outer one, and what is know
     double x_y[GROUP], w_y[GROUP], slope_y[GROUP];  // logit, class weight, soft cap's slope at the label
     double distances[GROUP];  // sum_j u_j (m - x_j)
     double mass[GROUP];  // sum_j u_j
-    double value[GROUP];  // the loss, or the sum of terms
+    double mean[GROUP];  // of the distances
+    double value[GROUP];  // the loss, the entropy, or the sum of terms
     double upstream[GROUP];  // factor of the row's gradient
     double factor[GROUP];  // of exp(x - m) in the result
     double scale[GROUP], rest[GROUP];  // of `exponential` in the result, one after the other
@@ -94,12 +100,14 @@ INLINE Vec<T> load_as(const double *values) {
 }
 
 INLINE State state_of(const Group &group, Index i) {
-    return {group.m[i], group.e[i], group.k[i], group.n[i], group.added[i]};
+    return {group.m[i],     group.e[i],    group.k[i],         group.n[i],
+            group.added[i], group.away[i], group.away_added[i]};
 }
 
 INLINE void set_state(Group &group, Index i, const State &row) {
     group.m[i] = row.m, group.e[i] = row.e, group.k[i] = row.k;
     group.n[i] = row.n, group.added[i] = row.added;
+    group.away[i] = row.away, group.away_added[i] = row.away_added;
 }
 
 // Every row the identity, idle ones too, so that their lanes hold harmless numbers.
@@ -109,7 +117,7 @@ INLINE void begin(const Call &call, Group &group) {
         // log-probabilities have been normalised: theirs stays 0
         store_all(group.m + i, splat(call.operation == NLL_LOSS ? 0 : -(double) INFINITY));
         store_all(group.sample + i, splat(1.0));
-        for (double *zeros : {group.e, group.k, group.n, group.added})
+        for (double *zeros : {group.e, group.k, group.n, group.added, group.away, group.away_added})
             store_all(zeros + i, Wide());
         for (double *zeros : {group.x_y, group.distances, group.mass})
             if (targets)
@@ -122,21 +130,41 @@ INLINE void begin(const Call &call, Group &group) {
         label = -1;
 }
 
-// The state relative to a larger maximum `top`.
+INLINE double lead_of(const State &row) {
+    return first(lead_of(splat(row.m), splat(row.n)));
+}
+
+// The state relative to a larger maximum `top`, which makes all distances larger by `lift`.
 //
 // The rounding error of m - top, found as in Knuth's two-sum, corrects the exponential: otherwise a
 // difference of d would cost d roundoffs.
-void raise_maximum(State &row, double top) {
+void raise_maximum(State &row, double top, double lift) {
     double d = row.m - top, rounded = d - row.m, error = 0;
     if (row.m == -INFINITY)
-        row.e = (row.e + row.added) * 0;
+        row.e = (row.e + row.added) * 0, row.away = 0;
     else {
         if (d > -INFINITY)
             error = (row.m - (d - rounded)) - (top + rounded);
-        row.e += row.added / first(lead_of(splat(row.m), splat(row.n)));
-        row.e = (row.e + row.k) * (std::exp(d) * (1 + error));
+        const double lead = lead_of(row), fall = std::exp(d) * (1 + error);
+        row.e += row.added / lead;
+        const double s = row.e + row.k, away = row.away + row.away_added / lead;
+        row.e = s * fall;
+        row.away = product(fall, away + product(s, lift));
     }
-    row = {top, row.e, 0, exponent_of(top), 0};
+    row = {top, row.e, 0, exponent_of(top), 0, row.away, 0};
+}
+
+// The same of a target's row, whose distances became larger by `rise`, that of the other array's maximum.
+void raise_target(State &row, double top, double rise) {
+    if (top > row.m)
+        raise_maximum(row, top, rise - (top - row.m));
+    else if (rise != 0)
+        row.away += product((row.e + row.added / lead_of(row)) + row.k, rise);
+}
+
+// A maximum as distances have it.
+INLINE double finite_or_zero(double m) {
+    return m > -INFINITY ? m : 0;
 }
 
 // The states after the last element. A row without one above -inf is the identity; a NaN stays.
@@ -215,6 +243,35 @@ void finish_nll_loss(const Call &call, Group &group) {
     // NaN where there is no such label, as it is throughout the gradient of a cross-entropy
     for (Index i = 0; i < group.count; i++)
         group.factor[i] = call.labels && group.label[i] < 0 ? NAN : 0;
+}
+
+// Entropies; the means of the distances and factors of exponentials.
+void finish_entropy(const Call &call, Group &group) {
+    for (Index i = 0; i < group.count; i += lanes<double>) {
+        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+        Wide away = of(group.away) + of(group.away_added) / of(group.lead);
+        Wide s = of(group.e) + of(group.k), value = softmax_entropy(of(group.log_s), away, s);
+        value = where_gt((double) INFINITY, absolute(of(group.m)), value, (double) NAN);
+        store_all(&group.value[i], product(of(group.sample), value));
+        store_all(&group.mean[i], away / s);
+        set_factors(call, group, i, upstream_of(call, group, i) / s);
+    }
+}
+
+// Divergences of the rows from those of `target`; factors of the exponentials of both.
+void finish_kl_divergence(const Call &call, Group &group, Group &target) {
+    for (Index i = 0; i < group.count; i += lanes<double>) {
+        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+        Wide away = of(target.away) + of(target.away_added) / of(target.lead);
+        Wide s = of(group.e) + of(group.k), u = of(target.e) + of(target.k);
+        Wide value = kl_divergence_of_sums(of(group.log_s), of(target.log_s), away, u);
+        for (const double *m : {group.m, target.m})
+            value = where_gt((double) INFINITY, absolute(of(m)), value, (double) NAN);
+        store_all(&group.value[i], product(of(group.sample), value));
+        Wide upstream = upstream_of(call, group, i);
+        set_factors(call, group, i, upstream / s);
+        set_factors(call, target, i, upstream / u);
+    }
 }
 
 // log_s of weighted sums, which are of any sign, from whichever part dominates: a negative sum is NaN unless
