@@ -51,14 +51,17 @@ class Backend(Host):
             layout.full(call.x),
             layout.full(call.second),
             layout.row(call.labels),
+            layout.row(call.sample),
             0 if call.weight is None else call.weight.ctypes.data,
             options,
             layout.row(call.state),
             layout.row(call.value),
             layout.row(call.lse),
             layout.row(call.sign),
+            layout.row(call.selected),
             layout.output(call.out, call.x, simple),
             layout.classes,
+            0 if call.selected is None else call.selected.shape[2],
             layout.inner,
             layout.like,
         )
@@ -66,9 +69,11 @@ class Backend(Host):
 
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None
-    ) -> tuple[int, float]:
+    ) -> tuple[int, float, float]:
         ones = np.empty(0) if weight is None else weight
-        found: tuple[int, float] = folds.check_labels(labels.reshape(-1), classes, ignore_index, ones)
+        found: tuple[int, float, float] = folds.check_labels(
+            labels.reshape(-1), classes, ignore_index, ones
+        )
         return found
 
 

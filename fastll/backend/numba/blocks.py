@@ -13,7 +13,18 @@ import numpy as np
 
 from fastll.backend.numba import vector
 from fastll.backend.numba.maths import cast, exponential, formulas, lowest, zeros
-from fastll.backend.numba.vector import inline, lanes_of, load, load_ahead, read, size_of, store, write
+from fastll.backend.numba.memory import until_line
+from fastll.backend.numba.vector import (
+    inline,
+    lanes_of,
+    load,
+    load_ahead,
+    read,
+    size_of,
+    splat,
+    store,
+    write,
+)
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
@@ -74,19 +85,25 @@ def multiply(out, slope, n, like):
 
 
 @inline
-def scale(out, n, first, second, like):
-    """out *= first * second, one after the other."""
+def scale(v, n, first, second, out, like):
+    """x * first * second, one after the other, into `out`, which may be where x is."""
     size, zero = size_of(like), zeros(like)
     first, second = cast(first, like), cast(second, like)
     for j in range(0, n, lanes_of(like)):
-        store(out + j * size, n - j, load(out + j * size, n - j, zero) * first * second)
+        store(out + j * size, n - j, load_ahead(v + j * size, n - j, zero) * first * second)
 
 
 @inline
-def clear(out, n, like):
-    """out = 0."""
-    for j in range(0, n, lanes_of(like)):
-        store(out + j * size_of(like), n - j, zeros(like))
+def fill(out, n, value, streamed, like):
+    """A number in all elements."""
+    size, lanes, values = size_of(like), lanes_of(like), splat(cast(value, like))
+    head = min(n, until_line(out, like)) if streamed else 0
+    store(out, head, values)
+    for j in range(head, n, lanes):
+        if streamed and n - j >= lanes:
+            vector.stream(out + j * size, values)
+        else:
+            store(out + j * size, n - j, values)
 
 
 # Pairs of terms of an element x and a second one, to be summed

@@ -38,7 +38,7 @@ class Operand(NamedTuple):
 
 
 class RowOperand(NamedTuple):
-    """An array with one entry per row, or with the three of a running state `step` bytes apart."""
+    """An array with one entry per row, or with several, `step` bytes apart."""
 
     address: int
     outer: int

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.numba import blocks, state, vector
-from fastll.backend.numba.folds import driver, has_targets
+from fastll.backend.numba.folds import TEMPERED, driver, has_targets, logit
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, start_of, until_line
 from fastll.backend.numba.state import narrow_rows_of, row_of, rows_of, usable
@@ -245,6 +245,15 @@ def plain(call, tile, group, j, n):
 
 
 @inline
+def tempered(call, tile, group, j, n):
+    """`plain`, then by the inverse temperature."""
+    plain(call, tile, group, j, n)
+    if call.options.inverse_temperature != 1.0:
+        tau, like = call.options.inverse_temperature, call.like
+        blocks.scale(tile.x, n * GROUP, tau, 1.0, tile.x, like)
+
+
+@inline
 def capped(call, tile, group, j, n):
     """`rows.capped` for a tile, and what is at the labels."""
     like, cap = call.like, call.options.softcap
@@ -296,10 +305,17 @@ def add_targets(call, tile, group, j, n):
         rows.mass = rows.mass + mass
 
 
+def _read_block(operation):
+    """`rows._read_block` for tiles."""
+    if operation == "cross_entropy":
+        return capped
+    return tempered if operation in TEMPERED else plain
+
+
 def _fold_group(operation):
     """A function that folds the exponentials of a group of rows."""
     weighted, loss = operation == "logsumexp", operation == "cross_entropy"
-    read_block = capped if loss else plain
+    read_block = _read_block(operation)
 
     def fold_group(call, tile, group):
         like, table = call.like, group.table
@@ -315,6 +331,23 @@ def _fold_group(operation):
                 add_targets(call, tile, group, j, n)
 
     return vector.phase(fold_group)
+
+
+def _fold_nll_group(call, tile, group):
+    """`rows.fold_nll_row` for the rows of a group."""
+    like, zero = call.like, zeros(call.like)
+    for j in range(0, call.classes if has_targets(call) else 0, BLOCK):
+        n = min(BLOCK, call.classes - j)
+        plain(call, tile, group, j, n)
+        fetch_target(call, group, j, n, tile.second)
+        for w in range(0, group.count, lanes_of(like)):
+            rows = rows_of(group.table, w, like)
+            distance = _sum_distances(tile, tile.second, w, n, zero, (zero,), like)[0]
+            rows.distance = rows.distance + distance
+    for i in range(group.count):
+        row = row_of(group.table, i)
+        if row.sample != 0.0 and row.label >= 0.0:
+            row.label_logit = logit(call, group, i, int(row.label))
 
 
 # Writing the rows of a group
@@ -352,19 +385,40 @@ def log_tile(tile, table, x, n, count, like):
 
 
 @inline
+def factor_tile(tile, table, x, n, count, like):
+    """The factor itself."""
+    for w in range(0, count, lanes_of(like)):
+        for j in range(n):
+            write(at_of(tile.out, j, w, like), narrow_rows_of(tile.narrow, w, like).factor)
+
+
+@inline
+def subtract(tile, u, n, count, like):
+    """`blocks.subtract` for the rows of a tile."""
+    zero = zeros(like)
+    for w in range(0, count, lanes_of(like)):
+        scales = narrow_rows_of(tile.narrow, w, like).target_scale
+        for j in range(n):
+            at = at_of(tile.out, j, w, like)
+            weight = read(at_of(u, j, w, like), zero)
+            write(at, formulas.less_target(read(at, zero), weight, scales))
+
+
+@inline
 def finish_gradient(call, tile, group, second, j, n):
-    """`rows.finish_gradient` for a tile, and 0 in rows that are ignored."""
+    """`rows.finish_gradient` for a tile, and 0 in rows that are dropped."""
     like, cap = call.like, call.options.softcap
     if has_targets(call):
         if cap != 0.0 or call.classes > BLOCK:  # the tile does not hold them any more
             fetch_target(call, group, j, n, second)
-        blocks.subtract(tile.out, second, n * GROUP, call.options.scale, like)
+        subtract(tile, second, n, group.count, like)
     if cap != 0.0:
         blocks.multiply(tile.out, tile.slope, n * GROUP, like)
-    for i in range(group.count if call.labels.address != 0 else 0):
+    some = call.labels.address != 0 or call.sample.address != 0
+    for i in range(group.count if some else 0):
         row = row_of(group.table, i)
         y = int(row.label) - j
-        if row.kept == 0.0:
+        if row.sample == 0.0:
             for c in range(n):
                 write(at_of(tile.out, c, i, like), cast(0.0, like))
         elif 0 <= y < n:
@@ -373,8 +427,9 @@ def finish_gradient(call, tile, group, second, j, n):
 
 def _write_group(operation):
     """A function that writes the rows of a group, a few classes at a time."""
-    log, loss = operation == "log_softmax", operation == "cross_entropy"
-    read_block, fill = capped if loss else plain, log_tile if log else exp_tile
+    loss, nll = operation == "cross_entropy", operation == "nll_loss"
+    fill = {"log_softmax": log_tile, "nll_loss": factor_tile}.get(operation, exp_tile)
+    read_block = _read_block(operation)
 
     def write_group(call, tile, group):
         like = call.like
@@ -384,14 +439,15 @@ def _write_group(operation):
             rows, narrow = rows_of(group.table, w, like), narrow_rows_of(tile.narrow, w, like)
             narrow.factor, narrow.log_s = rows.factor, rows.log_s
             narrow.scale, narrow.unshift = rows.scale, rows.unshift
+            narrow.target_scale = rows.target_scale
         for j in range(0, call.classes, FEW):
             n, x, second = min(FEW, call.classes - j), tile.x, tile.second
             if whole:  # the tiles keep what they hold
                 x, second = at_of(x, j, 0, like), at_of(second, j, 0, like)
-            else:
+            elif not nll:
                 read_block(call, tile, group, j, n)
             fill(tile, group.table, x, n, group.count, like)
-            if loss:
+            if loss or nll:
                 finish_gradient(call, tile, group, second, j, n)
             scatter(call.out, group, j, n, tile.out, like)
 
@@ -400,11 +456,9 @@ def _write_group(operation):
 
 def _walk(operation):
     """A function that writes the group before and folds the next one."""
-    writes, fold_group, write_group = (
-        operation != "logsumexp",
-        _fold_group(operation),
-        _write_group(operation),
-    )
+    writes, write_group = operation != "logsumexp", _write_group(operation)
+    nll = operation == "nll_loss"
+    fold_group = vector.phase(_fold_nll_group) if nll else _fold_group(operation)
 
     def walk(call, tile, group, before):
         if writes and before.count > 0:

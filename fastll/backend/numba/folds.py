@@ -19,7 +19,7 @@ from fastll.backend.numba import state, vector
 from fastll.backend.numba.cache import cached
 from fastll.backend.numba.calls import Layout, Number, Operand, RowOperand
 from fastll.backend.numba.maths import cast, constants, formulas
-from fastll.backend.numba.memory import KERNEL, address_of, release, start_of
+from fastll.backend.numba.memory import KERNEL, address_of, fetch, release, start_of
 from fastll.backend.numba.state import row_of, rows_of
 from fastll.backend.numba.vector import absolute, fma, inline, read, size_of, where_eq, where_gt, write
 from fastll.contract import Options
@@ -31,14 +31,17 @@ class Call(NamedTuple):
     x: Operand
     second: Operand
     labels: RowOperand
+    sample: RowOperand
     weight: int  # address of the class weights
     options: Options
     state: RowOperand
     value: RowOperand
     lse: RowOperand
     sign: RowOperand
+    selected: RowOperand
     out: Operand
     classes: int
+    choices: int  # labels of a row that are selected
     inner: int
     like: Number  # 0: says what the compute dtype is
 
@@ -56,6 +59,7 @@ class Group(NamedTuple):
     inner: int
     count: int
     half: int  # of the memory for groups: one is folded while the one before it is written
+    buffer: int  # for a number of the compute dtype
 
 
 @inline
@@ -82,22 +86,53 @@ def load_states(call, group):
 
 
 @inline
-def load_labels(call, group):
-    """Labels and their class weights.
+def load_samples(call, group):
+    """Sample weights."""
+    for i in range(group.count if call.sample.address != 0 else 0):
+        row_of(group.table, i).sample = read(start_of_row(call.sample, group, i), 0.0)
+
+
+@inline
+def load_targets(call, group):
+    """Sample weights, labels and their class weights.
 
     Another thread may have changed a label since it was checked: one that is no class makes NaN.
     """
     like = call.like
+    load_samples(call, group)
     for i in range(group.count if call.labels.address != 0 else 0):
         row, y = row_of(group.table, i), read(start_of_row(call.labels, group, i), np.int64(0))
         if y == call.options.ignore_index:
-            row.kept = 0.0
+            row.sample = 0.0
         elif y < 0 or y >= call.classes:
             y = np.int64(-1)
             row.label_weight = np.nan
         elif call.weight != 0:
             row.label_weight = read(call.weight + y * size_of(like), like)
         row.label = y
+
+
+@inline
+def logit(call, group, i, y):
+    """Element y of row i of a group, times the inverse temperature."""
+    like, start = call.like, start_of_row(call.x, group, i)
+    x = read(fetch(call.x, start, y, 1, group.buffer, like), like)
+    return x * cast(call.options.inverse_temperature, like)
+
+
+@inline
+def select(call, group):
+    """The log-probabilities of the labels of rows; NaN for one that is no class."""
+    labels, selected = call.labels, call.selected
+    for i in range(group.count if selected.address != 0 else 0):
+        row = row_of(group.table, i)
+        label, to = start_of_row(labels, group, i), start_of_row(selected, group, i)
+        for k in range(call.choices):
+            y, result = read(label + k * labels.step, np.int64(0)), np.nan
+            if 0 <= y < call.classes:
+                x = np.float64(logit(call, group, i, y))
+                result = formulas.log_probability(x, row.maximum, row.log_s)
+            write(to + k * selected.step, cast(result, call.like))
 
 
 @inline
@@ -141,6 +176,7 @@ def end_logsumexp(call, group):
         if call.sign.address != 0:
             write(start_of_row(call.sign, group, i), cast(np.sign(e + k), call.like))
     write_values(call, group)
+    select(call, group)
 
 
 @inline
@@ -161,7 +197,7 @@ def end_cross_entropy(call, group):
     """Losses, and what their gradients take."""
     vector.out_of_line()
     state.settle(group.table, group.count)
-    scale, eps, z_loss = call.options.scale, call.options.label_smoothing, call.options.z_loss
+    eps, z_loss = call.options.label_smoothing, call.options.z_loss
     c = 1.0 - eps if call.labels.address != 0 else 0.0
     limits = constants(0.0)
     for i in range(0, group.count, state.LANES):
@@ -171,7 +207,8 @@ def end_cross_entropy(call, group):
         loss = formulas.cross_entropy_loss(m, log_s, c_y, x_y, mass, rows.distance, z_loss)
         if call.classes > 0:
             loss = where_eq(m, -np.inf, np.nan, loss)
-        rows.value = formulas.product(rows.kept, loss)
+        rows.value = formulas.product(rows.sample, loss)
+        scale = call.options.scale * rows.sample
         q, t = formulas.split(x_y - m, limits.floor, limits.magic)
         e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
         s, rest, u_y = e + k, e + (k - 1.0), rows.label_weight * (eps / call.classes)
@@ -181,6 +218,23 @@ def end_cross_entropy(call, group):
         g_y = (g_y * scale) * rows.label_slope
         rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
         state.set_factors(rows, factor * scale / s, call.like)
+        rows.target_scale = scale
+    write_values(call, group)
+
+
+@inline
+def end_nll_loss(call, group):
+    eps = call.options.label_smoothing
+    c = 1.0 - eps if call.labels.address != 0 else 0.0
+    for i in range(0, group.count, state.LANES):
+        rows = rows_of(group.table, i, 0.0)
+        c_y, u_y = rows.label_weight * c, rows.label_weight * (eps / call.classes)
+        loss = formulas.nll_loss(c_y, rows.label_logit, rows.distance)
+        rows.value = formulas.product(rows.sample, loss)
+        rows.target_scale = call.options.scale * rows.sample
+        if call.labels.address != 0:
+            rows.factor = where_eq(rows.label, -1.0, np.nan, 0.0)
+        rows.label_gradient = (0.0 - (c_y + u_y)) * rows.target_scale
     write_values(call, group)
 
 
@@ -196,9 +250,12 @@ PHASES = {
     "logsumexp": (load_states, end_logsumexp),
     "softmax": (load_states, end_softmax),
     "log_softmax": (load_states, end_log_softmax),
-    "cross_entropy": (load_labels, end_cross_entropy),
+    "cross_entropy": (load_targets, end_cross_entropy),
+    "nll_loss": (load_targets, end_nll_loss),
 }
 _TERMS = load_states, end_terms
+#: Those whose logits are multiplied by an inverse temperature.
+TEMPERED = "logsumexp", "entropy_from_logits", "kl_divergence_from_logits"
 
 
 def driver(family, operation, allocate, rows_at_once, walk):
@@ -212,20 +269,20 @@ def driver(family, operation, allocate, rows_at_once, walk):
     def run(words, like, start, stop):
         call = _unpack(address_of(words), like)
         memory, owner = allocate(call)
-        before = Group(memory.tables, 0, 0, 0, 1)
+        before = Group(memory.tables, 0, 0, 0, 1, memory.x)
         row = start
         while row < stop or before.count > 0:
             most = rows_at_once(call, memory, row)
             outer, inner, half = row // call.inner, row % call.inner, 1 - before.half
             count = max(0, min(most, call.inner - inner, stop - row))
-            group = Group(memory.tables + half * state.TABLE_SIZE, outer, inner, count, half)
+            group = Group(memory.tables + half * state.TABLE_SIZE, outer, inner, count, half, memory.x)
             state.begin(group.table)
             load(call, group)
             walk(call, memory, group, before)
             end(call, group)
             row += group.count
             written = group.count if call.out.address != 0 else 0
-            before = Group(group.table, group.outer, group.inner, written, group.half)
+            before = Group(group.table, outer, inner, written, half, memory.x)
         if call.out.streamed:
             vector.stream_fence()
         release(owner)
@@ -237,13 +294,14 @@ def driver(family, operation, allocate, rows_at_once, walk):
 @cached
 @njit(**KERNEL)
 def check_labels(labels, classes, ignore_index, weight):
-    """First position of a label outside [0, classes), or -1; the summed weight of the kept ones."""
-    kept = 0.0
+    """First position of a label outside [0, classes), or -1; summed weight and number of the kept ones."""
+    kept = rows = 0.0
     for i in range(labels.size):
         y = labels[i]
         if y == ignore_index:
             continue
         if y < 0 or y >= classes:
-            return i, 0.0
+            return i, 0.0, 0.0
+        rows += 1.0
         kept += weight[y] if weight.size else 1.0
-    return -1, kept
+    return -1, kept, rows

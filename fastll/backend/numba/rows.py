@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.numba import blocks, vector
-from fastll.backend.numba.folds import driver, has_targets, start_of_row
+from fastll.backend.numba.folds import TEMPERED, driver, has_targets, logit, start_of_row
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, deliver, fetch, target_of, until_line
 from fastll.backend.numba.state import TABLE_SIZE, raise_maximum, row_of, usable
@@ -166,7 +166,7 @@ def fold_block(v, n, top, row, terms, pending, next_v, next_n, like):
         at_top = top == row.maximum
         return add_block(v, n, row, at_top, terms, pending, next_v, next_n, like)
     if terms != 0:
-        blocks.clear(terms, n, like)  # correct for -inf; never read otherwise
+        blocks.fill(terms, n, 0.0, False, like)  # correct for -inf; never read otherwise
     blocks.add_exactly(row, v, size_of(like), n, like)
     return pending, max_block(next_v, next_n, like)
 
@@ -213,6 +213,23 @@ def capped(call, start, j, n, buffer, slope):
 
 
 @inline
+def tempered(call, start, j, n, buffer, slope):
+    """`plain`, then by the inverse temperature."""
+    v, tau = fetch(call.x, start, j, n, buffer, call.like), call.options.inverse_temperature
+    if tau != 1.0:
+        blocks.scale(v, n, tau, 1.0, buffer, call.like)
+        return buffer
+    return v
+
+
+def _read_block(operation):
+    """How a block of an operation's logits is read."""
+    if operation == "cross_entropy":
+        return capped
+    return tempered if operation in TEMPERED else plain
+
+
+@inline
 def fetch_target(call, memory, group, i, j, n):
     """Address of u = w ((1 - eps) t + eps / C) of the contract, or without t, of w eps / C."""
     t, like, eps = call.second, call.like, call.options.label_smoothing
@@ -243,7 +260,7 @@ def read_label(call, memory, group, i):
     """The logit at the label, and the derivative of the soft cap there."""
     row = row_of(group.table, i)
     y = int(row.label)
-    if row.kept != 0.0 and y >= 0:
+    if row.sample != 0.0 and y >= 0:
         v = capped(call, start_of_row(call.x, group, i), y, 1, memory.x, memory.slope)
         row.label_logit = read(v, call.like)
         if call.options.softcap != 0.0:
@@ -267,13 +284,14 @@ def align_terms(call, memory, terms, reference):
         lift = int(max(limit, read(memory.references + j // BLOCK * 8, 0.0) - reference))
         if lift < 0:  # above, the block was not usable: all of it is 0
             at, n, half = terms + j * size_of(call.like), min(BLOCK, call.classes - j), lift // 2
-            blocks.scale(at, n, math.ldexp(1.0, half), math.ldexp(1.0, lift - half), call.like)
+            first, second = math.ldexp(1.0, half), math.ldexp(1.0, lift - half)
+            blocks.scale(at, n, first, second, at, call.like)
 
 
 def _fold_row(operation):
     """A function that folds the exponentials of a row, and writes the pending row meanwhile."""
     keeps, loss = operation in ("softmax", "cross_entropy"), operation == "cross_entropy"
-    read_block = capped if loss else plain
+    read_block = _read_block(operation)
 
     def next_block(call, memory, start, j):
         """(address, length) of the block of elements from j on; the one before it stays."""
@@ -328,6 +346,19 @@ def fold_weighted_row(call, memory, group, i):
             row.at_maximum += k
         else:
             blocks.add_weighted_exactly(row, masked, weights, size_of(like), n, like)
+
+
+@inline
+def fold_nll_row(call, memory, group, i):
+    """Fold distances from 0, where there are targets."""
+    row, x, like = row_of(group.table, i), call.x, call.like
+    for j in range(0, call.classes if has_targets(call) else 0, BLOCK):
+        n = min(BLOCK, call.classes - j)
+        v = fetch(x, start_of_row(x, group, i), j, n, memory.x, like)
+        u, zero = fetch_target(call, memory, group, i, j, n), zeros(like)
+        row.distance += _sum_distances(v, u, n, zero, (zero,), like)[0]
+    if row.label >= 0.0:
+        row.label_logit = logit(call, group, i, int(row.label))
 
 
 # Writing a row
@@ -386,7 +417,7 @@ def finish_gradient(call, memory, group, i, j, n, out):
     """Make the gradient of what is due to log s."""
     if has_targets(call):
         u = fetch_target(call, memory, group, i, j, n)
-        blocks.subtract(out, u, n, call.options.scale, call.like)
+        blocks.subtract(out, u, n, row_of(group.table, i).target_scale, call.like)
     if call.options.softcap != 0.0:
         blocks.multiply(out, memory.slope, n, call.like)
     put_label_gradient(call, row_of(group.table, i), out, j, n)
@@ -395,7 +426,7 @@ def finish_gradient(call, memory, group, i, j, n, out):
 def _write_row(operation, result):
     """A function that writes a row, block by block."""
     log, loss = operation == "log_softmax", operation == "cross_entropy"
-    read_block = capped if loss else plain
+    read_block = _read_block(operation)
 
     def write_row(call, memory, group, i):
         like, row, whole = call.like, row_of(group.table, i), result(call, memory, group, i)
@@ -403,8 +434,8 @@ def _write_row(operation, result):
         for j in range(0, call.classes, BLOCK):
             n, source = min(BLOCK, call.classes - j), whole.source + j * size_of(like)
             out = target_of(call.out, target, j, memory.out)
-            if loss and row.kept == 0.0:
-                blocks.clear(out, n, like)
+            if loss and row.sample == 0.0:
+                blocks.fill(out, n, 0.0, False, like)
                 deliver(call.out, target, j, n, memory.out, like)
                 continue
             if log or whole.source == 0:
@@ -420,6 +451,18 @@ def _write_row(operation, result):
     return vector.phase(write_row)
 
 
+@inline
+def write_nll_row(call, memory, group, i):
+    row, target, like = row_of(group.table, i), start_of_row(call.out, group, i), call.like
+    kept = row.sample != 0.0
+    for j in range(0, call.classes, BLOCK):
+        n, out = min(BLOCK, call.classes - j), target_of(call.out, target, j, memory.out)
+        blocks.fill(out, n, row.factor if kept else 0.0, call.out.streamed, like)
+        if kept:
+            finish_gradient(call, memory, group, i, j, n, out)
+        deliver(call.out, target, j, n, memory.out, like)
+
+
 # Walking through the rows of a group
 
 
@@ -432,7 +475,7 @@ def _walk(operation):
 
     def begin_to_write(call, memory, group, i):
         """What can be written of a row while another one is read, its first elements aside."""
-        ready = memory.interleaves and i < group.count and row_of(group.table, i).kept != 0.0
+        ready = memory.interleaves and i < group.count and row_of(group.table, i).sample != 0.0
         row = result(call, memory, group, i) if ready else nothing_pending(log, call.like)
         if row.streamed:
             head = min(row.n, until_line(row.out, call.like))
@@ -448,7 +491,7 @@ def _walk(operation):
             if writes:
                 pending = begin_to_write(call, memory, before, i)
             row = row_of(group.table, i)
-            wanted = call.state.address == 0 and (row.kept != 0.0 or call.lse.address != 0)
+            wanted = call.state.address == 0 and (row.sample != 0.0 or call.lse.address != 0)
             if not writes and call.second.address != 0:
                 fold_weighted_row(call, memory, group, i)
             elif i < group.count and (wanted or not writes):
@@ -462,6 +505,14 @@ def _walk(operation):
                 write_row(call, memory, before, i)
 
     return vector.phase(walk)
+
+
+def _walk_nll(call, memory, group, before):
+    for i in range(before.count):
+        write_nll_row(call, memory, before, i)
+    for i in range(group.count):
+        if row_of(group.table, i).sample != 0.0:
+            fold_nll_row(call, memory, group, i)
 
 
 def _walk_terms(operation):
@@ -515,5 +566,8 @@ def _rows_at_once(call, memory, row):
 @cache
 def kernel(operation):
     """The kernel of an operation."""
-    walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
+    if operation in TERMS:
+        walk = _walk_terms(operation)
+    else:
+        walk = vector.phase(_walk_nll) if operation == "nll_loss" else _walk(operation)
     return driver("rows", operation, _allocate(operation), _rows_at_once, walk)

@@ -39,7 +39,7 @@ COLUMNS = (
     "lead",  # exp(maximum) / 2**reference
     "log_s",  # log(below + at_maximum)
     "lse",
-    "kept",  # 1, or 0 where the row is ignored
+    "sample",  # sample weight, 0 where the row is ignored
     "label",  # -1 where it is no class
     "label_logit",  # logit, class weight and derivative of the soft cap at the label
     "label_weight",
@@ -47,10 +47,11 @@ COLUMNS = (
     "distance",  # sum_j u_j (maximum - x_j)
     "mass",  # sum_j u_j
     "value",  # the loss, or the sum of terms
-    "factor",  # of exp(x - maximum) in the result
+    "factor",  # of exp(x - maximum) in the result; without exponentials, what is there instead
     "scale",  # of `exponential` in the result, together with
     "unshift",  # a second factor, so that both are normal numbers
     "label_gradient",
+    "target_scale",  # of what is subtracted from the gradient
     "top",  # maximum of a tile, and the maximum before it
     "before",
     "floor",  # `window`
@@ -149,7 +150,7 @@ def begin(table):
     for i in range(0, GROUP, LANES):
         rows = rows_of(table, i, 0.0)
         rows.maximum = -np.inf
-        rows.kept = rows.label_weight = rows.label_slope = 1.0
+        rows.sample = rows.label_weight = rows.label_slope = 1.0
         rows.label = -1.0
 
 
