@@ -76,6 +76,16 @@ def subtract(out, u, n, scale, like):
 
 
 @inline
+def slope(p, v, n, maximum, mean, out, like):
+    """p ((maximum - x) - mean)."""
+    size, zero = size_of(like), zeros(like)
+    maximum, mean = cast(maximum, like), cast(mean, like)
+    for j in range(0, n, lanes_of(like)):
+        y = load(p + j * size, n - j, zero), load(v + j * size, n - j, zero)
+        store(out + j * size, n - j, formulas.entropy_slope(*y, maximum, mean))
+
+
+@inline
 def multiply(out, slope, n, like):
     """out *= slope."""
     size, zero = size_of(like), zeros(like)
@@ -123,6 +133,18 @@ def distance_terms(x, u, maxima):
     return formulas.distance(x, u, maxima), u
 
 
+@inline
+def entropy_term(e, x, maximum, floor):
+    """e (maximum - x) of an `exponential` e, which is 0 up to the floor: there it stays finite."""
+    return e * (maximum - vector.maximum(floor, x))
+
+
+@inline
+def divergence_term(e, t, maximum, x, x_maximum):
+    """e ((x_maximum - x) - (maximum - t)) of the `exponential` e of t, 0 where that is."""
+    return formulas.product(e, formulas.log_ratio(x, x_maximum, t, maximum))
+
+
 def term_of(operation):
     """The term of an operation of `TERMS`, with 0 for a second one."""
     formula = getattr(formulas, TERMS[operation].formula.__name__)
@@ -158,6 +180,20 @@ def add_exactly(row, v, step, n, like):
             lost = (added - e) - term
             e = added
     row.below += e
+
+
+@vector.shared
+def add_distances_exactly(row, v, other, other_maximum, step, n, like):
+    """Add to a row the exponentials times the distances; see `divergence_term` for another array's."""
+    away = 0.0
+    m = row.maximum
+    for j in range(n if abs(m) < np.inf else 0):
+        x = np.float64(read(v + j * step, like))
+        distance = m - x
+        if other != 0:
+            distance = formulas.log_ratio(np.float64(read(other + j * step, like)), other_maximum, x, m)
+        away += formulas.product(math.exp(x - m), distance)
+    row.away += away
 
 
 @vector.shared

@@ -16,10 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.numba import blocks, state, vector
-from fastll.backend.numba.folds import TEMPERED, driver, has_targets, logit
+from fastll.backend.numba.folds import AVERAGES, PAIRED, TEMPERED, driver, has_targets, logit
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, start_of, until_line
-from fastll.backend.numba.state import narrow_rows_of, row_of, rows_of, usable
+from fastll.backend.numba.state import (
+    TABLE_SIZE,
+    finite,
+    narrow_rows_of,
+    row_of,
+    rows_of,
+    usable,
+)
 from fastll.backend.numba.vector import bytes_of, inline, lanes_of, load, read, size_of, store, write
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
@@ -34,9 +41,9 @@ APART = 1024
 class Tile(NamedTuple):
     """Addresses of memory for one call; numbers are of the compute dtype unless said otherwise."""
 
-    tables: int  # of two groups
-    narrow: int  # a table of what the elements' exponentials take, in the compute dtype
-    slope: int  # of FEW classes: derivatives of the soft cap
+    tables: int  # of two groups; of target logits, two more
+    narrow: int  # a table of what the elements' exponentials take, in the compute dtype; likewise
+    slope: int  # of FEW classes: derivatives of the soft cap, probabilities of target logits
     out: int  # of FEW classes
     sums: int  # an accumulator, of one number per row, for each lane; twice
     more_sums: int
@@ -45,16 +52,20 @@ class Tile(NamedTuple):
     second: int  # weights or targets, where there are any
 
 
-@inline
-def allocate_tile(call):
-    """An uninitialised `Tile`, and the array that holds it."""
-    like, line = call.like, GROUP * size_of(call.like)
-    tile, few, table = min(BLOCK, call.classes) * line, FEW * line + APART, state.TABLE_SIZE
-    sums = lanes_of(like) * bytes_of(vector.widen(zeros(like))) + 2 * APART
-    second = tile if has_targets(call) else 0
-    sizes = (2 * table, table, few, few, sums, sums, sums, tile + APART, second)
-    owner, pieces = allocate(sizes)
-    return Tile(*pieces), owner
+def _allocate(operation):
+    """A function that returns the uninitialised `Tile` of a call, and the array that holds it."""
+    tables = 2 if operation == PAIRED else 1
+
+    def allocate_tile(call):
+        like, line = call.like, GROUP * size_of(call.like)
+        tile, few, table = min(BLOCK, call.classes) * line, FEW * line + APART, tables * TABLE_SIZE
+        sums = lanes_of(like) * bytes_of(vector.widen(zeros(like))) + 2 * APART
+        second = tile if has_targets(call) else 0
+        sizes = (2 * table, table, few, few, sums, sums, sums, tile + APART, second)
+        owner, pieces = allocate(sizes)
+        return Tile(*pieces), owner
+
+    return vector.inlined(allocate_tile, f"{operation}_allocate")
 
 
 @inline
@@ -99,6 +110,12 @@ def scatter(x, group, j, n, tile, like):
 
 
 # Sums
+
+
+@inline
+def where_finite(maxima):
+    """`finite` of rows."""
+    return vector.where_gt(maxima, -np.inf, maxima, 0.0)
 
 
 @inline
@@ -159,22 +176,33 @@ _sum_distances, _sum_weighted = _summed(blocks.distance_terms, 2), _summed(block
 # Folding a tile
 
 
+class Average(NamedTuple):
+    """`rows.Average` for a tile."""
+
+    wanted: bool
+    logits: int  # tile of x, 0: none
+    table: int  # of its rows
+
+
+NO_AVERAGE, ENTROPY = Average(False, 0, 0), Average(True, 0, 0)
+
+
 @inline
-def aim(tile, table, like):
+def aim(narrow_table, table, like):
     """Maxima and windows of the exponential as vectors of the compute dtype."""
     for w in range(0, GROUP, lanes_of(like)):
-        rows, narrow = rows_of(table, w, like), narrow_rows_of(tile.narrow, w, like)
+        rows, narrow = rows_of(table, w, like), narrow_rows_of(narrow_table, w, like)
         narrow.maximum = rows.maximum
         narrow.floor, narrow.magic = window(rows.reference, like)
 
 
 @inline
-def raise_maxima(tile, table, n, count, fresh, like):
+def raise_maxima(tile, v, table, average, n, count, fresh, like):
     """The rows' maxima with those of a tile; `fresh` rows have none yet."""
     for w in range(0, GROUP, lanes_of(like)):
         top = lowest(like)
         for j in range(n):
-            top = vector.maximum(read(at_of(tile.x, j, w, like), top), top)
+            top = vector.maximum(read(at_of(v, j, w, like), top), top)
         rows = rows_of(table, w, like)
         rows.before = rows.maximum
         rows.top = top
@@ -183,9 +211,17 @@ def raise_maxima(tile, table, n, count, fresh, like):
             rows.reference = state.reference_of(rows.maximum)
     for i in range(0 if fresh else count):
         row = row_of(table, i)
+        growth = 0.0
+        if average.logits != 0:
+            other = row_of(average.table, i)
+            growth = finite(other.maximum) - finite(other.before)
         if row.top > row.maximum:
-            state.raise_maximum(row, row.top)
-    aim(tile, table, like)
+            rise = row.top - finite(row.maximum)
+            growth = growth - rise if average.logits != 0 else rise
+            state.raise_maximum(row, row.top, average.wanted, growth)
+        elif average.wanted:
+            state.move_distances(row, growth)
+    aim(tile.narrow, table, like)
 
 
 @inline
@@ -196,26 +232,47 @@ def add_sums(rows, added, k):
 
 
 @inline
-def fold_tile(tile, table, n, count, fresh, like):
+def fold_tile(tile, v, table, average, n, count, fresh, like):
     """`rows.fold_block` for the rows of a tile."""
     size, zero, one = size_of(like), zeros(like), constants(like).one
-    raise_maxima(tile, table, n, count, fresh, like)
+    raise_maxima(tile, v, table, average, n, count, fresh, like)
     for w in range(0, count, lanes_of(like)):
-        narrow = narrow_rows_of(tile.narrow, w, like)
+        rows, narrow = rows_of(table, w, like), narrow_rows_of(tile.narrow, w, like)
         maxima, floors, magics = narrow.maximum, narrow.floor, narrow.magic
         clear(tile.sums, zero)
-        counts = zero
+        counts = other_maxima = zero
+        if average.wanted:
+            clear(tile.more_sums, zero)
+        if average.logits != 0:
+            other_maxima = cast(where_finite(rows_of(average.table, w, like).maximum), like)
         for j in range(n):
-            x = read(at_of(tile.x, j, w, like), zero)
-            e = formulas.below_maximum(x, maxima, exponential(x, floors, magics))
-            accumulate(tile.sums, j, e)
+            x = read(at_of(v, j, w, like), zero)
+            e = exponential(x, floors, magics)
+            if average.wanted:
+                if average.logits != 0:
+                    other = read(at_of(average.logits, j, w, like), zero)
+                    term = blocks.divergence_term(e, x, maxima, other, other_maxima)
+                else:
+                    term = blocks.entropy_term(e, x, maxima, floors)
+                accumulate(tile.more_sums, j, term)
+            accumulate(tile.sums, j, formulas.below_maximum(x, maxima, e))
             counts = counts + formulas.at_maximum(x, maxima, one)
         sums = fold_sums(tile.sums, n, zero, tile.wide)
-        add_sums(rows_of(table, w, like), sums * 2.0**-SHIFT, vector.widen(counts))
+        add_sums(rows, sums * 2.0**-SHIFT, vector.widen(counts))
+        if average.wanted:
+            away = fold_sums(tile.more_sums, n, zero, tile.wide) * 2.0**-SHIFT
+            rows.away_added = rows.away_added + state.where_usable(rows.maximum, away, 0.0)
     for i in range(count):
         row = row_of(table, i)
         if not usable(row.maximum):
-            blocks.add_exactly(row, tile.x + i * size, GROUP * size, n, like)
+            at = v + i * size
+            blocks.add_exactly(row, at, GROUP * size, n, like)
+            if average.wanted:
+                other, maximum = 0, 0.0
+                if average.logits != 0:
+                    other = average.logits + i * size
+                    maximum = finite(row_of(average.table, i).maximum)
+                blocks.add_distances_exactly(row, at, other, maximum, GROUP * size, n, like)
 
 
 @inline
@@ -223,7 +280,7 @@ def fold_weighted_tile(tile, table, n, count, like):
     """`rows.fold_weighted_row` for a block of the rows of a tile."""
     size, zero = size_of(like), vector.widen(zeros(like))
     blocks.mask(tile.x, tile.second, n * GROUP, tile.x, like)
-    raise_maxima(tile, table, n, count, False, like)
+    raise_maxima(tile, tile.x, table, NO_AVERAGE, n, count, False, like)
     for w in range(0, count, lanes_of(like)):
         narrow = narrow_rows_of(tile.narrow, w, like)
         arguments = narrow.maximum, narrow.floor, narrow.magic
@@ -240,27 +297,26 @@ def fold_weighted_tile(tile, table, n, count, like):
 
 
 @inline
-def plain(call, tile, group, j, n):
-    gather(call.x, group, j, n, tile.x, call.like)
+def plain(call, x, tile, v, group, j, n):
+    gather(x, group, j, n, v, call.like)
 
 
 @inline
-def tempered(call, tile, group, j, n):
+def tempered(call, x, tile, v, group, j, n):
     """`plain`, then by the inverse temperature."""
-    plain(call, tile, group, j, n)
+    gather(x, group, j, n, v, call.like)
     if call.options.inverse_temperature != 1.0:
-        tau, like = call.options.inverse_temperature, call.like
-        blocks.scale(tile.x, n * GROUP, tau, 1.0, tile.x, like)
+        blocks.scale(v, n * GROUP, call.options.inverse_temperature, 1.0, v, call.like)
 
 
 @inline
-def capped(call, tile, group, j, n):
+def capped(call, x, tile, v, group, j, n):
     """`rows.capped` for a tile, and what is at the labels."""
     like, cap = call.like, call.options.softcap
     labelled = group.count if call.labels.address != 0 else 0
-    gather(call.x, group, j, n, tile.x, like)
+    gather(x, group, j, n, v, like)
     for part in range(0, n if cap != 0.0 else 0, FEW):
-        few, at = min(n - part, FEW), at_of(tile.x, part, 0, like)
+        few, at = min(n - part, FEW), at_of(v, part, 0, like)
         blocks.cap(at, few * GROUP, cap, at, tile.slope, like)
         for i in range(labelled):
             row = row_of(group.table, i)
@@ -271,7 +327,7 @@ def capped(call, tile, group, j, n):
         row = row_of(group.table, i)
         y = int(row.label) - j
         if 0 <= y < n:
-            row.label_logit = read(at_of(tile.x, y, i, like), like)
+            row.label_logit = read(at_of(v, y, i, like), like)
 
 
 @inline
@@ -298,9 +354,9 @@ def add_targets(call, tile, group, j, n):
     fetch_target(call, group, j, n, tile.second)
     for w in range(0, group.count, lanes_of(like)):
         rows = rows_of(group.table, w, like)
-        m = rows.maximum
-        finite = cast(vector.where_gt(m, -np.inf, m, 0.0), like)
-        distance, mass = _sum_distances(tile, tile.second, w, n, zeros(like), (finite,), like)
+        m, zero = rows.maximum, zeros(like)
+        maxima = (cast(where_finite(m), like),)
+        distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, like)
         rows.distance = rows.distance + (formulas.product(rows.mass, m - rows.before) + distance)
         rows.mass = rows.mass + mass
 
@@ -314,19 +370,25 @@ def _read_block(operation):
 
 def _fold_group(operation):
     """A function that folds the exponentials of a group of rows."""
-    weighted, loss = operation == "logsumexp", operation == "cross_entropy"
+    weighted, loss, paired = operation == "logsumexp", operation == "cross_entropy", operation == PAIRED
+    average = ENTROPY if operation in AVERAGES and not paired else NO_AVERAGE
     read_block = _read_block(operation)
 
     def fold_group(call, tile, group):
         like, table = call.like, group.table
         for j in range(0, call.classes, BLOCK):
             n = min(BLOCK, call.classes - j)
-            read_block(call, tile, group, j, n)
+            read_block(call, call.x, tile, tile.x, group, j, n)
+            fresh = call.state.address == 0 and j == 0
             if weighted and call.second.address != 0:
                 gather(call.second, group, j, n, tile.second, like)
                 fold_weighted_tile(tile, table, n, group.count, like)
             else:
-                fold_tile(tile, table, n, group.count, call.state.address == 0 and j == 0, like)
+                fold_tile(tile, tile.x, table, average, n, group.count, fresh, like)
+            if paired:
+                read_block(call, call.second, tile, tile.second, group, j, n)
+                ratio = Average(True, tile.x, table)
+                fold_tile(tile, tile.second, group.second, ratio, n, group.count, fresh, like)
             if loss and has_targets(call):
                 add_targets(call, tile, group, j, n)
 
@@ -338,7 +400,7 @@ def _fold_nll_group(call, tile, group):
     like, zero = call.like, zeros(call.like)
     for j in range(0, call.classes if has_targets(call) else 0, BLOCK):
         n = min(BLOCK, call.classes - j)
-        plain(call, tile, group, j, n)
+        gather(call.x, group, j, n, tile.x, like)
         fetch_target(call, group, j, n, tile.second)
         for w in range(0, group.count, lanes_of(like)):
             rows = rows_of(group.table, w, like)
@@ -354,42 +416,66 @@ def _fold_nll_group(call, tile, group):
 
 
 @inline
-def exp_tile(tile, table, x, n, count, like):
+def exp_tile(narrow_table, table, x, n, count, to, like):
     """`rows.exp_block` for the rows of a tile."""
     size, zero = size_of(like), zeros(like)
     for w in range(0, count, lanes_of(like)):
-        narrow = narrow_rows_of(tile.narrow, w, like)
+        narrow = narrow_rows_of(narrow_table, w, like)
         floors, magics = narrow.floor, narrow.magic
         factors, scales, unshifts = narrow.factor, narrow.scale, narrow.unshift
         peaks = exponential(narrow.maximum, floors, magics)
         for j in range(n):
             e = exponential(read(at_of(x, j, w, like), zero), floors, magics)
             y = vector.where_eq(e, peaks, factors, (e * scales) * unshifts)
-            write(at_of(tile.out, j, w, like), y)
+            write(at_of(to, j, w, like), y)
     for i in range(count):
         row = row_of(table, i)
         if not usable(row.maximum):
-            v, out = x + i * size, tile.out + i * size
+            v, out = x + i * size, to + i * size
             blocks.exp_exactly(v, GROUP * size, n, row.maximum, row.factor, out, like)
 
 
 @inline
-def log_tile(tile, table, x, n, count, like):
-    """Log-probabilities."""
+def slope_tile(narrow_table, table, x, n, count, to, like):
+    """`exp_tile`, then `blocks.slope`."""
+    exp_tile(narrow_table, table, x, n, count, to, like)
+    zero = zeros(like)
     for w in range(0, count, lanes_of(like)):
-        narrow = narrow_rows_of(tile.narrow, w, like)
-        maxima, log_s = narrow.maximum, narrow.log_s
+        narrow = narrow_rows_of(narrow_table, w, like)
+        maxima, means = narrow.maximum, narrow.mean
         for j in range(n):
-            y = formulas.log_probability(read(at_of(x, j, w, like), maxima), maxima, log_s)
-            write(at_of(tile.out, j, w, like), y)
+            p, v = read(at_of(to, j, w, like), zero), read(at_of(x, j, w, like), zero)
+            write(at_of(to, j, w, like), formulas.entropy_slope(p, v, maxima, means))
 
 
 @inline
-def factor_tile(tile, table, x, n, count, like):
+def log_tile(narrow_table, table, x, n, count, to, like):
+    """Log-probabilities."""
+    for w in range(0, count, lanes_of(like)):
+        narrow = narrow_rows_of(narrow_table, w, like)
+        maxima, log_s = narrow.maximum, narrow.log_s
+        for j in range(n):
+            y = formulas.log_probability(read(at_of(x, j, w, like), maxima), maxima, log_s)
+            write(at_of(to, j, w, like), y)
+
+
+@inline
+def factor_tile(narrow_table, table, x, n, count, to, like):
     """The factor itself."""
     for w in range(0, count, lanes_of(like)):
         for j in range(n):
-            write(at_of(tile.out, j, w, like), narrow_rows_of(tile.narrow, w, like).factor)
+            write(at_of(to, j, w, like), narrow_rows_of(narrow_table, w, like).factor)
+
+
+@inline
+def aim_factors(narrow_table, table, like):
+    """`aim`, and what makes the result of an exponential."""
+    aim(narrow_table, table, like)
+    for w in range(0, GROUP, lanes_of(like)):
+        rows, narrow = rows_of(table, w, like), narrow_rows_of(narrow_table, w, like)
+        narrow.factor, narrow.log_s = rows.factor, rows.log_s
+        narrow.scale, narrow.unshift = rows.scale, rows.unshift
+        narrow.upstream, narrow.mean = rows.upstream, rows.mean
 
 
 @inline
@@ -397,7 +483,7 @@ def subtract(tile, u, n, count, like):
     """`blocks.subtract` for the rows of a tile."""
     zero = zeros(like)
     for w in range(0, count, lanes_of(like)):
-        scales = narrow_rows_of(tile.narrow, w, like).target_scale
+        scales = narrow_rows_of(tile.narrow, w, like).upstream
         for j in range(n):
             at = at_of(tile.out, j, w, like)
             weight = read(at_of(u, j, w, like), zero)
@@ -406,7 +492,7 @@ def subtract(tile, u, n, count, like):
 
 @inline
 def finish_gradient(call, tile, group, second, j, n):
-    """`rows.finish_gradient` for a tile, and 0 in rows that are dropped."""
+    """`rows.finish_gradient` for a tile."""
     like, cap = call.like, call.options.softcap
     if has_targets(call):
         if cap != 0.0 or call.classes > BLOCK:  # the tile does not hold them any more
@@ -414,41 +500,56 @@ def finish_gradient(call, tile, group, second, j, n):
         subtract(tile, second, n, group.count, like)
     if cap != 0.0:
         blocks.multiply(tile.out, tile.slope, n * GROUP, like)
-    some = call.labels.address != 0 or call.sample.address != 0
-    for i in range(group.count if some else 0):
+    for i in range(group.count if call.labels.address != 0 else 0):
         row = row_of(group.table, i)
         y = int(row.label) - j
-        if row.sample == 0.0:
-            for c in range(n):
-                write(at_of(tile.out, c, i, like), cast(0.0, like))
-        elif 0 <= y < n:
+        if 0 <= y < n:
             write(at_of(tile.out, y, i, like), cast(row.label_gradient, like))
+
+
+@inline
+def clear_dropped(call, tile, group, n):
+    """0 in rows that are dropped."""
+    some = call.labels.address != 0 or call.sample.address != 0
+    for i in range(group.count if some else 0):
+        if row_of(group.table, i).sample == 0.0:
+            for j in range(n):
+                write(at_of(tile.out, j, i, call.like), cast(0.0, call.like))
 
 
 def _write_group(operation):
     """A function that writes the rows of a group, a few classes at a time."""
-    loss, nll = operation == "cross_entropy", operation == "nll_loss"
-    fill = {"log_softmax": log_tile, "nll_loss": factor_tile}.get(operation, exp_tile)
-    read_block = _read_block(operation)
+    loss, nll, paired = operation == "cross_entropy", operation == "nll_loss", operation == PAIRED
+    weighed, read_block = loss or nll or operation in AVERAGES, _read_block(operation)
+    fill = {
+        "log_softmax": log_tile,
+        "nll_loss": factor_tile,
+        "entropy_from_logits": slope_tile,
+    }.get(operation, exp_tile)
 
     def write_group(call, tile, group):
         like = call.like
         whole = call.classes <= BLOCK and call.state.address == 0 and call.options.softcap == 0.0
-        aim(tile, group.table, like)
-        for w in range(0, GROUP, lanes_of(like)):
-            rows, narrow = rows_of(group.table, w, like), narrow_rows_of(tile.narrow, w, like)
-            narrow.factor, narrow.log_s = rows.factor, rows.log_s
-            narrow.scale, narrow.unshift = rows.scale, rows.unshift
-            narrow.target_scale = rows.target_scale
+        second_narrow = tile.narrow + TABLE_SIZE
+        aim_factors(tile.narrow, group.table, like)
+        if paired:
+            aim_factors(second_narrow, group.second, like)
         for j in range(0, call.classes, FEW):
             n, x, second = min(FEW, call.classes - j), tile.x, tile.second
             if whole:  # the tiles keep what they hold
                 x, second = at_of(x, j, 0, like), at_of(second, j, 0, like)
             elif not nll:
-                read_block(call, tile, group, j, n)
-            fill(tile, group.table, x, n, group.count, like)
+                read_block(call, call.x, tile, x, group, j, n)
+            fill(tile.narrow, group.table, x, n, group.count, tile.out, like)
+            if paired:
+                if not whole:
+                    read_block(call, call.second, tile, second, group, j, n)
+                exp_tile(second_narrow, group.second, second, n, group.count, tile.slope, like)
+                blocks.subtract(tile.out, tile.slope, n * GROUP, 1.0, like)
             if loss or nll:
                 finish_gradient(call, tile, group, second, j, n)
+            if weighed:
+                clear_dropped(call, tile, group, n)
             scatter(call.out, group, j, n, tile.out, like)
 
     return vector.phase(write_group)
@@ -501,4 +602,4 @@ def _rows_at_once(call, tile, row):
 def kernel(operation):
     """The kernel of an operation."""
     walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
-    return driver("columns", operation, allocate_tile, _rows_at_once, walk)
+    return driver("columns", operation, _allocate(operation), _rows_at_once, walk)

@@ -60,6 +60,7 @@ class Group(NamedTuple):
     count: int
     half: int  # of the memory for groups: one is folded while the one before it is written
     buffer: int  # for a number of the compute dtype
+    second: int  # table of the rows of target logits, where there are any
 
 
 @inline
@@ -208,7 +209,7 @@ def end_cross_entropy(call, group):
         if call.classes > 0:
             loss = where_eq(m, -np.inf, np.nan, loss)
         rows.value = formulas.product(rows.sample, loss)
-        scale = call.options.scale * rows.sample
+        rows.upstream = scale = call.options.scale * rows.sample
         q, t = formulas.split(x_y - m, limits.floor, limits.magic)
         e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
         s, rest, u_y = e + k, e + (k - 1.0), rows.label_weight * (eps / call.classes)
@@ -218,7 +219,6 @@ def end_cross_entropy(call, group):
         g_y = (g_y * scale) * rows.label_slope
         rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
         state.set_factors(rows, factor * scale / s, call.like)
-        rows.target_scale = scale
     write_values(call, group)
 
 
@@ -231,10 +231,53 @@ def end_nll_loss(call, group):
         c_y, u_y = rows.label_weight * c, rows.label_weight * (eps / call.classes)
         loss = formulas.nll_loss(c_y, rows.label_logit, rows.distance)
         rows.value = formulas.product(rows.sample, loss)
-        rows.target_scale = call.options.scale * rows.sample
+        rows.upstream = call.options.scale * rows.sample
         if call.labels.address != 0:
             rows.factor = where_eq(rows.label, -1.0, np.nan, 0.0)
-        rows.label_gradient = (0.0 - (c_y + u_y)) * rows.target_scale
+        rows.label_gradient = (0.0 - (c_y + u_y)) * rows.upstream
+    write_values(call, group)
+
+
+@inline
+def set_softmax_factors(call, rows, s):
+    """Factors of a softmax in the gradient."""
+    tau = call.options.inverse_temperature
+    state.set_factors(rows, rows.sample * (call.options.scale * tau) / s, call.like)
+
+
+@inline
+def where_finite(maximum, value):
+    """NaN where a maximum is infinite, as it is in a row without elements."""
+    return where_gt(np.inf, absolute(maximum), value, np.nan)
+
+
+@inline
+def end_entropy(call, group):
+    state.settle(group.table, group.count)
+    for i in range(0, group.count, state.LANES):
+        rows = rows_of(group.table, i, 0.0)
+        s, away = rows.below + rows.at_maximum, rows.away + rows.away_added / rows.lead
+        value = where_finite(rows.maximum, formulas.softmax_entropy(rows.log_s, away, s))
+        rows.value = formulas.product(rows.sample, value)
+        rows.mean = away / s
+        set_softmax_factors(call, rows, s)
+    write_values(call, group)
+    select(call, group)
+
+
+@inline
+def end_divergence(call, group):
+    state.settle(group.table, group.count)
+    state.settle(group.second, group.count)
+    for i in range(0, group.count, state.LANES):
+        rows, others = rows_of(group.table, i, 0.0), rows_of(group.second, i, 0.0)
+        u, away = others.below + others.at_maximum, others.away + others.away_added / others.lead
+        value = formulas.kl_divergence_of_sums(rows.log_s, others.log_s, away, u)
+        value = where_finite(others.maximum, where_finite(rows.maximum, value))
+        rows.value = formulas.product(rows.sample, value)
+        others.sample = rows.sample
+        set_softmax_factors(call, rows, rows.below + rows.at_maximum)
+        set_softmax_factors(call, others, u)
     write_values(call, group)
 
 
@@ -252,10 +295,15 @@ PHASES = {
     "log_softmax": (load_states, end_log_softmax),
     "cross_entropy": (load_targets, end_cross_entropy),
     "nll_loss": (load_targets, end_nll_loss),
+    "entropy_from_logits": (load_samples, end_entropy),
+    "kl_divergence_from_logits": (load_samples, end_divergence),
 }
 _TERMS = load_states, end_terms
 #: Those whose logits are multiplied by an inverse temperature.
 TEMPERED = "logsumexp", "entropy_from_logits", "kl_divergence_from_logits"
+#: That with a state of the second operand too, and those whose last state has a sum of distances.
+PAIRED = "kl_divergence_from_logits"
+AVERAGES = "entropy_from_logits", PAIRED
 
 
 def driver(family, operation, allocate, rows_at_once, walk):
@@ -265,24 +313,29 @@ def driver(family, operation, allocate, rows_at_once, walk):
     the rows of one group and writes those of the one before.
     """
     load, end = PHASES.get(operation, _TERMS)
+    paired = operation == PAIRED
 
     def run(words, like, start, stop):
         call = _unpack(address_of(words), like)
         memory, owner = allocate(call)
-        before = Group(memory.tables, 0, 0, 0, 1, memory.x)
+        before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
         row = start
         while row < stop or before.count > 0:
             most = rows_at_once(call, memory, row)
             outer, inner, half = row // call.inner, row % call.inner, 1 - before.half
             count = max(0, min(most, call.inner - inner, stop - row))
-            group = Group(memory.tables + half * state.TABLE_SIZE, outer, inner, count, half, memory.x)
-            state.begin(group.table)
+            table = memory.tables + half * state.TABLE_SIZE
+            second = table + 2 * state.TABLE_SIZE
+            group = Group(table, outer, inner, count, half, memory.x, second)
+            state.begin(table)
+            if paired:
+                state.begin(second)
             load(call, group)
             walk(call, memory, group, before)
             end(call, group)
             row += group.count
             written = group.count if call.out.address != 0 else 0
-            before = Group(group.table, outer, inner, written, half, memory.x)
+            before = Group(table, outer, inner, written, half, memory.x, second)
         if call.out.streamed:
             vector.stream_fence()
         release(owner)
@@ -294,7 +347,7 @@ def driver(family, operation, allocate, rows_at_once, walk):
 @cached
 @njit(**KERNEL)
 def check_labels(labels, classes, ignore_index, weight):
-    """First position of a label outside [0, classes), or -1; summed weight and number of the kept ones."""
+    """First position of a label outside [0, classes), or -1; weight and number of the kept ones."""
     kept = rows = 0.0
     for i in range(labels.size):
         y = labels[i]

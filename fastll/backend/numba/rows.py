@@ -19,10 +19,25 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.numba import blocks, vector
-from fastll.backend.numba.folds import TEMPERED, driver, has_targets, logit, start_of_row
+from fastll.backend.numba.folds import (
+    AVERAGES,
+    PAIRED,
+    TEMPERED,
+    driver,
+    has_targets,
+    logit,
+    start_of_row,
+)
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, deliver, fetch, target_of, until_line
-from fastll.backend.numba.state import TABLE_SIZE, raise_maximum, row_of, usable
+from fastll.backend.numba.state import (
+    TABLE_SIZE,
+    finite,
+    move_distances,
+    raise_maximum,
+    row_of,
+    usable,
+)
 from fastll.backend.numba.vector import inline, lanes_of, load, read, size_of, splat, store, write
 from fastll.contract import BLOCK, GROUP
 from fastll.formulas import TERMS
@@ -30,6 +45,8 @@ from fastll.formulas.constants import SHIFT
 
 GROUP_SIZE = 1 << 18  # bytes of a group's rows, where there is a second pass
 ROW_SIZE = 1 << 19  # bytes of a row up to which its exponentials are kept
+#: Operations that keep them.
+KEEPING = "softmax", "cross_entropy", "entropy_from_logits", "kl_divergence_from_logits"
 
 
 class Memory(NamedTuple):
@@ -37,7 +54,7 @@ class Memory(NamedTuple):
 
     tables: int  # addresses from here on; of the tables of two groups
     x: int  # BLOCK elements, twice
-    second: int  # BLOCK elements
+    second: int  # BLOCK elements; of two blocks of target logits, the second one is at `slope`
     slope: int
     out: int
     terms: int  # kept exponentials of two groups
@@ -55,36 +72,44 @@ class Scalars(NamedTuple):
     scale: float
     maximum: float
     log_s: float
+    mean: float
+    tau: float
+
+
+#: What is written of a row.
+PROBABILITIES, LOGARITHMS, SLOPES = range(3)
 
 
 class Pending(NamedTuple):
     """What is left of a row that has been folded and is written, perhaps while the next one is read."""
 
-    source: int  # address of exponentials, or if `log`, of logits; 0 where there is nothing to use
+    source: int  # address of exponentials, or for `LOGARITHMS`, of logits; 0: nothing to use
+    aside: int  # for `SLOPES`, from there to the logits, not yet multiplied by tau
     out: int
     n: int
-    log: bool
+    kind: int
     streamed: bool
     scalars: Scalars
 
 
 @inline
-def nothing_pending(log, like):
+def nothing_pending(kind, like):
     zero = cast(0.0, like)
-    return Pending(0, 0, 0, log, False, Scalars(zero, zero, zero, zero, zero))
+    return Pending(0, 0, 0, 0, kind, False, Scalars(zero, zero, zero, zero, zero, zero, zero))
 
 
 @inline
-def part_of(row, source, out, n):
+def part_of(row, source, logits, out, n):
     """The same for n elements elsewhere."""
-    return Pending(source, out, n, row.log, False, row.scalars)
+    return Pending(source, logits - source, out, n, row.kind, False, row.scalars)
 
 
 @inline
 def rest_of(row, count):
     """The row with `count` elements fewer left."""
     done = count * size_of(row.scalars.peak)
-    return Pending(row.source + done, row.out + done, row.n - count, row.log, row.streamed, row.scalars)
+    source, out, n = row.source + done, row.out + done, row.n - count
+    return Pending(source, row.aside, out, n, row.kind, row.streamed, row.scalars)
 
 
 @inline
@@ -92,11 +117,15 @@ def write_vector(row, j, count):
     """Elements j to j + count of what is left; whole vectors may be streamed."""
     scalars = row.scalars
     size = size_of(scalars.peak)
-    x = load(row.source + j * size, count, zeros(scalars.peak))
-    if row.log:
+    source, zero = row.source + j * size, zeros(scalars.peak)
+    x = load(source, count, zero)
+    if row.kind == LOGARITHMS:
         x = formulas.log_probability(x, scalars.maximum, scalars.log_s)
     else:
         x = formulas.probability(x, scalars.peak, scalars.factor, scalars.scale)
+    if row.kind == SLOPES:
+        logits = load(source + row.aside, count, zero) * scalars.tau
+        x = formulas.entropy_slope(x, logits, scalars.maximum, scalars.mean)
     if row.streamed and count >= lanes_of(x):
         vector.stream(row.out + j * size, x)
     else:
@@ -124,8 +153,20 @@ def max_block(v, n, like):
     return np.float64(vector.largest(top))
 
 
+class Average(NamedTuple):
+    """How an average of distances over exponentials is folded; see `blocks.divergence_term`."""
+
+    wanted: bool
+    logits: int  # block of x, whose softmax is compared with that of the elements; 0: none
+    maximum: float  # of those so far
+    growth: float  # of the distances with it, by the block
+
+
+NO_AVERAGE, ENTROPY = Average(False, 0, 0.0, 0.0), Average(True, 0, 0.0, 0.0)
+
+
 @inline
-def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
+def add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, like):
     """Add a block to a row; returns what is left of the pending row, and the next block's maximum.
 
     Adds the sum of exp(x) / 2**reference; `at_top`: of the elements below the maximum, and counts those
@@ -133,7 +174,7 @@ def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
     """
     size, count = size_of(like), lanes_of(like)
     none, zero, one = lowest(like), zeros(like), constants(like).one
-    top, sums, counts = none, zero, zero
+    top, sums, counts, away, other_maximum = none, zero, zero, zero, cast(average.maximum, like)
     maxima = splat(cast(row.maximum, like))
     floor, magic = window(row.reference, like)
     ready = pending.n // count * count
@@ -147,27 +188,42 @@ def add_block(v, n, row, at_top, terms, pending, next_v, next_n, like):
             counts = counts + formulas.at_maximum(x, maxima, one)
         else:
             sums = sums + e
+        if average.wanted:
+            if average.logits != 0:
+                other = load(average.logits + j * size, n - j, zero)
+                away = away + blocks.divergence_term(e, x, maxima, other, other_maximum)
+            else:
+                away = away + blocks.entropy_term(e, x, maxima, floor)
         if terms != 0:
             store(terms + j * size, count, e)
         if j < ready:
             write_vector(pending, j, count)
     row.at_maximum += vector.total(counts)
     row.added += vector.total(sums) * 2.0**-SHIFT
+    if average.wanted:
+        row.away_added += vector.total(away) * 2.0**-SHIFT
     written = min(ready, (n + count - 1) // count * count)
     return rest_of(pending, written), np.float64(vector.largest(top))
 
 
 @inline
-def fold_block(v, n, top, row, terms, pending, next_v, next_n, like):
+def fold_block(v, n, top, row, average, terms, pending, next_v, next_n, like):
     """`add_block` for a block with maximum `top`. Leaves its exponentials, unless `terms` is 0."""
     if top > row.maximum:
-        raise_maximum(row, top)
+        rise = top - finite(row.maximum)
+        growth = average.growth - rise if average.logits != 0 else rise
+        raise_maximum(row, top, average.wanted, growth)
+    elif average.wanted:
+        move_distances(row, average.growth)
     if usable(row.maximum):
         at_top = top == row.maximum
-        return add_block(v, n, row, at_top, terms, pending, next_v, next_n, like)
+        return add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, like)
     if terms != 0:
         blocks.fill(terms, n, 0.0, False, like)  # correct for -inf; never read otherwise
     blocks.add_exactly(row, v, size_of(like), n, like)
+    if average.wanted:
+        other, other_maximum = average.logits, average.maximum
+        blocks.add_distances_exactly(row, v, other, other_maximum, size_of(like), n, like)
     return pending, max_block(next_v, next_n, like)
 
 
@@ -198,14 +254,14 @@ _sum_distances, _sum_weighted = _summed(blocks.distance_terms), _summed(blocks.w
 
 
 @inline
-def plain(call, start, j, n, buffer, slope):
-    return fetch(call.x, start, j, n, buffer, call.like)
+def plain(call, x, start, j, n, buffer, slope):
+    return fetch(x, start, j, n, buffer, call.like)
 
 
 @inline
-def capped(call, start, j, n, buffer, slope):
+def capped(call, x, start, j, n, buffer, slope):
     """`plain`, then the soft cap if there is one; its derivative into `slope` unless that is 0."""
-    v, cap = fetch(call.x, start, j, n, buffer, call.like), call.options.softcap
+    v, cap = fetch(x, start, j, n, buffer, call.like), call.options.softcap
     if cap != 0.0:
         blocks.cap(v, n, cap, buffer, slope, call.like)
         return buffer
@@ -213,9 +269,9 @@ def capped(call, start, j, n, buffer, slope):
 
 
 @inline
-def tempered(call, start, j, n, buffer, slope):
+def tempered(call, x, start, j, n, buffer, slope):
     """`plain`, then by the inverse temperature."""
-    v, tau = fetch(call.x, start, j, n, buffer, call.like), call.options.inverse_temperature
+    v, tau = fetch(x, start, j, n, buffer, call.like), call.options.inverse_temperature
     if tau != 1.0:
         blocks.scale(v, n, tau, 1.0, buffer, call.like)
         return buffer
@@ -261,7 +317,8 @@ def read_label(call, memory, group, i):
     row = row_of(group.table, i)
     y = int(row.label)
     if row.sample != 0.0 and y >= 0:
-        v = capped(call, start_of_row(call.x, group, i), y, 1, memory.x, memory.slope)
+        start = start_of_row(call.x, group, i)
+        v = capped(call, call.x, start, y, 1, memory.x, memory.slope)
         row.label_logit = read(v, call.like)
         if call.options.softcap != 0.0:
             row.label_slope = read(memory.slope, call.like)
@@ -290,27 +347,38 @@ def align_terms(call, memory, terms, reference):
 
 def _fold_row(operation):
     """A function that folds the exponentials of a row, and writes the pending row meanwhile."""
-    keeps, loss = operation in ("softmax", "cross_entropy"), operation == "cross_entropy"
+    keeps, loss, paired = operation in KEEPING, operation == "cross_entropy", operation == PAIRED
+    average = ENTROPY if operation in AVERAGES and not paired else NO_AVERAGE
     read_block = _read_block(operation)
 
-    def next_block(call, memory, start, j):
+    def next_block(call, x, start, j, buffers):
         """(address, length) of the block of elements from j on; the one before it stays."""
         n = min(BLOCK, call.classes - j)
-        buffer = memory.x + j // BLOCK % 2 * BLOCK * size_of(call.like)
-        return read_block(call, start, j, n, buffer, 0) if n > 0 else 0, n
+        buffer = buffers + j // BLOCK % 2 * BLOCK * size_of(call.like)
+        return read_block(call, x, start, j, n, buffer, 0) if n > 0 else 0, n
 
     next_block = vector.inlined(next_block, f"{operation}_next_block")
 
     def fold_row(call, memory, group, i, pending):
         like, row, start = call.like, row_of(group.table, i), start_of_row(call.x, group, i)
         terms = kept_terms(memory, group, i) if keeps else 0
-        v, n = next_block(call, memory, start, 0)
+        v, n = next_block(call, call.x, start, 0, memory.x)
         top = max_block(v, n, like)
+        if paired:
+            others, other = start_of_row(call.second, group, i), row_of(group.second, i)
+            t, _ = next_block(call, call.second, others, 0, memory.second)
+            t_top = max_block(t, n, like)
         for j in range(0, call.classes, BLOCK):
-            next_v, next_n = next_block(call, memory, start, j + n)
+            next_v, next_n = next_block(call, call.x, start, j + n, memory.x)
             before = row.maximum
             at = terms + j * size_of(like) if terms != 0 else 0
-            pending, top = fold_block(v, n, top, row, at, pending, next_v, next_n, like)
+            pending, top = fold_block(v, n, top, row, average, at, pending, next_v, next_n, like)
+            if paired:
+                next_t, _ = next_block(call, call.second, others, j + n, memory.second)
+                m = finite(row.maximum)
+                ratio = Average(True, v, m, m - finite(before))
+                pending, t_top = fold_block(t, n, t_top, other, ratio, 0, pending, next_t, next_n, like)
+                t = next_t
             if keeps:
                 write(memory.references + j // BLOCK * 8, row.reference)
             if loss and has_targets(call):
@@ -337,7 +405,7 @@ def fold_weighted_row(call, memory, group, i):
         blocks.mask(v, weights, n, masked, like)
         top = max_block(masked, n, like)
         if top > row.maximum:
-            raise_maximum(row, top)
+            raise_maximum(row, top, False, 0.0)
         if usable(row.maximum):
             floor, magic = window(row.reference, like)
             arguments = splat(cast(row.maximum, like)), floor, magic
@@ -364,25 +432,33 @@ def fold_nll_row(call, memory, group, i):
 # Writing a row
 
 
+def _kind(operation):
+    """What is written of a row."""
+    return {"log_softmax": LOGARITHMS, "entropy_from_logits": SLOPES}.get(operation, PROBABILITIES)
+
+
 def _result(operation):
     """A function that returns a row as it is to be written; with source 0 if by new exponentials."""
-    log = operation == "log_softmax"
+    kind = _kind(operation)
 
     def result(call, memory, group, i):
         row, like = row_of(group.table, i), call.like
-        m, scale = row.maximum, row.scale
         floor, magic = window(row.reference, like)
-        peak = vector.first(exponential(splat(cast(m, like)), floor, magic))
-        values = cast(row.factor, like), cast(scale, like), cast(m, like), cast(row.log_s, like)
+        peak = vector.first(exponential(splat(cast(row.maximum, like)), floor, magic))
+        factor, scale, m = cast(row.factor, like), cast(row.scale, like), cast(row.maximum, like)
+        log_s, mean = cast(row.log_s, like), cast(row.mean, like)
+        tau = cast(call.options.inverse_temperature, like)
+        scalars = Scalars(peak, factor, scale, m, log_s, mean, tau)
         source, out = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
-        if not log:
+        x = source
+        if kind != LOGARITHMS:
             # kept exponentials do for a factor of moderate size, for which neither the product nor
             # their being aligned loses a digit of the result
             most = 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
-            ordinary = usable(m) and row.unshift == 1.0 and abs(scale) < most
+            ordinary = usable(row.maximum) and row.unshift == 1.0 and abs(row.scale) < most
             source = kept_terms(memory, group, i) if ordinary else 0
         n = call.classes if source != 0 else 0
-        return Pending(source, out, n, log, call.out.streamed, Scalars(peak, *values))
+        return Pending(source, x - source, out, n, kind, call.out.streamed, scalars)
 
     return vector.inlined(result, f"{operation}_result")
 
@@ -417,7 +493,7 @@ def finish_gradient(call, memory, group, i, j, n, out):
     """Make the gradient of what is due to log s."""
     if has_targets(call):
         u = fetch_target(call, memory, group, i, j, n)
-        blocks.subtract(out, u, n, row_of(group.table, i).target_scale, call.like)
+        blocks.subtract(out, u, n, row_of(group.table, i).upstream, call.like)
     if call.options.softcap != 0.0:
         blocks.multiply(out, memory.slope, n, call.like)
     put_label_gradient(call, row_of(group.table, i), out, j, n)
@@ -425,25 +501,36 @@ def finish_gradient(call, memory, group, i, j, n, out):
 
 def _write_row(operation, result):
     """A function that writes a row, block by block."""
-    log, loss = operation == "log_softmax", operation == "cross_entropy"
-    read_block = _read_block(operation)
+    loss, paired, kind = operation == "cross_entropy", operation == PAIRED, _kind(operation)
+    log, slopes, read_block = kind == LOGARITHMS, kind == SLOPES, _read_block(operation)
+    weighed = loss or operation in AVERAGES
 
     def write_row(call, memory, group, i):
         like, row, whole = call.like, row_of(group.table, i), result(call, memory, group, i)
         start, target = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
         for j in range(0, call.classes, BLOCK):
-            n, source = min(BLOCK, call.classes - j), whole.source + j * size_of(like)
+            n, v, source = min(BLOCK, call.classes - j), 0, whole.source + j * size_of(like)
             out = target_of(call.out, target, j, memory.out)
-            if loss and row.sample == 0.0:
+            if weighed and row.sample == 0.0:
                 blocks.fill(out, n, 0.0, False, like)
                 deliver(call.out, target, j, n, memory.out, like)
                 continue
-            if log or whole.source == 0:
-                source = read_block(call, start, j, n, memory.x, memory.slope)
+            if whole.source != 0 and slopes:
+                v = fetch(call.x, start, j, n, memory.x, like)
+            elif log or whole.source == 0:
+                source = v = read_block(call, call.x, start, j, n, memory.x, memory.slope)
             if log or whole.source != 0:
-                write_rest(part_of(whole, source, out, n))
+                write_rest(part_of(whole, source, v, out, n))
+            elif slopes:
+                exp_block(source, n, row, memory.second, like)
+                blocks.slope(memory.second, source, n, row.maximum, row.mean, out, like)
             else:
                 exp_block(source, n, row, out, like)
+            if paired:
+                other, others = row_of(group.second, i), start_of_row(call.second, group, i)
+                t = read_block(call, call.second, others, j, n, memory.second, 0)
+                exp_block(t, n, other, memory.slope, like)
+                blocks.subtract(out, memory.slope, n, 1.0, like)
             if loss:
                 finish_gradient(call, memory, group, i, j, n, out)
             deliver(call.out, target, j, n, memory.out, like)
@@ -468,7 +555,7 @@ def write_nll_row(call, memory, group, i):
 
 def _walk(operation):
     """A function that folds the rows of a group while it writes those of the one before."""
-    log, loss = operation == "log_softmax", operation == "cross_entropy"
+    loss, kind = operation == "cross_entropy", _kind(operation)
     writes = operation != "logsumexp"
     fold_row, result = _fold_row(operation), _result(operation)
     write_row = _write_row(operation, result)
@@ -476,7 +563,7 @@ def _walk(operation):
     def begin_to_write(call, memory, group, i):
         """What can be written of a row while another one is read, its first elements aside."""
         ready = memory.interleaves and i < group.count and row_of(group.table, i).sample != 0.0
-        row = result(call, memory, group, i) if ready else nothing_pending(log, call.like)
+        row = result(call, memory, group, i) if ready else nothing_pending(kind, call.like)
         if row.streamed:
             head = min(row.n, until_line(row.out, call.like))
             write_vector(row, 0, head)
@@ -487,7 +574,7 @@ def _walk(operation):
 
     def walk(call, memory, group, before):
         for i in range(max(group.count, before.count)):
-            pending = nothing_pending(log, call.like)
+            pending = nothing_pending(kind, call.like)
             if writes:
                 pending = begin_to_write(call, memory, before, i)
             row = row_of(group.table, i)
@@ -536,8 +623,8 @@ def _walk_terms(operation):
 
 def _allocate(operation):
     """A function that returns the uninitialised `Memory` of a call, and the array that holds it."""
-    log, loss = operation == "log_softmax", operation == "cross_entropy"
-    may_keep = operation in ("softmax", "cross_entropy")
+    kind, may_keep = _kind(operation), operation in KEEPING
+    targets, tables = operation in ("cross_entropy", PAIRED), 4 if operation == PAIRED else 2
 
     def allocate_memory(call):
         size = size_of(call.like)
@@ -548,10 +635,12 @@ def _allocate(operation):
         plain = writes and call.state.address == 0 and call.options.softcap == 0.0
         keeps = may_keep and plain and row <= ROW_SIZE
         pitch = (row + 127) // 128 * 128 if keeps else 0
-        interleaves = plain and call.x.read == 0 if log else keeps and not (loss and has_targets(call))
+        interleaves = plain if kind == LOGARITHMS else keeps and not (targets and has_targets(call))
+        # other logits than those in place would have to be fetched
+        interleaves = interleaves and (kind == PROBABILITIES or call.x.read == 0)
         interleaves = interleaves and call.out.write == 0
         references = (call.classes // BLOCK + 1) * 8
-        sizes = (2 * TABLE_SIZE, 2 * block, block, block, block, 2 * rows * pitch, references)
+        sizes = (tables * TABLE_SIZE, 2 * block, block, block, block, 2 * rows * pitch, references)
         owner, pieces = allocate(sizes)
         return Memory(*pieces, pitch, rows, interleaves), owner
 

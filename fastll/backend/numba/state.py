@@ -37,6 +37,9 @@ COLUMNS = (
     "reference",  # exponent of the reference of `exponential`
     "added",  # to `below` since, in multiples of 2**reference: this takes no exponential
     "lead",  # exp(maximum) / 2**reference
+    "away",  # sum of exponentials times distances, as of the last change of the maxima, and what was
+    "away_added",  # added since, likewise
+    "mean",  # distance, by the softmax
     "log_s",  # log(below + at_maximum)
     "lse",
     "sample",  # sample weight, 0 where the row is ignored
@@ -51,7 +54,7 @@ COLUMNS = (
     "scale",  # of `exponential` in the result, together with
     "unshift",  # a second factor, so that both are normal numbers
     "label_gradient",
-    "target_scale",  # of what is subtracted from the gradient
+    "upstream",  # factor of the gradient
     "top",  # maximum of a tile, and the maximum before it
     "before",
     "floor",  # `window`
@@ -155,8 +158,16 @@ def begin(table):
 
 
 @inline
-def raise_maximum(row, top):
+def finite(maximum):
+    """A maximum as distances are from it: that of no elements counts as 0."""
+    return maximum if maximum > -np.inf else 0.0
+
+
+@inline
+def raise_maximum(row, top, averages, growth):
     """Make the state of a row relative to a larger maximum `top`.
+
+    If it `averages`, every distance grows by `growth` with that.
 
     The rounding error of maximum - top, found as in Knuth's two-sum, corrects the exponential:
     otherwise a difference of d would cost d roundoffs.
@@ -164,14 +175,32 @@ def raise_maximum(row, top):
     m, e = row.maximum, row.below
     if m == -np.inf:
         row.below = (e + row.added) * 0.0
+        if averages:
+            row.away = row.below
     else:
         d = m - top
         rounded = d - m
         error = (m - (d - rounded)) - (top + rounded) if d > -np.inf else 0.0
-        e += row.added / vector.first(lead_of(vector.splat(m), vector.splat(row.reference)))
-        row.below = (e + row.at_maximum) * (math.exp(d) * (1.0 + error))
+        lead = vector.first(lead_of(vector.splat(m), vector.splat(row.reference)))
+        e += row.added / lead
+        s, fall = e + row.at_maximum, math.exp(d) * (1.0 + error)
+        row.below = s * fall
+        if averages:
+            away = (row.away + row.away_added / lead) + formulas.product(s, growth)
+            row.away = formulas.product(fall, away)
     row.maximum, row.at_maximum, row.added = top, 0.0, 0.0
+    if averages:
+        row.away_added = 0.0
     row.reference = vector.first(reference_of(vector.splat(top)))
+
+
+@inline
+def move_distances(row, growth):
+    """Let every distance grow, as the maximum of other elements has risen."""
+    if growth != 0.0:
+        lead = vector.first(lead_of(vector.splat(row.maximum), vector.splat(row.reference)))
+        s = (row.below + row.added / lead) + row.at_maximum
+        row.away += formulas.product(s, growth)
 
 
 @shared

@@ -132,13 +132,21 @@ def _splat(builder, value, lanes):
 
 def _splatted(builder, values):
     """Values of types that have a `_common` one as vectors."""
-    lanes = next(v.type.count for v in values if isinstance(v.type, ir.VectorType))
+    lanes = next((v.type.count for v in values if isinstance(v.type, ir.VectorType)), 0)
+    if not lanes:
+        return values
     return [v if isinstance(v.type, ir.VectorType) else _splat(builder, v, lanes) for v in values]
 
 
+def _common_or_number(*arguments):
+    """`_common`, or the type of numbers alone."""
+    return _common(*arguments) or (arguments[0] if len(set(arguments)) == 1 else None)
+
+
 def elementwise(emit):
-    """`emitted` for a function of vectors of one type, or elements of it, to one."""
-    return emitted(_common)(wraps(emit)(lambda builder, *v: emit(builder, *_splatted(builder, v))))
+    """`emitted` for a function of vectors of one type, or elements of it, to one; or of numbers."""
+    emit_all = wraps(emit)(lambda builder, *values: emit(builder, *_splatted(builder, values)))
+    return emitted(_common_or_number)(emit_all)
 
 
 def _arithmetic(symbol, instruction):
