@@ -17,7 +17,7 @@ from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, te
 from fastll.backend.cuda.calls import Array, Full, Line, Row, address, format_of, placed
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
-from fastll.contract import bad_label
+from fastll.contract import Kept, bad_label
 
 Empty = Callable[[tuple[int, ...], Any], Array]
 
@@ -93,17 +93,22 @@ class Backend:
 
     def _kernel(self, call: contract.Fold, **rows: Any) -> Kernel:
         """The kernel of a fold, for rows that are like that."""
+        options = call.options
         variant = folds.Variant(
             call.operation,
             format_of(call.x),
             second=format_of(call.second),
             labels=format_of(call.labels),
             weight=format_of(call.weight),
+            sample=format_of(call.sample),
             out=format_of(call.out),
             state=call.state is not None,
             signed=call.sign is not None,
-            smoothed=call.options.label_smoothing != 0.0,
-            capped=call.options.softcap != 0.0,
+            selected=call.selected is not None,
+            smoothed=options.label_smoothing != 0.0,
+            capped=options.softcap != 0.0,
+            tempered=options.inverse_temperature != 1.0,
+            averaged=_rows_weight(options) is not None,
             modern=self._gpu.capability >= (8, 0),
             **rows,
         )
@@ -134,10 +139,11 @@ class Backend:
     def _by_threads(self, call: contract.Fold) -> contract.Kernel:
         """Rows of any strides, and short ones."""
         name, (outer, classes, inner) = format_of(call.x), call.x.shape
-        size, lanes = size_of(name), geometry.lanes_of_row(classes)
+        size, lanes = size_of(name), 1 if _label_alone(call) else geometry.lanes_of_row(classes)
         # rows that are short and lie one after the other go through shared memory
         staged = (
             (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
+            and not _label_alone(call)
             and (call.operation != "logsumexp" or call.second is None)
             and all(
                 format_of(a) == name and a.strides[:2] == (classes * size, size)
@@ -178,44 +184,75 @@ class Backend:
         block = totals.THREADS, 1
         self._bound(kernel, blocks, block, told, totals.SHARED, bound=totals.THREADS)(0, blocks)
 
-    def labels(
-        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
-    ) -> tuple[Array, Weight]:
-        weigh = partial(self._weigh, labels, classes, ignore_index, weight)
-        kept = Weight(partial(weigh, check=False))
-        if check:
-            kept.words = weigh(check=True)
+    def weigh(
+        self,
+        labels: Array | None,
+        classes: int,
+        ignore_index: int | None,
+        weight: Array | None,
+        sample: Array | None,
+        check: bool,
+    ) -> tuple[Array | None, Weight]:
+        def weighed(weight: Array | None, check: bool = False) -> Array:
+            return self._weigh(labels, classes, ignore_index, weight, sample, check)
+
+        kept = Weight(
+            partial(weighed, weight), None if weight is None else Weight(partial(weighed, None))
+        )
+        if check and labels is not None:
+            kept.words = weighed(weight, check=True)
         return labels, kept
 
     def _weigh(
-        self, labels: Array, classes: int, ignore_index: int, weight: Array | None, check: bool
+        self,
+        labels: Array | None,
+        classes: int,
+        ignore_index: int | None,
+        weight: Array | None,
+        sample: Array | None,
+        check: bool,
     ) -> Array:
         """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
-        flat = labels.reshape(-1) if labels.flags.c_contiguous else labels
-        blocks = max(1, -(-labels.size // totals.UNIT))
+        operands = [a for a in (labels, sample) if a is not None]
+        shape, size = operands[0].shape, operands[0].size
+        if all(a.flags.c_contiguous for a in operands):
+            shape = (size,)
+        blocks = max(1, -(-size // totals.UNIT))
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
         sums = words if blocks == 1 else self._empty((blocks,), np.float64)
         bad = self._empty((blocks,), np.float64) if check else None
-        kernel = totals.weigh(format_of(labels), flat.ndim, format_of(weight))
+        kernel = totals.weigh(
+            format_of(labels),
+            len(shape),
+            format_of(weight),
+            format_of(sample),
+            ignore_index is not None,
+        )
+
+        def steps(a: Array | None) -> tuple[int, ...]:
+            return (0,) * len(shape) if a is None else a.reshape(shape).strides
+
         told = calls.Weigh(
             labels=address(labels),
-            sizes=flat.shape,
-            steps=flat.strides,
-            size=labels.size,
+            sample=address(sample),
+            sizes=shape,
+            label_steps=steps(labels),
+            sample_steps=steps(sample),
+            size=size,
             classes=classes,
-            ignore_index=ignore_index,
+            ignore_index=ignore_index or 0,
             weight=placed(Line, weight),
             out=address(sums),
             bad=address(bad),
         )
         self._total(kernel, blocks, told)
-        if bad is not None:
+        if bad is not None and labels is not None:
             self._raise_bad(labels, bad, classes, ignore_index)
         if blocks > 1:
             self._add_up(sums, words, reciprocals=address(words) + 8)
         return words
 
-    def _raise_bad(self, labels: Array, bad: Array, classes: int, ignore_index: int) -> None:
+    def _raise_bad(self, labels: Array, bad: Array, classes: int, ignore_index: int | None) -> None:
         """`IndexError` for the first label outside of the classes: waits for the device."""
         first = self._gpu.read(address(bad), bad.size, np.float64, self._stream).min()
         if first < np.inf:
@@ -224,11 +261,11 @@ class Backend:
             (label,) = self._gpu.read(place, 1, labels.dtype, self._stream)
             raise bad_label(label, at, classes, ignore_index)
 
-    def factor(self, kept: Any) -> Any:
-        """What a gradient is multiplied with: a number, or where on the device there is one."""
+    def averaged(self, kept: Weight | Kept, z_loss: float) -> tuple[Any, float]:
+        """With a `Weight`, kernels find the factors of both on the device."""
         if isinstance(kept, Weight):
-            return kept
-        return 1.0 / kept if kept else nan
+            return kept, z_loss
+        return 1.0 / kept.weight if kept.weight else nan, z_loss  # which is that of the rows
 
     def total(
         self, values: Array, denominator: Any, dtype: np.dtype[Any], exponential: bool = False
@@ -240,7 +277,7 @@ class Backend:
     def accumulate(self, sums: contract.Floats | None, losses: Array, kept: Any) -> contract.Floats:
         loss, fresh = self.total(losses, None, np.dtype(np.float64)), sums is None
         sums = self._empty((2, 2), np.float64) if sums is None else sums
-        place, number = (address(kept.words), 0.0) if isinstance(kept, Weight) else (0, float(kept))
+        place, number = (0, kept.weight) if isinstance(kept, Kept) else (address(kept.words), 0.0)
         told = calls.Accumulate(address(sums), int(fresh), address(loss), place, number)
         self._total(totals.accumulate(), 1, told)
         return sums
@@ -261,7 +298,7 @@ class Backend:
         if isinstance(denominator, Weight):
             place = address(denominator.words)
         elif denominator is not None:
-            divisor = float(denominator)
+            divisor = float(denominator.weight if isinstance(denominator, Kept) else denominator)
         blocks = 0
         while blocks != 1:
             blocks = max(1, -(-values.size // totals.UNIT))
@@ -289,13 +326,15 @@ class Backend:
 
 
 class Weight:
-    """The weight of the kept labels, on the device, for when a mean asks for it.
+    """The weight of the kept rows, on the device, for when a mean asks for it.
 
-    Its words are the weight, 1 / itself, and that in float32.
+    Its words are the weight, 1 / itself, and that in float32. `rows` is that without class weights, if
+    there are any.
     """
 
-    def __init__(self, weigh: Callable[[], Array]) -> None:
+    def __init__(self, weigh: Callable[[], Array], rows: Weight | None = None) -> None:
         self._weigh = weigh
+        self.rows = rows
 
     @cached_property
     def words(self) -> Array:
@@ -313,11 +352,44 @@ def _in_vectors(a: Array, x: Array) -> bool:
     )
 
 
+def _label_alone(call: contract.Fold) -> bool:
+    """Whether nothing is read of a row but the element at its label, and nothing of its shape written."""
+    point = call.labels is not None and call.options.label_smoothing == 0.0
+    return call.operation == "nll_loss" and point and call.out is None
+
+
+def _rows_weight(options: contract.Options) -> Weight | None:
+    """What the factor of lse**2 in a mean is to be divided by, on the device, if not by the weight."""
+    return options.scale.rows if isinstance(options.scale, Weight) and options.z_loss else None
+
+
+def _operands(call: contract.Fold) -> dict[str, tuple[Any, Array | None]]:
+    """Arrays as kernels are told of them, and their kinds, by their names in `calls.Fold`."""
+    several = call.selected is not None
+
+    def full(a: Array | None) -> Array | None:
+        return None if a is None else a.transpose(0, 2, 1)
+
+    return {
+        "x": (Full, call.x),
+        "second": (Full, call.second),
+        "out": (Full, call.out),
+        "state": (Full, full(call.state)),
+        "choices": (Full, full(call.labels) if several else None),
+        "selected": (Full, full(call.selected)),
+        "labels": (Row, None if several else call.labels),
+        "sample": (Row, call.sample),
+        "value": (Row, call.value),
+        "lse": (Row, call.lse),
+        "sign": (Row, call.sign),
+    }
+
+
 def _team_steps(call: contract.Fold) -> dict[str, int] | None:
     """Bytes from row to row of operands where that is not the first step; None if teams do not take
     the rows of a call."""
     classes, name = call.x.shape[1], format_of(call.x)
-    if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS:
+    if classes <= geometry.SHORT or classes >= 1 << 31 or name not in FLOATS or _label_alone(call):
         return None
     weights = call.operation == "logsumexp" and call.second is not None
     if weights or call.state is not None or call.sign is not None:
@@ -326,8 +398,7 @@ def _team_steps(call: contract.Fold) -> dict[str, int] | None:
         if a is not None and (format_of(a) != name or a.strides[1] != size_of(name)):
             return None
     steps = {}
-    for key in ("x", "second", "out", "labels", "value", "lse"):
-        a = getattr(call, key)
+    for key, (_, a) in _operands(call).items():
         if a is not None and a.shape[-1] > 1:
             if a.shape[0] > 1 and a.strides[0] != a.shape[-1] * a.strides[-1]:
                 return None
@@ -339,29 +410,27 @@ def _told(call: contract.Fold) -> calls.Fold:
     """What a kernel is told of a fold."""
     outer, classes, inner = call.x.shape
     options = call.options
-    scale, divisor = options.scale, 0
+    scale, rows_weight = options.scale, _rows_weight(options)
+    reciprocal = 16 if compute_type(format_of(call.x)) is np.float32 else 8
+    divisor = row_divisor = 0
     if isinstance(scale, Weight):
-        single = compute_type(format_of(call.x)) is np.float32
-        divisor, scale = address(scale.words) + (16 if single else 8), 1.0
-    state = None if call.state is None else call.state.transpose(0, 2, 1)
+        divisor, scale = address(scale.words) + reciprocal, 1.0
+    if rows_weight is not None:
+        row_divisor = address(rows_weight.words) + reciprocal
     return calls.Fold(
         rows=outer * inner,
         classes=classes,
         inner=inner,
-        x=placed(Full, call.x),
-        second=placed(Full, call.second),
-        out=placed(Full, call.out),
-        state=placed(Full, state),
-        labels=placed(Row, call.labels),
-        value=placed(Row, call.value),
-        lse=placed(Row, call.lse),
-        sign=placed(Row, call.sign),
+        **{key: placed(kind, a) for key, (kind, a) in _operands(call).items()},
         weight=placed(Line, call.weight),
         divisor=divisor,
+        row_divisor=row_divisor,
+        wanted=0 if call.selected is None else call.selected.shape[2],
         ignore_index=options.ignore_index,
         keep=1.0 - options.label_smoothing,
         spread=options.label_smoothing / max(classes, 1),
         z_loss=float(options.z_loss),
         softcap=float(options.softcap),
         scale=float(scale),
+        inverse_temperature=float(options.inverse_temperature),
     )

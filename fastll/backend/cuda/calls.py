@@ -52,17 +52,23 @@ class Fold(NamedTuple):
     out: Full
     state: Full
     labels: Row
+    sample: Row
     value: Row
     lse: Row
     sign: Row
+    choices: Full  # the labels of which the log-probabilities are asked for: (outer, K, inner)
+    selected: Full  # and these
     weight: Line
     divisor: int  # address of a number that the gradient is multiplied with, or 0
+    row_divisor: int  # address of that of a mean without class weights, for lse**2
+    wanted: int  # K
     ignore_index: int
     keep: float  # 1 - label_smoothing
     spread: float  # label_smoothing / classes
     z_loss: float
     softcap: float
     scale: float
+    inverse_temperature: float
     segment: int = 0  # of a team: classes of each block of a cluster
     capacity: int = 0  # and those it takes at once
     lanes: int = 1  # of threads on their own: how many share a row
@@ -96,11 +102,13 @@ class Total(NamedTuple):
 
 
 class Weigh(NamedTuple):
-    """The sum of the weights of labels of any shape."""
+    """The sum of the weights of rows of any shape."""
 
     labels: int  # address
+    sample: int  # address
     sizes: tuple[int, ...]
-    steps: tuple[int, ...]
+    label_steps: tuple[int, ...]
+    sample_steps: tuple[int, ...]
     size: int
     classes: int
     ignore_index: int

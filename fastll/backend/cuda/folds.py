@@ -32,11 +32,15 @@ class Variant(NamedTuple):
     second: str | None = None  # weights of elements, a dense target or a second distribution
     labels: str | None = None
     weight: str | None = None  # of classes
+    sample: str | None = None  # weights
     out: str | None = None
     state: bool = False  # whether there is a running state
     signed: bool = False  # whether the sign of a log-sum-exp is asked for
+    selected: bool = False  # whether log-probabilities are, of several labels of each row
     smoothed: bool = False
     capped: bool = False
+    tempered: bool = False  # whether elements are multiplied by the inverse temperature
+    averaged: bool = False  # whether the mean of lse**2 is over another weight than the rest
     modern: bool = False  # compute capability 8 or more
     staged: bool = False  # for threads on their own: whether rows go through shared memory
     # for teams, which have vectors:
@@ -51,20 +55,26 @@ def names(v):
     stored, value, out = v.x, compute_type(v.x).__name__, v.out or v.x
     terms, formula = v.operation in TERMS, None
     paired, running, written = v.second is not None, v.state, v.out is not None
-    weighted_classes = v.weight is not None
+    weighted_classes, sampled = v.weight is not None, v.sample is not None
     weighted = v.operation == "logsumexp" and paired  # a log-sum-exp of weighted elements
     # one that is finished in float64: weighted, or of a running state
     exact = v.operation == "logsumexp" and (weighted or running or v.signed)
     whole_state = running and v.operation != "logsumexp"  # the state is that of the whole row
-    entropy, logs = v.operation == "cross_entropy", v.operation == "log_softmax"
-    dense, sparse = entropy and paired, entropy and v.labels is not None
-    targets = dense or v.smoothed  # a cross-entropy with a target that is more than a point
+    logs, cross_entropies = v.operation == "log_softmax", v.operation == "cross_entropy"
+    nll = v.operation == "nll_loss"  # as a cross-entropy of the maximum 0 and log s = 0
+    losses = cross_entropies or nll
+    dense, sparse = losses and paired, losses and v.labels is not None
+    targets = dense or v.smoothed  # a loss with a target that is more than a point
+    label_alone = nll and not targets  # nothing is read but the element at the label
+    dropping = sparse or sampled  # whether there may be rows that do not count
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(stored)
-    # exponentials stay in registers until they are written; the slope of the cap needs the elements
-    held = v.vectors > 0 and written and not v.capped and not v.chunked
+    # what a thread has of a row stays in registers until it is written; the slope of the cap needs the
+    # elements as they were
+    kept = v.vectors > 0 and written and not v.capped and not v.chunked
+    held = kept and not logs  # and it is exponentials
     # what is held is relative to the maximum of one thread block of a cluster
-    apart = v.cluster > 1 and held and not logs
+    apart = v.cluster > 1 and held
     # rereading shared memory is cheaper than rescaling sums for each new maximum
     two_passes = v.staged and not (targets or v.capped or terms)
     index = np.uint32 if v.staged else np.int64  # type of the number of a class
@@ -73,7 +83,8 @@ def names(v):
     count = v.vectors * lanes  # elements that a thread of a team holds
     # readers take an address, writers an address and a number
     read_x, read_second = reader(stored, real), reader(v.second or stored, real)
-    read_weight, read_number = reader(v.weight or value, real), reader(value, real)
+    read_weight, read_sample = reader(v.weight or value, real), reader(v.sample or value, real)
+    read_number = reader(value, real)
     read_label = primitives.integer_reader(v.labels or "int64")
     read_state, write_state = reader("float64", real), writer("float64")
     read_double, write_double = reader("float64"), writer(value, np.float64)
@@ -92,11 +103,11 @@ def names(v):
 @kernels
 def kernel(variant):
     """The kernel of a `Variant`."""
-    alone, is_sum = not variant.vectors, variant.operation in TERMS
-    known = names(variant)
+    known, alone = names(variant), not variant.vectors
+    is_sum = variant.operation in TERMS or known["nll"]
     f = bound(known, rows, threads if alone else teams, *([terms] if is_sum else []))
     locate, find_label, merge, write = f.locate, f.find_label, f.merge, f.write
-    fold = f.fold_alone if alone and is_sum else f.fold
+    fold = f.fold_nothing if known["label_alone"] else f.fold_alone if alone and is_sum else f.fold
     finish = f.finish_exactly if known["exact"] else f.finish
     real, held = known["real"], known["count"] or threads.TOGETHER
 

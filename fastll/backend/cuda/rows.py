@@ -19,7 +19,7 @@ class Label(NamedTuple):
     """The label of a row, and what belongs to it."""
 
     number: int  # -1: none of the classes
-    kept: bool  # whether it is not `ignore_index`
+    sample: float  # weight of the row; 0: it does not count
     logit: float
     weight: float
     slope: float  # of the cap
@@ -33,7 +33,7 @@ class Finished(NamedTuple):
     log_s: float
     factor: float  # of exp(x - maximum) in what is written
     at_label: float  # the gradient there
-    scale: float  # of the gradient
+    scale: float  # of the gradient, the sample weight included
 
 
 class Scales(NamedTuple):
@@ -46,16 +46,20 @@ class Scales(NamedTuple):
 
 def find_label(call, place, memory):
     """The `Label` of the row at `place`."""
-    number, kept, logit, weight, slope = np.int64(-1), True, c.zero, c.one, c.one
+    number, sample, logit, weight, slope = np.int64(-1), c.one, c.zero, c.one, c.one
+    if sampled and place.live:
+        sample = read_sample(start_of(call.sample, place))
     if sparse and place.live:
         number, kept = label_within(call, start_of(call.labels, place))
+        if not kept:
+            sample = c.zero
         if number >= 0:
             logit = element(call, place, memory, number)
             if capped:
                 logit, slope = softcap(logit, call.softcap)
             if weighted_classes:
                 weight = read_weight(call.weight.address + number * call.weight.step)
-    return Label(number, kept, logit, weight, slope)
+    return Label(number, sample, logit, weight, slope)
 
 
 def label_within(call, address):
@@ -74,8 +78,24 @@ def target_of(call, t, j):
     return u
 
 
-def gradient_scale(call):
-    return call.scale * read_number(call.divisor) if call.divisor != 0 else call.scale
+def tempered_element(call, x):
+    """An element times the inverse temperature."""
+    return x * call.inverse_temperature if tempered else x
+
+
+def gradient_scale(call, label):
+    """The `scale` of the gradient of the label's row."""
+    scale = call.scale * read_number(call.divisor) if call.divisor != 0 else call.scale
+    if sampled:  # of a row that is dropped it may be NaN: a mean over nothing
+        scale = product(label.sample, scale)
+    return scale
+
+
+def z_loss_of(call):
+    """The factor of lse**2; in a mean, which is over the rows, times their weight over their number."""
+    if averaged:
+        return call.z_loss * (read_number(call.row_divisor) / read_number(call.divisor))
+    return call.z_loss
 
 
 def finished(call, state, label, scale):
@@ -88,7 +108,7 @@ def finished(call, state, label, scale):
     above = rest.high + rest.low
     s = c.one + above
     value, factor, at_label = m + log_s, c.one / s, c.zero
-    if entropy:
+    if cross_entropies:
         value, factor, at_label = cross_entropy(call, state, label, scale, log_s, above, s)
     if abs(m) == c.infinity or (sparse and label.number < 0):
         factor, at_label = c.nan, c.nan
@@ -98,27 +118,43 @@ def finished(call, state, label, scale):
 def cross_entropy(call, state, label, scale, log_s, rest, s):
     """Loss, factor of exp(x - m) in the gradient, gradient at the label."""
     m, at_point, u_y, e_y = state.maximum, c.zero, c.zero, c.zero
+    z_loss = z_loss_of(call)
     mass, distance = state.mass.high + state.mass.low, state.distance.high + state.distance.low
     if sparse:
         at_point, u_y = call.keep * label.weight, call.spread * label.weight
         e_y = exp_minus_scaled(label.logit, m) * c.unshift
-    loss = cross_entropy_loss(m, log_s, at_point, label.logit, mass, distance, call.z_loss)
+    loss = cross_entropy_loss(m, log_s, at_point, label.logit, mass, distance, z_loss)
     if (m == -c.infinity and call.classes > 0) or (sparse and label.number < 0):
         loss = c.nan
-    if sparse and not label.kept:
-        loss = c.zero
     # e_y - 1 cancels only where the label is the maximum, and is exact there
     total, at_label = cross_entropy_gradient(
-        m + log_s, s, rest, at_point, u_y, mass, call.z_loss, e_y, e_y - c.one
+        m + log_s, s, rest, at_point, u_y, mass, z_loss, e_y, e_y - c.one
     )
     return loss, scale * total / s, scale * label.slope * at_label
 
 
-def store_results(call, place, row):
+def store_results(call, place, label, row):
     if call.value.address != 0:
-        write_value(start_of(call.value, place), row.value)
+        value = row.value
+        if sampled:
+            value *= label.sample
+        if dropping and label.sample == c.zero:
+            value = c.zero
+        write_value(start_of(call.value, place), value)
     if call.lse.address != 0:
         write_value(start_of(call.lse, place), row.maximum + row.log_s)
+
+
+def select(call, places, row, first, step):
+    """Write the log-probabilities of the row's labels from the `first` on; `places` are the addresses of
+    the row in x, in the labels and in what is written."""
+    x, index, target = places
+    for k in range(np.int64(first), call.wanted, np.int64(step)):
+        y, value = read_label(index + k * call.choices.classes), c.nan
+        if 0 <= y < call.classes:
+            logit = tempered_element(call, read_x(x + y * call.x.classes))
+            value = log_probability(logit, row.maximum, row.log_s)
+        write_value(target + k * call.selected.classes, value)
 
 
 def scales_of(factor, fall, lead):
@@ -139,6 +175,8 @@ def scales_of(factor, fall, lead):
 def written_of(call, x, u, row, ref, scales):
     """What is written of an element, or of its exponential where that is `held`."""
     e, slope, m = x, c.one, row.maximum
+    if nll:
+        return less_target(row.factor, u, row.scale) if targets else row.factor
     if logs:
         value = log_probability(x, m, row.log_s)
         if abs(m) == c.infinity and (value > -c.infinity or m < c.zero):
@@ -149,7 +187,7 @@ def written_of(call, x, u, row, ref, scales):
     if not held:
         e = relative(x, ref)
     value = probability(e, ref.lead, scales.peak, scales.first)
-    if entropy or clustered:  # the factor of a softmax is 1 / s, and needs no second one
+    if cross_entropies or clustered:  # the factor of a softmax is 1 / s, and needs no second one
         value *= scales.second
     if targets:
         value = less_target(value, u, row.scale)

@@ -30,7 +30,7 @@ from fastll.backend.cuda.rows import *
 TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(WARPS * i) for i in range(6))
 FINISHED = RESULTS + 2 * WARPS
 #: Numbers before those by which lanes are exchanged.
-SCRATCH = int(FINISHED) + 4 * WARPS
+SCRATCH = int(FINISHED) + 5 * WARPS
 
 
 class Place(NamedTuple):
@@ -166,10 +166,12 @@ def fold(call, place, values, second, memory):
 
 def fold_part(call, place, part, values, u, lane, memory):
     """Leave the sums of a chunk for `collected`; its reference."""
-    if capped:
+    if capped or tempered:
         for i in range(count):
             if inside(i, part):
-                values[i] = softcap(values[i], call.softcap)[0]
+                values[i] = tempered_element(call, values[i])
+                if capped:
+                    values[i] = softcap(values[i], call.softcap)[0]
     top = values[0]
     for i in range(1, count):
         top = larger(top, values[i])
@@ -204,7 +206,7 @@ def post_exponentials(part, values, ref, lane, memory):
             equal += c.one
         else:
             lane[i % lanes] += e
-        if held and not logs:
+        if held:
             values[i] = e
     post_lanes(lane, part, memory, SUMS)
     post(equal, memory, EQUALS)
@@ -271,23 +273,31 @@ def merge(call, place, state, memory):
 
 def finish(call, place, label, state, memory):
     """Finish rows, and tell every thread what became of its own."""
-    scale, at = gradient_scale(call), FINISHED + cuda.threadIdx.y
+    scale, at = gradient_scale(call, label), FINISHED + cuda.threadIdx.y
     if place.live:
         row = finished(call, state, label, scale)
         if place.rank == 0:
-            store_results(call, place, row)
-        if written:
+            store_results(call, place, label, row)
+        if written or selected:
             numbers = row.maximum, row.log_s, row.factor, row.at_label
             leave(memory, FINISHED + place.member, np.int64(WARPS), numbers)
+            if sampled:
+                memory[np.uint32(FINISHED + 4 * WARPS + place.member)] = row.scale
     if clustered:
         cluster_barrier()  # before a block is gone whose memory another one reads
-    elif written:
+    elif written or selected:
         cuda.syncthreads()
     m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
-    if written and place.row < call.rows:
+    if (written or selected) and place.row < call.rows:
         m, log_s = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
         factor, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
-    return Finished(c.zero, m, log_s, factor, at_label, scale)
+        if sampled:
+            scale = memory[np.uint32(at + 4 * WARPS)]
+    row = Finished(c.zero, m, log_s, factor, at_label, scale)
+    if selected and place.row < call.rows and place.rank == 0:
+        places = row_of(call.x, place), row_of(call.choices, place), row_of(call.selected, place)
+        select(call, places, row, cuda.threadIdx.x, cuda.blockDim.x)
+    return row
 
 
 # write
@@ -297,9 +307,11 @@ def write(call, place, label, row, ref, values, second, memory):
     """Write what has the shape of a row."""
     if not written or place.row >= call.rows:
         return
-    y, kept, begin = np.int64(-1), True, np.int64(place.first)
+    y, counts, begin = np.int64(-1), True, np.int64(place.first)
     if sparse:
-        y, kept = label_within(call, row_of(call.labels, place))
+        y, counts = label_within(call, row_of(call.labels, place))
+    if sampled:
+        counts = row.scale != c.zero
     fall = c.one / c.unshift
     if apart:
         fall = exp_minus_scaled(ref.maximum, row.maximum)
@@ -308,18 +320,19 @@ def write(call, place, label, row, ref, values, second, memory):
     scales = scales_of(row.factor, fall, ref.lead)
     while True:
         part = part_of(call, place, begin)
-        if not held:
-            load(fetch_x, values, row_of(call.x, place), part)
+        if not kept:
+            if not nll:
+                load(fetch_x, values, row_of(call.x, place), part)
             if targets:
                 find_targets(call, place, part, second)
         for i in range(count):
             u = second[i] if dense or weighted_classes else call.spread  # which takes no register
             values[i] = written_of(call, values[i], u, row, ref, scales)
-        if sparse and not kept:
+        if dropping and not counts:
             for i in range(count):
                 values[i] = c.zero
         store(row_of(call.out, place), values, part)
-        if sparse and kept and 0 <= y - begin < part.length:
+        if sparse and counts and 0 <= y - begin < part.length:
             for i in range(0, count, lanes):  # by the thread that has stored this element
                 j = nth(i, part.shift)
                 if j <= np.int32(y - begin) and np.int32(y - begin) < j + lanes:

@@ -1,4 +1,7 @@
-"""Folds that are sums of terms: what takes the place of the texts of `rows`, `teams` and `threads`."""
+"""Folds that are sums of terms: what takes the place of the texts of `rows`, `teams` and `threads`.
+
+So is the loss of log-probabilities, whose terms are distances from 0.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: F403, F405
@@ -10,12 +13,22 @@ from fastll.backend.cuda.threads import TOGETHER
 
 
 def finished(call, state, label, scale):
-    value = call.scale * (state.below.high + state.below.low)
-    return Finished(value, c.zero, c.zero, c.zero, c.zero, scale)
+    value = state.below.high + state.below.low
+    if not nll:
+        return Finished(call.scale * value, c.zero, c.zero, c.zero, c.zero, scale)
+    at_point, u_y, factor = c.zero, c.zero, c.zero
+    if sparse:
+        at_point, u_y = call.keep * label.weight, call.spread * label.weight
+    value, at_label = nll_loss(at_point, label.logit, value), less_target(c.zero, u_y + at_point, scale)
+    if sparse and label.number < 0:
+        value, factor, at_label = c.nan, c.nan, c.nan
+    return Finished(value, c.zero, c.zero, factor, at_label, scale)
 
 
 def term(values, second, i):
     """That of an element which a thread holds."""
+    if nll:
+        return distance(values[i], second[i], c.zero)
     if paired:
         return formula(values[i], second[i])
     return formula(values[i])
@@ -23,7 +36,9 @@ def term(values, second, i):
 
 def fold_part(call, place, part, values, second, lane, memory):
     """For teams: leave the sum of a chunk for `collected`."""
-    if paired:
+    if targets:
+        find_targets(call, place, part, second)
+    elif paired:
         load(fetch_second, second, row_of(call.second, place), part)
     for i in range(count):
         value = term(values, second, i)
@@ -36,6 +51,11 @@ def collected(memory, member, ref):
     return State(-c.infinity, collect(memory, SUMS, member), c.zero, nothing, nothing)
 
 
+def fold_nothing(call, place, values, second, memory):
+    """For rows of which only the element at the label is read."""
+    return State(-c.infinity, nothing, c.zero, nothing, nothing), reference(-c.infinity)
+
+
 def fold_alone(call, place, held, second, memory):
     """For threads on their own."""
     total, stop = nothing, call.classes if place.live else 0
@@ -45,7 +65,9 @@ def fold_alone(call, place, held, second, memory):
             j = begin + i * call.lanes
             if j < stop:
                 held[i] = element(call, place, memory, j)
-                if paired:
+                if targets:
+                    second[i] = target_of(call, second_element(call, place, j) if dense else c.zero, j)
+                elif paired:
                     second[i] = second_element(call, place, j)
                 part += term(held, second, i)
         total = plus(total, part)

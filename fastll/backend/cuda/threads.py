@@ -52,7 +52,7 @@ def locate(call, memory):
         outer = row // call.inner
         inner = row - outer * call.inner
     present = min(rows_of_block, call.rows - first_row)
-    if staged:
+    if staged and not label_alone:
         move(memory, call.x.address + first_row * call.x.outer, present, call.classes, True)
         cuda.syncthreads()
     apart = rows_of_block if call.across else 1
@@ -105,7 +105,7 @@ def move(memory, address, count, classes, inwards):
 
 
 def element(call, place, memory, j):
-    if staged:
+    if staged and not label_alone:
         return memory[np.uint32(place.tile + j)]
     return read_x(start_of(call.x, place) + j * call.x.classes)
 
@@ -145,13 +145,13 @@ def fold_staged(call, place, memory):
     """The same of a row in shared memory: its maximum first, then its exponentials."""
     width, top, j = np.uint32(call.classes if place.live else 0), -c.infinity, np.uint32(0)
     while j < width:
-        top = larger(top, element(call, place, memory, j))
+        top = larger(top, tempered_element(call, element(call, place, memory, j)))
         j = np.uint32(j + 1)
     ref = reference(top)
     level, part, equal, total = top - ref.offset, c.zero, c.zero, nothing
     j = np.uint32(0)
     while j < width:
-        v = element(call, place, memory, j) - ref.offset
+        v = tempered_element(call, element(call, place, memory, j)) - ref.offset
         if v == level:
             equal += c.one
         else:
@@ -171,7 +171,7 @@ def load(call, place, begin, held, u, memory):
         held[i], u[i] = -c.infinity, c.zero
         j = begin + i * call.lanes
         if j < call.classes:
-            v = element(call, place, memory, j)
+            v = tempered_element(call, element(call, place, memory, j))
             if capped:
                 v = softcap(v, call.softcap)[0]
             if weighted:
@@ -252,9 +252,12 @@ def finish(call, place, label, state, memory):
         below = Sum(read_state(at + step), c.zero)
         at_maximum = read_state(at + 2 * step)
         state = State(read_state(at), below, at_maximum, state.distance, state.mass)
-    row = finished(call, state, label, gradient_scale(call))
+    row = finished(call, state, label, gradient_scale(call, label))
     if place.live and place.lane == 0:
-        store_results(call, place, row)
+        store_results(call, place, label, row)
+    if selected and place.live:
+        places = start_of(call.x, place), start_of(call.choices, place), start_of(call.selected, place)
+        select(call, places, row, place.lane, call.lanes)
     return row
 
 
@@ -301,19 +304,20 @@ def write(call, place, label, row, ref, held, u, memory):
     scales = scales_of(row.factor, c.one / c.unshift, ref.lead)
     j, stop, step = index(place.lane), index(call.classes if place.live else 0), index(call.lanes)
     while j < stop:
-        x, u = element(call, place, memory, j), c.zero
+        x, u = c.zero, c.zero
+        if not nll:
+            x = element(call, place, memory, j)
         if targets:
             u = target_of(call, second_element(call, place, j) if dense else c.zero, j)
         value = written_of(call, x, u, row, ref, scales)
-        if sparse:
-            if not staged and j == label.number:
-                value = row.at_label
-            if not label.kept:
-                value = c.zero
+        if sparse and not staged and j == label.number:
+            value = row.at_label
+        if dropping and label.sample == c.zero:
+            value = c.zero
         put_element(call, place, memory, j, value)
         j = index(j + step)
     if staged:
-        if sparse and label.kept and label.number >= 0:
+        if sparse and label.sample != c.zero and label.number >= 0:
             put_element(call, place, memory, label.number, row.at_label)
         cuda.syncthreads()
         address = call.out.address + place.first_row * call.out.outer

@@ -18,7 +18,7 @@ from fastll.formulas import constants
 THREADS = 1024
 #: Numbers that a thread block adds up.
 UNIT = 16 * THREADS
-#: What `weigh` leaves of all labels: the sum, 1 / sum, and 1 / sum in float32.
+#: What `weigh` leaves of all rows: the sum, 1 / sum, and 1 / sum in float32.
 WEIGHT_WORDS = 3
 #: Bytes of shared memory: what the warps have found, twice.
 SHARED = 2 * 8 * states.WARPS
@@ -31,9 +31,15 @@ _UNSHIFT = 2.0**-constants.SHIFT
 
 
 @device
+def _reciprocal(total):
+    """NaN of 0: a mean over nothing."""
+    return 1.0 / total if total != 0.0 else np.nan
+
+
+@device
 def _write_reciprocals(address, total):
-    _write(address, 1.0 / total)
-    _write_single(address + 8, 1.0 / total)
+    _write(address, _reciprocal(total))
+    _write_single(address + 8, _reciprocal(total))
 
 
 @kernels
@@ -51,7 +57,8 @@ def add_up(values, out):
         total = _sum(total, memory)
         if cuda.threadIdx.x == 0:
             if cuda.gridDim.x == 1:
-                total /= _read(call.denominator) if call.denominator != 0 else call.divisor
+                divisor = _read(call.denominator) if call.denominator != 0 else call.divisor
+                total = total / divisor if divisor != 0.0 else np.nan
                 if call.exponential != 0:
                     total = (1.0 / _exp_minus_scaled(-total, 0.0)) / _UNSHIFT
                 if call.reciprocals != 0:
@@ -62,35 +69,50 @@ def add_up(values, out):
 
 
 @kernels
-def weigh(labels, axes, weight):
-    """The kernel that adds up the weights of a thread block's labels, and finds the first bad one.
+def weigh(labels, axes, weight, sample, ignoring):
+    """The kernel that adds up the weights of a thread block's rows, and finds the first bad label.
 
-    If there is one thread block it leaves all of the words.
+    A row's weight is the product of that of its label and its sample weight. If there is one thread
+    block it leaves all of the words.
     """
-    read_label, weighted = integer_reader(labels), weight is not None
+    sparse, weighted, sampled = labels is not None, weight is not None, sample is not None
+    read_label = integer_reader(labels or "int64")
     read_weight = reader(weight or "float64", np.float64)
+    read_sample = reader(sample or "float64", np.float64)
 
     @device
-    def address_of(call, i):
-        address = call.labels
+    def offset_of(sizes, steps, i):
+        offset = 0
         for axis in range(axes - 1, 0, -1):
-            rest = i // call.sizes[axis]
-            address += (i - rest * call.sizes[axis]) * call.steps[axis]
+            rest = i // sizes[axis]
+            offset += (i - rest * sizes[axis]) * steps[axis]
             i = rest
-        return address + i * call.steps[0]
+        return offset + i * steps[0]
+
+    @device
+    def weight_of(call, i, label):
+        total = 1.0
+        if weighted:
+            total = read_weight(call.weight.address + label * call.weight.step)
+        if sampled:
+            total *= read_sample(call.sample + offset_of(call.sizes, call.sample_steps, i))
+        return total
 
     def run(call):
         memory = cuda.shared.array(0, np.float64)
         block, total, first_bad = np.int64(cuda.blockIdx.x), 0.0, -np.inf
         first, end = block * UNIT + cuda.threadIdx.x, min(call.size, (block + 1) * UNIT)
         for i in range(first, end, THREADS):
-            label = read_label(address_of(call, i))
-            if label != call.ignore_index:
-                if 0 <= label < call.classes:
-                    at = call.weight.address + label * call.weight.step
-                    total += read_weight(at) if weighted else 1.0
-                elif call.bad != 0:
-                    first_bad = max(first_bad, -np.float64(i))
+            label, bad = np.int64(0), False
+            if sparse:
+                label = read_label(call.labels + offset_of(call.sizes, call.label_steps, i))
+                bad = label < 0 or label >= call.classes
+                if ignoring and label == call.ignore_index:
+                    continue
+            if not bad:
+                total += weight_of(call, i, label)
+            elif call.bad != 0:
+                first_bad = max(first_bad, -np.float64(i))
         if call.bad != 0:
             first_bad = _maximum(first_bad, memory, states.WARPS)
         total = _sum(total, memory)
@@ -101,7 +123,7 @@ def weigh(labels, axes, weight):
             if call.bad != 0:
                 _write(call.bad + block * 8, -first_bad)
 
-    return Kernel(run, calls.Weigh, np.float64, sizes=axes, steps=axes)
+    return Kernel(run, calls.Weigh, np.float64, sizes=axes, label_steps=axes, sample_steps=axes)
 
 
 @device
