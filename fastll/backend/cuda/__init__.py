@@ -353,7 +353,7 @@ def _in_vectors(a: Array, x: Array) -> bool:
 
 
 def _label_alone(call: contract.Fold) -> bool:
-    """Whether nothing is read of a row but the element at its label, and nothing of its shape written."""
+    """Whether of a row nothing but the element at its label is read, and nothing written."""
     point = call.labels is not None and call.options.label_smoothing == 0.0
     return call.operation == "nll_loss" and point and call.out is None
 

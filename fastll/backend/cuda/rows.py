@@ -146,7 +146,7 @@ def store_results(call, place, label, row):
 
 
 def select(call, places, row, first, step):
-    """Write the log-probabilities of the row's labels from the `first` on; `places` are the addresses of
+    """Write the log-probabilities of the row's labels from the `first` on; `places` are addresses, of
     the row in x, in the labels and in what is written."""
     x, index, target = places
     for k in range(np.int64(first), call.wanted, np.int64(step)):
