@@ -56,6 +56,10 @@ enum Operation {
     TERMS = 1000, ELEMENTS = 2000
 };
 
+// What the elements of a row's second sum are away from: nothing, the row's maximum (an entropy), or the
+// maximum as much as another array's elements are away from theirs (a divergence).
+enum Away { NOWHERE, ENTROPIC, DIVERGENT };
+
 struct Call {
     int operation;
     bool single;  // computed in float32
@@ -79,6 +83,7 @@ struct Call {
 
     bool entropic() const { return operation == ENTROPY; }
     bool divergent() const { return operation == KL_DIVERGENCE; }
+    Away away() const { return entropic() ? ENTROPIC : divergent() ? DIVERGENT : NOWHERE; }
 
     // Whether there is a loss of targets, and whether it has a u that is not 0.
     bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }

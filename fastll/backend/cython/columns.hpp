@@ -54,7 +54,7 @@ void scatter(const Operand x, const Group &group, Index j, Index n, const T *til
 template <class T>
 struct Scalars {
     Window<T, Vec<T>> window;
-    Vec<T> m, log_s, factor, scale, rest, peak, upstream, mean;
+    Vec<T> m, log_s, factor, scale, rest, peak;
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
@@ -62,7 +62,6 @@ struct Scalars {
         : window(windows_of<T>(&group.n[w])), m(load_as<T>(&group.m[w])), log_s(load_as<T>(&group.log_s[w])),
           factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
           rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
-          upstream(load_as<T>(&group.upstream[w])), mean(load_as<T>(&group.mean[w])),
           tiny(largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0) {}
 };
 
@@ -79,11 +78,12 @@ struct Columns {
     T *slope = memory.take<T>(FEW * GROUP), *out = memory.take<T>(FEW * GROUP);
     // terms of a vector of rows, for each lane that an element may go to; and their sums on the way to one
     double *accumulators = memory.take<double>(SUMS), *sums = memory.take<double>(SUMS);
-    Group group, target;  // rows of the logits, and of the second logits
+    Group group, of_target;  // rows of the logits, and of the second logits
 
     explicit Columns(const Call &call_) : call(call_) {}
 
     Group &current() { return group; }
+    Group &target() { return of_target; }
 
     // `sum_block` for a vector of rows: `terms(j)` of n classes, vectors of `Number`. Leaves the sums in
     // `sums`, one per row, then those of the second term.
@@ -174,7 +174,7 @@ struct Columns {
                 fold_target(n, before);
             if (call.divergent()) {
                 raise_targets(n, fresh, before);
-                fold_tile<DIVERGENT>(target, u, n);
+                fold_tile<DIVERGENT>(of_target, u, n);
             }
         }
     }
@@ -218,11 +218,11 @@ struct Columns {
     // Those of the targets, where those of the logits were the ones in `before`.
     void raise_targets(Index n, bool fresh, const double *before) {
         T tops[GROUP];
-        find_maxima(target, u, n, fresh, tops);
+        find_maxima(of_target, u, n, fresh, tops);
         for (Index i = 0; i < group.count && !fresh; i++) {
-            State row = state_of(target, i);
+            State row = state_of(of_target, i);
             raise_target(row, tops[i], finite_or_zero(group.m[i]) - finite_or_zero(before[i]));
-            set_state(target, i, row);
+            set_state(of_target, i, row);
         }
     }
 
@@ -268,7 +268,7 @@ struct Columns {
                 counts = counts + at_maximum(x, m, (T) 1);
                 Vec<T> below = below_maximum(x, m, e);
                 if constexpr (AWAY == ENTROPIC)
-                    return pack(below, product(e, m - x));
+                    return pack(below, window.away(x, e, m));
                 else if constexpr (AWAY == DIVERGENT)
                     return pack(below, product(e, log_ratio(load_all(beside + j * GROUP), m_beside, x, m)));
                 else
@@ -349,7 +349,7 @@ struct Columns {
         for (Index w = 0; w < GROUP; w += lanes<T>) {
             scalars[w / lanes<T>] = Scalars<T>(group, w);
             if (call.divergent())
-                of_targets[w / lanes<T>] = Scalars<T>(target, w);
+                of_targets[w / lanes<T>] = Scalars<T>(of_target, w);
         }
         // whether the tiles still hold what there is
         const bool whole =
@@ -367,13 +367,13 @@ struct Columns {
                            : write_tile(group, scalars, logits, n, out);
             }
             if (call.entropic())
-                make_slopes(scalars, logits, n);
+                make_slopes(logits, n);
             if (!whole && (call.spread() || call.divergent()))
                 fetch_target(j, n, targets);
             if (call.spread())
-                subtract_tile(scalars, targets, n);
+                subtract_tile(targets, n);
             if (call.divergent()) {
-                write_tile(target, of_targets, targets, n, slope);
+                write_tile(of_target, of_targets, targets, n, slope);
                 subtract_block(out, slope, n * GROUP, (T) 1);
             }
             if (call.capped())
@@ -385,18 +385,20 @@ struct Columns {
     }
 
     // Gradients less those of the targets; see `subtract_block`.
-    void subtract_tile(const Scalars<T> *scalars, const T *target, Index n) {
-        for (Index at = 0; at < n * GROUP; at += lanes<T>) {
-            const Vec<T> upstream = scalars[at % GROUP / lanes<T>].upstream;
-            store_all(out + at, less_target(load_all(out + at), load_all(target + at), upstream));
+    void subtract_tile(const T *target, Index n) {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
+            const Vec<T> upstream = load_as<T>(&group.upstream[w]);
+            for (Index at = w; at < n * GROUP; at += GROUP)
+                store_all(out + at, less_target(load_all(out + at), load_all(target + at), upstream));
         }
     }
 
     // Gradients of entropies from probabilities; see `slope_block`.
-    void make_slopes(const Scalars<T> *scalars, const T *logits, Index n) {
-        for (Index at = 0; at < n * GROUP; at += lanes<T>) {
-            const Scalars<T> &of = scalars[at % GROUP / lanes<T>];
-            store_all(out + at, entropy_slope(load_all(out + at), load_all(logits + at), of.m, of.mean));
+    void make_slopes(const T *logits, Index n) {
+        for (Index w = 0; w < group.count; w += lanes<T>) {
+            const Vec<T> m = load_as<T>(&group.m[w]), mean = load_as<T>(&group.mean[w]);
+            for (Index at = w; at < n * GROUP; at += GROUP)
+                store_all(out + at, entropy_slope(load_all(out + at), load_all(logits + at), m, mean));
         }
     }
 
@@ -412,7 +414,7 @@ struct Columns {
     // Probabilities of n classes; see `Rows::write_block_anew`.
     void write_tile(const Group &rows, const Scalars<T> *scalars, const T *logits, Index n, T *results) const {
         for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
-            const auto [window, m, log_s, factor, scale, rest, peak, upstream, mean, tiny] = *scalars;
+            const auto [window, m, log_s, factor, scale, rest, peak, tiny] = *scalars;
             const T *from = logits + w;
             T *to = results + w;
             for (Index j = 0; j < n * GROUP; j += GROUP) {

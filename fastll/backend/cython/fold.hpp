@@ -154,8 +154,8 @@ int fold_groups(const Call &call, Index start, Index stop) {
         load_group<T>(call, group, row, least(pass.most, stop - row));
         row += group.count;
         if (call.divergent()) {
-            begin(call, pass.target);
-            pass.target.count = group.count;
+            begin(call, pass.target());
+            pass.target().count = group.count;
         }
         if (call.operation >= TERMS)
             with_term(call.operation - TERMS, [&](auto term) {
@@ -166,7 +166,7 @@ int fold_groups(const Call &call, Index start, Index stop) {
             pass.fold_targets();
         else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
             pass.fold();
-        finish_group<T>(call, group, pass.target);
+        finish_group<T>(call, group, pass.target());
         pass.write(row == stop);
     }
     return 0;

@@ -13,25 +13,37 @@ namespace {
 constexpr Index GROUP_SIZE = 1 << 18;  // bytes of a group's rows, where they are written too
 constexpr Index ROW_SIZE = 1 << 19;  // bytes of a row up to which its exponentials are kept
 
+// Exponentials of a row that were kept, and what makes probabilities of them.
+template <class T>
+struct Kept {
+    const T *terms;
+    T peak, factor, scale;
+
+    FORCED Vec<T> at(Index j, Index count) const {
+        return probability(load(terms + j, count, T()), peak, factor, scale);
+    }
+};
+
 // A row that has been folded and is being written.
 template <class T>
 struct Pending {
-    const T *source;  // exponentials, or if `log`, logits
     T *out;
     Index j, n;  // elements from j to n are left
     bool log, streamed;
-    T peak, factor, scale;  // of `probability`
-    T m, log_s;  // of `log_probability`
-    const T *logits;  // of `entropy_slope`, as are m and
-    T tau, mean;
+    Away away;
+    Kept<T> kept, target;
+    const T *logits;  // of `log_probability` and `entropy_slope`
+    T m, log_s, mean, tau;
 
     // Elements j to j + count, at most a vector.
     template <Away AWAY>
     FORCED void write(Index j_, Index count) const {
-        Vec<T> x = load(source + j_, count, T());
-        x = log ? log_probability(x, m, log_s) : probability(x, peak, factor, scale);
+        auto logit = [=]() FORCED { return load(logits + j_, count, T()); };
+        Vec<T> x = log ? log_probability(logit(), m, log_s) : kept.at(j_, count);
         if constexpr (AWAY == ENTROPIC)
-            x = entropy_slope(x, load(logits + j_, count, T()) * tau, m, mean);
+            x = entropy_slope(x, logit() * tau, m, mean);
+        if constexpr (AWAY == DIVERGENT)
+            x = x - target.at(j_, count);
         if (streamed)
             stream(out + j_, count, x);
         else
@@ -47,7 +59,11 @@ struct Pending {
         j = end;
     }
 
-    void write_until(Index end) { logits ? write_until<ENTROPIC>(end) : write_until<NOWHERE>(end); }
+    void write_until(Index end) {
+        away == ENTROPIC    ? write_until<ENTROPIC>(end)
+        : away == DIVERGENT ? write_until<DIVERGENT>(end)
+                            : write_until<NOWHERE>(end);
+    }
 };
 
 // A row's blocks of logits, of which the next one is there while one is folded.
@@ -62,39 +78,40 @@ struct Ahead {
 template <class T>
 struct Rows {
     const Call &call;
-    const Index bytes = call.classes * (Index) sizeof(T);  // of a row
+    const Index arrays = call.divergent() ? 2 : 1;  // of logits
+    const Index bytes = arrays * call.classes * (Index) sizeof(T);  // of a row
     // whether exponentials are kept for writing
     const bool keeps = call.out && !call.log() && !call.capped() && !call.state &&
                        call.operation != NLL_LOSS && bytes <= ROW_SIZE;
     // whether a group is written while the next one is folded
     const bool interleaves = call.out && call.out.format == IN_PLACE && !call.state &&
-                             (call.log() || call.entropic() ? call.x().format == IN_PLACE : true) &&
-                             (call.log() || (keeps && !call.spread() && !call.divergent()));
+                             (call.log() || (keeps && !call.spread())) &&
+                             (call.x().format == IN_PLACE || !(call.log() || call.entropic()));
     // rows in a group: as many as writing finds in the cache
     const Index most =
         call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
     const Index pitch = (call.classes + 31) / 32 * 32;  // elements from a row's exponentials to the next
     const Index blocks = call.classes / BLOCK + 1;
-    Memory memory{(5 * BLOCK + 2 * keeps * most * pitch + 2 * blocks) * (Index) sizeof(T)};
+    Memory memory{(5 * BLOCK + arrays * (2 * keeps * most * pitch + 2 * blocks)) * (Index) sizeof(T)};
     // a block each
     T *x = memory.take<T>(BLOCK), *next = memory.take<T>(BLOCK), *u = memory.take<T>(BLOCK);
     T *slope = memory.take<T>(BLOCK), *out = memory.take<T>(BLOCK);
     // exponentials of the rows of two groups, and the reference exponent of each block of them
-    T *const kept = keeps ? memory.take<T>(2 * most * pitch) : nullptr;
-    double *exponents = memory.take<double>(blocks);
-    Group groups[2];
+    T *const kept = keeps ? memory.take<T>(arrays * 2 * most * pitch) : nullptr;
+    double *exponents = memory.take<double>(arrays * blocks);
+    Group groups[2], of_targets[2];  // rows of the logits, and of the second logits
     Group *group = &groups[0], *before = &groups[1];
-    Group target;  // states of the second logits
     Ahead<T> logits{x, next}, targets{u, slope};
     Pending<T> pending;
 
     explicit Rows(const Call &call_) : call(call_) { group->count = before->count = 0; }
 
     Group &current() { return *group; }
+    Group &target() { return of_targets[group - groups]; }
 
-    // Where the exponentials of row i are kept, or NULL.
+    // Where the exponentials of row i are kept, or NULL; those of its target are `pitch` further on.
     T *kept_of(const Group &rows, Index i) const {
-        return kept ? kept + ((&rows - groups) * most + i) * pitch : nullptr;
+        return kept ? kept + ((&rows - groups) * most + i) * arrays * pitch : nullptr;
     }
 
     // Block of logits from j on, times tau, with the soft cap where there is one; its derivative into
@@ -168,14 +185,14 @@ struct Rows {
         State row = state_of(*group, i), aim = {};
         fetch_next(call.x(), start, 0, logits);
         if (call.divergent()) {
-            aim = state_of(target, i);
+            aim = state_of(target(), i);
             fetch_next(call.second(), second, 0, targets);
         }
         for (Index j = 0; j < call.classes; j += BLOCK) {
             const T *v = logits.block, *t = targets.block;
             const Index n = logits.count;
             const double m = row.m, top = logits.top, target_top = targets.top;
-            T *terms_of_block = terms ? terms + j : nullptr;
+            T *kept_x = terms ? terms + j : nullptr, *kept_t = terms ? kept_x + pitch : nullptr;
             fetch_next(call.x(), start, j + n, logits);
             if (call.weighted()) {
                 fold_weighted_block(v, call.second().fetch(second, j, n, u), n, row);
@@ -184,9 +201,9 @@ struct Rows {
             if (top > row.m)
                 raise_maximum(row, top, top - row.m);
             if (call.entropic())
-                fold_block<ENTROPIC>(v, n, top, row, terms_of_block, logits);
+                fold_block<ENTROPIC>(v, n, top, row, kept_x, logits);
             else
-                fold_block<NOWHERE>(v, n, top, row, terms_of_block, logits);
+                fold_block<NOWHERE>(v, n, top, row, kept_x, logits);
             exponents[j / BLOCK] = row.n;
             if (call.spread())
                 fold_target(i, v, fetch_target(second, j, n), n, m, row.m);
@@ -194,14 +211,18 @@ struct Rows {
                 const double m_beside = finite_or_zero(row.m);
                 fetch_next(call.second(), second, j + n, targets);
                 raise_target(aim, target_top, m_beside - finite_or_zero(m));
-                fold_block<DIVERGENT>(t, n, target_top, aim, nullptr, targets, v, m_beside);
+                fold_block<DIVERGENT>(t, n, target_top, aim, kept_t, targets, v, m_beside);
+                exponents[blocks + j / BLOCK] = aim.n;
             }
         }
         set_state(*group, i, row);
-        if (call.divergent())
-            set_state(target, i, aim);
         if (terms)
-            merge_terms(terms, row.n);
+            merge_terms(terms, exponents, row.n);
+        if (call.divergent()) {
+            set_state(target(), i, aim);
+            if (terms)
+                merge_terms(terms + pitch, exponents + blocks, aim.n);
+        }
         if (group->label[i] >= 0) {
             group->x_y[i] = fetch_logits(call.x(), start, group->label[i], 1, x, u)[0];
             group->slope_y[i] = call.capped() ? u[0] : 1;
@@ -238,7 +259,10 @@ struct Rows {
         const auto window = window_of<T>(row.n);
         const Pending<T> old = pending;
         const T *ahead = following.block;
-        const Index ahead_count = following.count, ready = (old.n - old.j) / lanes<T> * lanes<T>;
+        const Index ahead_count = following.count;
+        // a gradient of two arrays is written while the second one is folded
+        const bool writes = AWAY == DIVERGENT || !call.divergent();
+        const Index ready = writes ? (old.n - old.j) / lanes<T> * lanes<T> : 0;
         Vec<T> counts = {}, top = splat(lowest), away = {};
         Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             if (j < ahead_count)
@@ -249,7 +273,7 @@ struct Rows {
             if (j < ready)
                 old.template write<AWAY>(old.j + j, lanes<T>);
             if constexpr (AWAY == ENTROPIC)
-                away = away + product(e, m - x);
+                away = away + window.away(x, e, splat(m));
             if constexpr (AWAY == DIVERGENT)
                 away = away + product(e, log_ratio(load_ahead(beside + j, count, T()), m_beside, x, m));
             if constexpr (AT_TOP) {
@@ -298,9 +322,9 @@ struct Rows {
     }
 
     // Bring kept exponentials to the reference 2**n. The power is split, as it need not be a number.
-    void merge_terms(T *terms, double n) const {
+    void merge_terms(T *terms, const double *from, double n) const {
         for (Index j = 0; j < call.classes; j += BLOCK) {
-            const int lift = (int) (exponents[j / BLOCK] - n), part = lift / 2;
+            const int lift = (int) (from[j / BLOCK] - n), part = lift / 2;
             if (lift >= 0)  // the same, or there is nothing above 0
                 continue;
             const T upper = (T) std::ldexp(1.0, part), lower = (T) std::ldexp(1.0, lift - part);
@@ -353,30 +377,31 @@ struct Rows {
         }
     }
 
-    // Make row i the pending one; nothing of it (n = 0) if it takes new exponentials. Those that were kept
-    // do for a factor of moderate size: then what `merge_terms` lost is too small for the result.
+    // Whether the exponentials of row i that were kept do: for a factor of moderate size, so that what
+    // `merge_terms` lost is too small for the result.
+    bool take_kept(const Group &rows, Index i, const T *terms, Kept<T> &to) const {
+        const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
+        const bool taken = terms && usable(rows.m[i]) && rows.rest[i] == 1 && scale < limit;
+        to.terms = terms, to.factor = (T) rows.factor[i], to.scale = (T) rows.scale[i];
+        if (taken)
+            to.peak = first(window_of<T>(rows.n[i]).terms(splat((T) rows.m[i])));
+        return taken;
+    }
+
+    // Make row i the pending one; nothing of it (n = 0) if it takes new exponentials.
     void begin_row(const Group &rows, Index i) {
         Pending<T> &row = pending;  // a copy would wait for all of its fields
-        const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
-        const bool moderate = rows.rest[i] == 1 && scale < limit;
         row.j = row.n = 0;
-        row.log = call.log(), row.streamed = false;
+        row.log = call.log(), row.streamed = false, row.away = call.away();
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
-        row.factor = (T) rows.factor[i], row.scale = (T) rows.scale[i];
-        row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i];
-        row.logits = nullptr;
-        if (interleaves && call.entropic()) {
-            row.logits = (const T *) call.x().row(rows.outer, rows.inner + i);
-            row.tau = (T) call.options.inverse_temperature, row.mean = (T) rows.mean[i];
-        }
-        if (row.log) {
-            row.source = (const T *) call.x().row(rows.outer, rows.inner + i);
+        row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i], row.mean = (T) rows.mean[i];
+        row.logits = (const T *) call.x().row(rows.outer, rows.inner + i);
+        row.tau = (T) call.options.inverse_temperature;
+        const T *terms = kept_of(rows, i);
+        if (row.log || (rows.sample[i] != 0 && take_kept(rows, i, terms, row.kept) &&
+                        (!call.divergent() ||
+                         take_kept(of_targets[&rows - groups], i, terms + pitch, row.target))))
             row.n = call.classes;
-        } else if (kept && rows.sample[i] != 0 && usable(rows.m[i]) && moderate) {
-            row.source = kept_of(rows, i);
-            row.n = call.classes;
-            row.peak = first(window_of<T>(rows.n[i]).terms(splat(row.m)));
-        }
         if (interleaves && call.out.streamed) {  // what is left begins at a line
             row.write_until(least(row.n, until_line(row.out)));
             row.streamed = true;
@@ -406,20 +431,22 @@ struct Rows {
             const bool reads = call.log() || call.entropic() ||
                                (pending.n == 0 && call.operation != NLL_LOSS);
             const T *v = reads ? fetch_logits(call.x(), start, j, n, x, slope) : nullptr;
-            T *results = call.entropic() ? out : to;  // not where the logits may still be
             if (pending.n > 0) {
                 Pending<T> part = pending;
-                part.source = call.log() ? v : pending.source + j;
-                part.out = results, part.n = n;
+                part.kept.terms += j, part.target.terms += j;
+                part.logits = v, part.tau = 1;
+                part.out = to, part.n = n;
                 part.write_until(n);
             } else if (call.operation == NLL_LOSS)
                 std::fill(to, to + n, (T) rows.factor[i]);
-            else
-                write_block_anew(rows, i, v, n, results);
-            if (call.entropic())
-                slope_block(results, v, n, (T) rows.m[i], (T) rows.mean[i], to);
-            if (call.divergent()) {
-                write_block_anew(target, i, fetch_logits(call.second(), second, j, n, u), n, slope);
+            else if (call.entropic()) {  // p not to where the logits may still be
+                write_block_anew(rows, i, v, n, out);
+                slope_block(out, v, n, (T) rows.m[i], (T) rows.mean[i], to);
+            } else
+                write_block_anew(rows, i, v, n, to);
+            if (call.divergent() && pending.n == 0) {
+                const T *t = fetch_logits(call.second(), second, j, n, u);
+                write_block_anew(of_targets[&rows - groups], i, t, n, slope);
                 subtract_block(to, slope, n, (T) 1);
             }
             if (call.spread())

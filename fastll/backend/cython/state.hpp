@@ -18,10 +18,6 @@ struct State {  // of a row that elements are being added to
     double away, away_added;  // likewise the sum of exp(x - m) times distances, if there is one
 };
 
-// What the elements of a sum are away from: nothing, the row's maximum (entropy), or the maximum as much
-// as another array's elements are away from theirs (divergence).
-enum Away { NOWHERE, ENTROPIC, DIVERGENT };
-
 struct Group {  // rows inner to inner + count of an outer one, and what is known of each
     Index outer, inner, count;
     double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP], away[GROUP], away_added[GROUP];  // `State`
@@ -66,6 +62,10 @@ struct Window {
 
     // exp(x) 2**(SHIFT - n)
     FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
+
+    // The term e of x times its distance from m. One below the window has the e 0 and a finite distance:
+    // so this is `product`.
+    FORCED Vec<T> away(Vec<T> x, Vec<T> e, Vec<T> m) const { return e * (m - maximum(floor, x)); }
 };
 
 template <class T>
@@ -117,8 +117,11 @@ INLINE void begin(const Call &call, Group &group) {
         // log-probabilities have been normalised: theirs stays 0
         store_all(group.m + i, splat(call.operation == NLL_LOSS ? 0 : -(double) INFINITY));
         store_all(group.sample + i, splat(1.0));
-        for (double *zeros : {group.e, group.k, group.n, group.added, group.away, group.away_added})
+        for (double *zeros : {group.e, group.k, group.n, group.added})
             store_all(zeros + i, Wide());
+        for (double *zeros : {group.away, group.away_added})
+            if (call.away() != NOWHERE)
+                store_all(zeros + i, Wide());
         for (double *zeros : {group.x_y, group.distances, group.mass})
             if (targets)
                 store_all(zeros + i, Wide());
