@@ -58,7 +58,7 @@ class Memory(NamedTuple):
     slope: int
     out: int
     terms: int  # kept exponentials of two groups
-    references: int  # float64: reference exponent of each block of a row's kept exponentials
+    references: int  # float64: reference exponent of each block of a row's kept exponentials; twice
     pitch: int  # bytes from a row's exponentials to the next one's; 0 where they are not kept
     rows: int  # in a group
     interleaves: bool  # rows are written while others are read
@@ -76,32 +76,45 @@ class Scalars(NamedTuple):
     tau: float
 
 
-#: What is written of a row.
-PROBABILITIES, LOGARITHMS, SLOPES = range(3)
+@inline
+def scalars_of(call, row):
+    like = call.like
+    floor, magic = window(row.reference, like)
+    m = cast(row.maximum, like)
+    peak = vector.first(exponential(splat(m), floor, magic))
+    factor, scale = cast(row.factor, like), cast(row.scale, like)
+    log_s, mean = cast(row.log_s, like), cast(row.mean, like)
+    return Scalars(peak, factor, scale, m, log_s, mean, cast(call.options.inverse_temperature, like))
+
+
+#: What is written of a row. Differences are those from the probabilities of target logits.
+PROBABILITIES, LOGARITHMS, SLOPES, DIFFERENCES = range(4)
 
 
 class Pending(NamedTuple):
     """What is left of a row that has been folded and is written, perhaps while the next one is read."""
 
     source: int  # address of exponentials, or for `LOGARITHMS`, of logits; 0: nothing to use
-    aside: int  # for `SLOPES`, from there to the logits, not yet multiplied by tau
+    aside: int  # from there to the logits, without tau (`SLOPES`), or to the others (`DIFFERENCES`)
     out: int
     n: int
     kind: int
     streamed: bool
     scalars: Scalars
+    others: Scalars  # of the target logits
 
 
 @inline
 def nothing_pending(kind, like):
     zero = cast(0.0, like)
-    return Pending(0, 0, 0, 0, kind, False, Scalars(zero, zero, zero, zero, zero, zero, zero))
+    scalars = Scalars(zero, zero, zero, zero, zero, zero, zero)
+    return Pending(0, 0, 0, 0, kind, False, scalars, scalars)
 
 
 @inline
-def part_of(row, source, logits, out, n):
+def part_of(row, source, aside, out, n):
     """The same for n elements elsewhere."""
-    return Pending(source, logits - source, out, n, row.kind, False, row.scalars)
+    return Pending(source, aside, out, n, row.kind, False, row.scalars, row.others)
 
 
 @inline
@@ -109,7 +122,7 @@ def rest_of(row, count):
     """The row with `count` elements fewer left."""
     done = count * size_of(row.scalars.peak)
     source, out, n = row.source + done, row.out + done, row.n - count
-    return Pending(source, row.aside, out, n, row.kind, row.streamed, row.scalars)
+    return Pending(source, row.aside, out, n, row.kind, row.streamed, row.scalars, row.others)
 
 
 @inline
@@ -126,6 +139,9 @@ def write_vector(row, j, count):
     if row.kind == SLOPES:
         logits = load(source + row.aside, count, zero) * scalars.tau
         x = formulas.entropy_slope(x, logits, scalars.maximum, scalars.mean)
+    if row.kind == DIFFERENCES:
+        others, e = row.others, load(source + row.aside, count, zero)
+        x = x - formulas.probability(e, others.peak, others.factor, others.scale)
     if row.streamed and count >= lanes_of(x):
         vector.stream(row.out + j * size, x)
     else:
@@ -331,14 +347,25 @@ def kept_terms(memory, group, i):
 
 
 @inline
-def align_terms(call, memory, terms, reference):
+def beside(call, memory):
+    """From the kept exponentials of a row, and from their references, to those of target logits."""
+    return 2 * memory.rows * memory.pitch, references_size(call)
+
+
+@inline
+def references_size(call):
+    return (call.classes // BLOCK + 1) * 8
+
+
+@inline
+def align_terms(call, references, terms, reference):
     """Bring the exponentials of all blocks to the last reference.
 
     By two factors, as one could be subnormal; what is lost is too small for a result from kept terms.
     """
     limit = -250.0 if lanes_of(call.like) == 32 else -2000.0
     for j in range(0, call.classes, BLOCK):
-        lift = int(max(limit, read(memory.references + j // BLOCK * 8, 0.0) - reference))
+        lift = int(max(limit, read(references + j // BLOCK * 8, 0.0) - reference))
         if lift < 0:  # above, the block was not usable: all of it is 0
             at, n, half = terms + j * size_of(call.like), min(BLOCK, call.classes - j), lift // 2
             first, second = math.ldexp(1.0, half), math.ldexp(1.0, lift - half)
@@ -368,6 +395,7 @@ def _fold_row(operation):
             others, other = start_of_row(call.second, group, i), row_of(group.second, i)
             t, _ = next_block(call, call.second, others, 0, memory.second)
             t_top = max_block(t, n, like)
+            aside, references = beside(call, memory)
         for j in range(0, call.classes, BLOCK):
             next_v, next_n = next_block(call, call.x, start, j + n, memory.x)
             before = row.maximum
@@ -377,15 +405,21 @@ def _fold_row(operation):
                 next_t, _ = next_block(call, call.second, others, j + n, memory.second)
                 m = finite(row.maximum)
                 ratio = Average(True, v, m, m - finite(before))
-                pending, t_top = fold_block(t, n, t_top, other, ratio, 0, pending, next_t, next_n, like)
+                at = at + aside if terms != 0 else 0
+                pending, t_top = fold_block(
+                    t, n, t_top, other, ratio, at, pending, next_t, next_n, like
+                )
                 t = next_t
+                write(memory.references + references + j // BLOCK * 8, other.reference)
             if keeps:
                 write(memory.references + j // BLOCK * 8, row.reference)
             if loss and has_targets(call):
                 add_targets(call, memory, group, i, j, n, v, before)
             v, n = next_v, next_n
         if terms != 0:
-            align_terms(call, memory, terms, row.reference)
+            align_terms(call, memory.references, terms, row.reference)
+            if paired:
+                align_terms(call, memory.references + references, terms + aside, other.reference)
         if loss:
             read_label(call, memory, group, i)
         return pending
@@ -434,7 +468,17 @@ def fold_nll_row(call, memory, group, i):
 
 def _kind(operation):
     """What is written of a row."""
-    return {"log_softmax": LOGARITHMS, "entropy_from_logits": SLOPES}.get(operation, PROBABILITIES)
+    kinds = {"log_softmax": LOGARITHMS, "entropy_from_logits": SLOPES, PAIRED: DIFFERENCES}
+    return kinds.get(operation, PROBABILITIES)
+
+
+@inline
+def does(row, like):
+    """Whether kept exponentials do: for a factor of moderate size, for which neither the product nor
+    their being aligned loses a digit of the result.
+    """
+    most = 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
+    return usable(row.maximum) and row.unshift == 1.0 and abs(row.scale) < most
 
 
 def _result(operation):
@@ -442,23 +486,19 @@ def _result(operation):
     kind = _kind(operation)
 
     def result(call, memory, group, i):
-        row, like = row_of(group.table, i), call.like
-        floor, magic = window(row.reference, like)
-        peak = vector.first(exponential(splat(cast(row.maximum, like)), floor, magic))
-        factor, scale, m = cast(row.factor, like), cast(row.scale, like), cast(row.maximum, like)
-        log_s, mean = cast(row.log_s, like), cast(row.mean, like)
-        tau = cast(call.options.inverse_temperature, like)
-        scalars = Scalars(peak, factor, scale, m, log_s, mean, tau)
-        source, out = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
-        x = source
+        row, x = row_of(group.table, i), start_of_row(call.x, group, i)
+        source, out = x, start_of_row(call.out, group, i)
+        scalars = others = scalars_of(call, row)
         if kind != LOGARITHMS:
-            # kept exponentials do for a factor of moderate size, for which neither the product nor
-            # their being aligned loses a digit of the result
-            most = 2.0**-30 if lanes_of(like) == 32 else 2.0**-60
-            ordinary = usable(row.maximum) and row.unshift == 1.0 and abs(row.scale) < most
-            source = kept_terms(memory, group, i) if ordinary else 0
+            source = kept_terms(memory, group, i) if does(row, call.like) else 0
+        aside = x - source
+        if kind == DIFFERENCES:
+            other = row_of(group.second, i)
+            others, aside = scalars_of(call, other), beside(call, memory)[0]
+            if not does(other, call.like):
+                source = 0
         n = call.classes if source != 0 else 0
-        return Pending(source, x - source, out, n, kind, call.out.streamed, scalars)
+        return Pending(source, aside, out, n, kind, call.out.streamed, scalars, others)
 
     return vector.inlined(result, f"{operation}_result")
 
@@ -509,24 +549,25 @@ def _write_row(operation, result):
         like, row, whole = call.like, row_of(group.table, i), result(call, memory, group, i)
         start, target = start_of_row(call.x, group, i), start_of_row(call.out, group, i)
         for j in range(0, call.classes, BLOCK):
-            n, v, source = min(BLOCK, call.classes - j), 0, whole.source + j * size_of(like)
+            n, source = min(BLOCK, call.classes - j), whole.source + j * size_of(like)
             out = target_of(call.out, target, j, memory.out)
             if weighed and row.sample == 0.0:
                 blocks.fill(out, n, 0.0, False, like)
                 deliver(call.out, target, j, n, memory.out, like)
                 continue
+            aside = whole.aside
             if whole.source != 0 and slopes:
-                v = fetch(call.x, start, j, n, memory.x, like)
+                aside = fetch(call.x, start, j, n, memory.x, like) - source
             elif log or whole.source == 0:
-                source = v = read_block(call, call.x, start, j, n, memory.x, memory.slope)
+                source = read_block(call, call.x, start, j, n, memory.x, memory.slope)
             if log or whole.source != 0:
-                write_rest(part_of(whole, source, v, out, n))
+                write_rest(part_of(whole, source, aside, out, n))
             elif slopes:
                 exp_block(source, n, row, memory.second, like)
                 blocks.slope(memory.second, source, n, row.maximum, row.mean, out, like)
             else:
                 exp_block(source, n, row, out, like)
-            if paired:
+            if paired and whole.source == 0:
                 other, others = row_of(group.second, i), start_of_row(call.second, group, i)
                 t = read_block(call, call.second, others, j, n, memory.second, 0)
                 exp_block(t, n, other, memory.slope, like)
@@ -624,23 +665,25 @@ def _walk_terms(operation):
 def _allocate(operation):
     """A function that returns the uninitialised `Memory` of a call, and the array that holds it."""
     kind, may_keep = _kind(operation), operation in KEEPING
-    targets, tables = operation in ("cross_entropy", PAIRED), 4 if operation == PAIRED else 2
+    loss, states = operation == "cross_entropy", 2 if operation == PAIRED else 1
+    from_logits = kind in (LOGARITHMS, SLOPES)
 
     def allocate_memory(call):
         size = size_of(call.like)
         row, block = call.classes * size, BLOCK * size
         writes, rows = call.out.address != 0, GROUP
         if writes:
-            rows = max(1, min(GROUP, GROUP_SIZE // max(1, row)))
+            rows = max(1, min(GROUP, GROUP_SIZE // max(1, states * row)))
         plain = writes and call.state.address == 0 and call.options.softcap == 0.0
         keeps = may_keep and plain and row <= ROW_SIZE
         pitch = (row + 127) // 128 * 128 if keeps else 0
-        interleaves = plain if kind == LOGARITHMS else keeps and not (targets and has_targets(call))
-        # other logits than those in place would have to be fetched
-        interleaves = interleaves and (kind == PROBABILITIES or call.x.read == 0)
+        interleaves = plain if kind == LOGARITHMS else keeps and not (loss and has_targets(call))
+        if from_logits:  # others than those in place would have to be fetched
+            interleaves = interleaves and call.x.read == 0
         interleaves = interleaves and call.out.write == 0
-        references = (call.classes // BLOCK + 1) * 8
-        sizes = (tables * TABLE_SIZE, 2 * block, block, block, block, 2 * rows * pitch, references)
+        tables, terms = 2 * states * TABLE_SIZE, 2 * states * rows * pitch
+        references = states * references_size(call)
+        sizes = (tables, 2 * block, block, block, block, terms, references)
         owner, pieces = allocate(sizes)
         return Memory(*pieces, pitch, rows, interleaves), owner
 
