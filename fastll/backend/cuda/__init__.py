@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastll import contract
-from fastll.backend.cuda import calls, folds, geometry, launch, maps, states, teams, totals
+from fastll.backend.cuda import calls, folds, geometry, launch, maps, pairs, states, teams, totals
 from fastll.backend.cuda.calls import Array, Full, Line, Row, address, format_of, placed
 from fastll.backend.cuda.compiler import Kernel
 from fastll.backend.cuda.primitives import FLOATS, VECTOR, compute_type, lanes_of, size_of
@@ -157,7 +157,8 @@ class Backend:
             per_block = threads = geometry.staged_rows(classes, kernel.real_size)
             shared = threads * (classes | 1) * kernel.real_size
         elif lanes > 1:
-            shared = states.PARTS * threads * kernel.real_size
+            parts = states.PARTS if call.operation != "kl_divergence_from_logits" else pairs.PARTS
+            shared = parts * threads * kernel.real_size
         across = inner > 1 and abs(call.x.strides[2]) < abs(call.x.strides[1])
         told = _told(call)._replace(lanes=lanes, across=int(across))
         return self._bound(kernel, -(-outer * inner // per_block), (threads, 1), told, shared)
@@ -267,32 +268,12 @@ class Backend:
             return kept, z_loss
         return 1.0 / kept.weight if kept.weight else nan, z_loss  # which is that of the rows
 
-    def total(
-        self, values: Array, denominator: Any, dtype: np.dtype[Any], exponential: bool = False
-    ) -> Array:
+    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
         result = self._empty((), dtype)
-        self._add_up(values, result, denominator, exponential=exponential)
+        self._add_up(values, result, denominator)
         return result
 
-    def accumulate(self, sums: contract.Floats | None, losses: Array, kept: Any) -> contract.Floats:
-        loss, fresh = self.total(losses, None, np.dtype(np.float64)), sums is None
-        sums = self._empty((2, 2), np.float64) if sums is None else sums
-        place, number = (0, kept.weight) if isinstance(kept, Kept) else (address(kept.words), 0.0)
-        told = calls.Accumulate(address(sums), int(fresh), address(loss), place, number)
-        self._total(totals.accumulate(), 1, told)
-        return sums
-
-    def read(self, a: Array) -> np.ndarray[Any, Any]:
-        return self._gpu.read(address(a), a.size, a.dtype, self._stream).reshape(a.shape)
-
-    def _add_up(
-        self,
-        values: Array,
-        out: Array,
-        denominator: Any = None,
-        reciprocals: int = 0,
-        exponential: bool = False,
-    ) -> None:
+    def _add_up(self, values: Array, out: Array, denominator: Any = None, reciprocals: int = 0) -> None:
         """A tree of sums of contiguous numbers, the last of which goes to `out`."""
         place, divisor = 0, 1.0
         if isinstance(denominator, Weight):
@@ -303,15 +284,7 @@ class Backend:
         while blocks != 1:
             blocks = max(1, -(-values.size // totals.UNIT))
             sums = out if blocks == 1 else self._empty((blocks,), np.float64)
-            told = calls.Total(
-                values.size,
-                address(values),
-                address(sums),
-                place,
-                reciprocals,
-                divisor,
-                int(exponential),
-            )
+            told = calls.Total(values.size, address(values), address(sums), place, reciprocals, divisor)
             self._total(totals.add_up(format_of(values), format_of(sums)), blocks, told)
             values = sums
 
@@ -353,7 +326,7 @@ def _in_vectors(a: Array, x: Array) -> bool:
 
 
 def _label_alone(call: contract.Fold) -> bool:
-    """Whether of a row nothing but the element at its label is read, and nothing written."""
+    """Whether of a row the element at its label is read, and nothing is written but its loss."""
     point = call.labels is not None and call.options.label_smoothing == 0.0
     return call.operation == "nll_loss" and point and call.out is None
 

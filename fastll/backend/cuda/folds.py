@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, primitives, rows, teams, terms, threads
+from fastll.backend.cuda import calls, pairs, primitives, rows, teams, terms, threads
 from fastll.backend.cuda.compiler import Kernel, bound, cuda, kernels
 from fastll.backend.cuda.primitives import compute_type, lanes_of, reader, size_of, writer
 from fastll.backend.cuda.states import shared
@@ -61,6 +61,8 @@ def names(v):
     exact = v.operation == "logsumexp" and (weighted or running or v.signed)
     whole_state = running and v.operation != "logsumexp"  # the state is that of the whole row
     logs, cross_entropies = v.operation == "log_softmax", v.operation == "cross_entropy"
+    entropic = v.operation == "entropy_from_logits"
+    divergence = v.operation == "kl_divergence_from_logits"
     nll = v.operation == "nll_loss"  # as a cross-entropy of the maximum 0 and log s = 0
     losses = cross_entropies or nll
     dense, sparse = losses and paired, losses and v.labels is not None
@@ -72,11 +74,14 @@ def names(v):
     # what a thread has of a row stays in registers until it is written; the slope of the cap needs the
     # elements as they were
     kept = v.vectors > 0 and written and not v.capped and not v.chunked
-    held = kept and not logs  # and it is exponentials
+    plain = logs or divergence or (entropic and written)  # elements are not replaced
+    held = kept and not plain  # by their exponentials
+    # whether exponentials are multiplied with more than 1 / s
+    factored = cross_entropies or entropic or divergence
     # what is held is relative to the maximum of one thread block of a cluster
     apart = v.cluster > 1 and held
     # rereading shared memory is cheaper than rescaling sums for each new maximum
-    two_passes = v.staged and not (targets or v.capped or terms)
+    two_passes = v.staged and not (targets or v.capped or terms or divergence)
     index = np.uint32 if v.staged else np.int64  # type of the number of a class
     vector = stored if v.vectors or v.staged else "float32"
     size, lanes = size_of(stored), lanes_of(vector)  # bytes of an element, elements of a vector
@@ -90,11 +95,13 @@ def names(v):
     read_double, write_double = reader("float64"), writer(value, np.float64)
     write_out, write_value = writer(out, real), writer(value, real)
     fetch_x = primitives.vector_reader(vector, lowest=v.vectors > 0)
-    fetch_second = primitives.vector_reader(vector)
+    fetch_second = primitives.vector_reader(vector, lowest=divergence)
     deliver = primitives.vector_writer(vector, v.modern)
     joined = shared(np.float64).joined
     approximate = primitives.is_half(stored) and not weighted
-    f = vars(shared(real, approximate, v.modern, targets, v.cluster > 1))
+    f = vars(shared(real, approximate, v.modern, targets, v.cluster > 1, entropic))
+    if divergence:
+        identity = pairs.Pair(f["identity"], f["identity"])
     if terms:
         formula = f[TERMS[v.operation].formula.__name__]
     return v._asdict() | f | locals()
@@ -105,9 +112,10 @@ def kernel(variant):
     """The kernel of a `Variant`."""
     known, alone = names(variant), not variant.vectors
     is_sum = variant.operation in TERMS or known["nll"]
-    f = bound(known, rows, threads if alone else teams, *([terms] if is_sum else []))
+    own = [terms] if is_sum else [pairs] if known["divergence"] else []
+    f = bound(known, rows, threads if alone else teams, *own)
     locate, find_label, merge, write = f.locate, f.find_label, f.merge, f.write
-    fold = f.fold_nothing if known["label_alone"] else f.fold_alone if alone and is_sum else f.fold
+    fold = f.fold_nothing if known["label_alone"] else f.fold_alone if alone and own else f.fold
     finish = f.finish_exactly if known["exact"] else f.finish
     real, held = known["real"], known["count"] or threads.TOGETHER
 

@@ -34,6 +34,9 @@ class Finished(NamedTuple):
     factor: float  # of exp(x - maximum) in what is written
     at_label: float  # the gradient there
     scale: float  # of the gradient, the sample weight included
+    mean: float  # of the distance from the maximum
+    target_maximum: float  # of a second array of logits
+    target_factor: float  # of exp(t - target_maximum)
 
 
 class Scales(NamedTuple):
@@ -42,6 +45,16 @@ class Scales(NamedTuple):
     peak: float  # what that of the maximum becomes, before `second`
     first: float
     second: float
+
+
+class Writer(NamedTuple):
+    """What elements are relative to, and the `Scales` of their exponentials; the same of a second array
+    of logits."""
+
+    ref: Reference
+    scales: Scales
+    target_ref: Reference
+    target_scales: Scales
 
 
 def find_label(call, place, memory):
@@ -71,7 +84,9 @@ def label_within(call, address):
 
 
 def target_of(call, t, j):
-    """u = w ((1 - eps) t + eps / C) of class j."""
+    """u = w ((1 - eps) t + eps / C) of class j; or its target logit."""
+    if divergence:
+        return tempered_element(call, t)
     u = smoothed(t, call.keep, call.spread) if dense else call.spread
     if weighted_classes:
         u *= read_weight(call.weight.address + j * call.weight.step)
@@ -101,18 +116,34 @@ def z_loss_of(call):
 def finished(call, state, label, scale):
     """What becomes of the state of a row; `scale` is that of the gradient."""
     m = state.maximum
+    log_s, above, s = sums_of(state)
+    value, factor, at_label, mean = m + log_s, c.one / s, c.zero, c.zero
+    if cross_entropies:
+        value, factor, at_label = cross_entropy(call, state, label, scale, log_s, above, s)
+    if entropic:
+        away = state.distance.high + state.distance.low
+        value, mean = softmax_entropy(log_s, away, s), away / s
+        factor = tempered_element(call, scale) / s
+        if abs(m) == c.infinity:
+            value = c.nan
+    if abs(m) == c.infinity or (sparse and label.number < 0):
+        factor, at_label = c.nan, c.nan
+    return Finished(value, m, log_s, factor, at_label, scale, mean, c.zero, c.zero)
+
+
+def sums_of(state):
+    """(log s, s - 1, s)."""
     rest = plus(state.below, state.at_maximum - c.one)
-    if m == -c.infinity:
+    if state.maximum == -c.infinity:
         rest = Sum(state.below.high, rest.low)  # 0, or NaN
     log_s = log1p_sum(rest)
     above = rest.high + rest.low
-    s = c.one + above
-    value, factor, at_label = m + log_s, c.one / s, c.zero
-    if cross_entropies:
-        value, factor, at_label = cross_entropy(call, state, label, scale, log_s, above, s)
-    if abs(m) == c.infinity or (sparse and label.number < 0):
-        factor, at_label = c.nan, c.nan
-    return Finished(value, m, log_s, factor, at_label, scale)
+    return log_s, above, c.one + above
+
+
+def only(value, factor, at_label, scale):
+    """What is known of a row without exponentials."""
+    return Finished(value, c.zero, c.zero, factor, at_label, scale, c.zero, c.zero, c.zero)
 
 
 def cross_entropy(call, state, label, scale, log_s, rest, s):
@@ -146,8 +177,8 @@ def store_results(call, place, label, row):
 
 
 def select(call, places, row, first, step):
-    """Write the log-probabilities of the row's labels from the `first` on; `places` are addresses, of
-    the row in x, in the labels and in what is written."""
+    """Write the log-probabilities of the row's labels from the `first` on; `places` are the addresses
+    of the row in x, in the labels and in what is written."""
     x, index, target = places
     for k in range(np.int64(first), call.wanted, np.int64(step)):
         y, value = read_label(index + k * call.choices.classes), c.nan
@@ -172,9 +203,26 @@ def scales_of(factor, fall, lead):
     return Scales(whole / c.unshift, whole / (lead * c.unshift), c.unshift * c.unshift)
 
 
-def written_of(call, x, u, row, ref, scales):
+def writer_of(row, ref, fall):
+    """The `Writer` of a row; `ref` and `fall` are as for `scales_of`."""
+    scales = scales_of(row.factor, fall, ref.lead)
+    if divergence:
+        target = reference(row.target_maximum)
+        return Writer(ref, scales, target, scales_of(row.target_factor, fall, target.lead))
+    return Writer(ref, scales, ref, scales)
+
+
+def share(e, ref, scales):
+    """An `exponential` times its factor."""
+    value = probability(e, ref.lead, scales.peak, scales.first)
+    return value * scales.second if factored or clustered else value
+
+
+def written_of(call, x, u, row, writer):
     """What is written of an element, or of its exponential where that is `held`."""
     e, slope, m = x, c.one, row.maximum
+    if not kept:
+        x = tempered_element(call, x)
     if nll:
         return less_target(row.factor, u, row.scale) if targets else row.factor
     if logs:
@@ -185,10 +233,12 @@ def written_of(call, x, u, row, ref, scales):
     if capped:
         x, slope = softcap(x, call.softcap)
     if not held:
-        e = relative(x, ref)
-    value = probability(e, ref.lead, scales.peak, scales.first)
-    if cross_entropies or clustered:  # the factor of a softmax is 1 / s, and needs no second one
-        value *= scales.second
+        e = relative(x, writer.ref)
+    value = share(e, writer.ref, writer.scales)
+    if entropic:
+        value = entropy_slope(value, x, m, row.mean)
+    if divergence:
+        value -= share(relative(u, writer.target_ref), writer.target_ref, writer.target_scales)
     if targets:
         value = less_target(value, u, row.scale)
     return value * slope if capped else value

@@ -39,7 +39,8 @@ class State(NamedTuple):
     maximum: float
     below: Sum  # of exp(x - maximum) over the elements below the maximum
     at_maximum: float  # number of elements at the maximum, or the sum of their weights
-    distance: Sum  # of u (maximum - x), where u is a target that is more than a point
+    distance: Sum  # of u (maximum - x), where u is a target that is more than a point; or of
+    # exp(x - maximum) (maximum - x), where the entropy is asked for
     mass: Sum  # of u
 
 
@@ -55,8 +56,22 @@ def farther(distance, mass, m, top):
     return distance
 
 
-def merged(a, b):
-    """The state of two parts of a row."""
+def weighted_from(state, step, top):
+    """Distances weighted by the exponentials of a state, each of them longer by `step`, when the
+    exponentials are relative to `top` >= its maximum."""
+    total = state.distance
+    if state.maximum == -c.infinity:
+        return nothing
+    if step != c.zero:
+        total = plus(total, product(plus(state.below, state.at_maximum).high, step))
+    if state.maximum == top:
+        return total
+    fall = exp_minus_scaled(state.maximum, top)
+    return Sum(product(fall, total.high) * c.unshift, product(fall, total.low) * c.unshift)
+
+
+def sums_of_both(a, b):
+    """(maximum, below, at_maximum) of two parts of a row."""
     m, at_maximum = a.maximum, a.at_maximum + b.at_maximum
     if m == b.maximum:
         below = add(a.below, b.below)
@@ -71,7 +86,16 @@ def merged(a, b):
             fall = exp_minus_scaled(lower.maximum, m)
             more = plus(lower.below, lower.at_maximum)
             below = add(upper.below, Sum((more.high * fall) * c.unshift, (more.low * fall) * c.unshift))
+    return m, below, at_maximum
+
+
+def merged(a, b):
+    """The state of two parts of a row."""
+    m, below, at_maximum = sums_of_both(a, b)
     distance, mass = a.distance, a.mass
+    if entropic:
+        distance = weighted_from(a, m - a.maximum, m)
+        distance = add(distance, weighted_from(b, m - b.maximum, m))
     if targets:
         distance = farther(a.distance, a.mass.high, a.maximum, m)
         distance = add(distance, farther(b.distance, b.mass.high, b.maximum, m))
@@ -108,7 +132,7 @@ def put(memory, at, step, state):
     """Leave a state in shared memory."""
     sums, distance, mass = state.below, state.distance, state.mass
     leave(memory, at, step, (state.maximum, state.at_maximum, sums.high, sums.low))
-    if targets:
+    if targets or entropic:
         leave(memory, at + 4 * step, step, (distance.high, distance.low, mass.high, mass.low))
 
 
@@ -116,7 +140,7 @@ def take(memory, at, step, peer):
     """A state from shared memory."""
     numbers = taken(memory, at, step, peer)
     below, distance, mass = Sum(numbers[2], numbers[3]), nothing, nothing
-    if targets:
+    if targets or entropic:
         sums = taken(memory, at + 4 * step, step, peer)
         distance, mass = Sum(sums[0], sums[1]), Sum(sums[2], sums[3])
     return State(numbers[0], below, numbers[1], distance, mass)
@@ -197,13 +221,14 @@ def sum_of_block(value, memory):
 
 
 @cache
-def shared(real, approximate=False, modern=False, targets=False, clustered=False):
+def shared(real, approximate=False, modern=False, targets=False, clustered=False, entropic=False):
     """What many variants share: formulas, and the texts of `maths` and of this module."""
     zero = real(0)
     nothing = Sum(zero, zero)
     names = {
         "targets": targets,
         "clustered": clustered,
+        "entropic": entropic,
         "nothing": nothing,
         "identity": State(real(-np.inf), nothing, zero, nothing, nothing),
         "read_peer": primitives.peer_reader(real),

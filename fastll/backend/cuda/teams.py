@@ -28,9 +28,11 @@ from fastll.backend.cuda.rows import *
 #: Places in shared memory: what the warps and then the teams have found, and what became of it. (Each
 #: Python integer would make further versions of the functions that take it.)
 TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(WARPS * i) for i in range(6))
-FINISHED = RESULTS + 2 * WARPS
+FINISHED = RESULTS + 4 * WARPS
+#: And those of a second array of logits.
+TARGET_TOPS, TARGET_SUMS, TARGET_EQUALS = (FINISHED + np.int64(WARPS * i) for i in range(8, 11))
 #: Numbers before those by which lanes are exchanged.
-SCRATCH = int(FINISHED) + 5 * WARPS
+SCRATCH = int(TARGET_EQUALS) + WARPS
 
 
 class Place(NamedTuple):
@@ -131,9 +133,12 @@ def load(fetch, values, row, part):
 
 
 def find_targets(call, place, part, u):
-    """The thread's targets u, 0 where it has none."""
-    if dense:
+    """The thread's targets u, 0 where it has none; or its target logits, -inf there."""
+    if dense or divergence:
         load(fetch_second, u, row_of(call.second, place), part)
+    if divergence:
+        change(call, part, u)
+        return
     for i in range(count):
         value = c.zero
         if inside(i, part):
@@ -166,16 +171,8 @@ def fold(call, place, values, second, memory):
 
 def fold_part(call, place, part, values, u, lane, memory):
     """Leave the sums of a chunk for `collected`; its reference."""
-    if capped or tempered:
-        for i in range(count):
-            if inside(i, part):
-                values[i] = tempered_element(call, values[i])
-                if capped:
-                    values[i] = softcap(values[i], call.softcap)[0]
-    top = values[0]
-    for i in range(1, count):
-        top = larger(top, values[i])
-    ref = reference(maximum_of_team(top, memory, TOPS))
+    change(call, part, values)
+    ref = reference(maximum_of_team(largest(values), memory, TOPS))
     if targets:
         find_targets(call, place, part, u)
         base = finite(ref.maximum)
@@ -192,22 +189,45 @@ def fold_part(call, place, part, values, u, lane, memory):
     return ref
 
 
+def change(call, part, values):
+    """Make of elements what the formulas take."""
+    if capped or tempered:
+        for i in range(count):
+            if inside(i, part):
+                values[i] = tempered_element(call, values[i])
+                if capped:
+                    values[i] = softcap(values[i], call.softcap)[0]
+
+
+def largest(values):
+    top = values[0]
+    for i in range(1, count):
+        top = larger(top, values[i])
+    return top
+
+
 def post_exponentials(part, values, ref, lane, memory):
     equal, level = c.zero, ref.maximum
+    away = cuda.local.array(lanes, real)
+    clear(away)
     if ref.offset != c.zero:
         level = ref.maximum - ref.offset
-        if not logs:
+        if not plain:
             for i in range(count):
                 values[i] -= ref.offset
     for i in range(count):
-        v = values[i] - ref.offset if logs else values[i]
+        v = values[i] - ref.offset if plain else values[i]
         e = exponential(v, ref.floor, ref.magic)
         if v == level:  # not by selects: with these it takes 8 registers more
             equal += c.one
         else:
             lane[i % lanes] += e
+        if entropic:
+            away[i % lanes] += distance(v, e, level)
         if held:
             values[i] = e
+    if entropic:
+        post_lanes(away, part, memory, DISTANCES)
     post_lanes(lane, part, memory, SUMS)
     post(equal, memory, EQUALS)
 
@@ -251,6 +271,8 @@ def collected(memory, member, ref):
     away, mass = nothing, nothing
     if targets:
         away, mass = collect(memory, DISTANCES, member), collect(memory, MASSES, member)
+    if entropic:
+        away = relative_to(lead, collect(memory, DISTANCES, member))
     at_maximum = equal.high if top > -c.infinity else c.zero
     return State(top, relative_to(lead, below), at_maximum, away, mass)
 
@@ -281,19 +303,23 @@ def finish(call, place, label, state, memory):
         if written or selected:
             numbers = row.maximum, row.log_s, row.factor, row.at_label
             leave(memory, FINISHED + place.member, np.int64(WARPS), numbers)
-            if sampled:
-                memory[np.uint32(FINISHED + 4 * WARPS + place.member)] = row.scale
+            numbers = row.scale, row.mean, row.target_maximum, row.target_factor
+            if sampled or entropic or divergence:
+                leave(memory, FINISHED + 4 * WARPS + place.member, np.int64(WARPS), numbers)
     if clustered:
         cluster_barrier()  # before a block is gone whose memory another one reads
     elif written or selected:
         cuda.syncthreads()
     m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
+    mean, target_maximum, target_factor = c.zero, c.zero, c.zero
     if (written or selected) and place.row < call.rows:
         m, log_s = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
         factor, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
-        if sampled:
-            scale = memory[np.uint32(at + 4 * WARPS)]
-    row = Finished(c.zero, m, log_s, factor, at_label, scale)
+        if sampled or entropic or divergence:
+            scale, mean = memory[np.uint32(at + 4 * WARPS)], memory[np.uint32(at + 5 * WARPS)]
+            target_maximum = memory[np.uint32(at + 6 * WARPS)]
+            target_factor = memory[np.uint32(at + 7 * WARPS)]
+    row = Finished(c.zero, m, log_s, factor, at_label, scale, mean, target_maximum, target_factor)
     if selected and place.row < call.rows and place.rank == 0:
         places = row_of(call.x, place), row_of(call.choices, place), row_of(call.selected, place)
         select(call, places, row, cuda.threadIdx.x, cuda.blockDim.x)
@@ -317,17 +343,19 @@ def write(call, place, label, row, ref, values, second, memory):
         fall = exp_minus_scaled(ref.maximum, row.maximum)
     if not held:
         ref = reference(row.maximum)
-    scales = scales_of(row.factor, fall, ref.lead)
+    writer = writer_of(row, ref, fall)
     while True:
         part = part_of(call, place, begin)
         if not kept:
             if not nll:
                 load(fetch_x, values, row_of(call.x, place), part)
-            if targets:
+            if targets or divergence:
                 find_targets(call, place, part, second)
         for i in range(count):
-            u = second[i] if dense or weighted_classes else call.spread  # which takes no register
-            values[i] = written_of(call, values[i], u, row, ref, scales)
+            u = call.spread  # which takes no register
+            if dense or weighted_classes or divergence:
+                u = second[i]
+            values[i] = written_of(call, values[i], u, row, writer)
         if dropping and not counts:
             for i in range(count):
                 values[i] = c.zero

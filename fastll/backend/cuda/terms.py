@@ -15,14 +15,14 @@ from fastll.backend.cuda.threads import TOGETHER
 def finished(call, state, label, scale):
     value = state.below.high + state.below.low
     if not nll:
-        return Finished(call.scale * value, c.zero, c.zero, c.zero, c.zero, scale)
+        return only(call.scale * value, c.zero, c.zero, scale)
     at_point, u_y, factor = c.zero, c.zero, c.zero
     if sparse:
         at_point, u_y = call.keep * label.weight, call.spread * label.weight
     value, at_label = nll_loss(at_point, label.logit, value), less_target(c.zero, u_y + at_point, scale)
     if sparse and label.number < 0:
         value, factor, at_label = c.nan, c.nan, c.nan
-    return Finished(value, c.zero, c.zero, factor, at_label, scale)
+    return only(value, factor, at_label, scale)
 
 
 def term(values, second, i):

@@ -137,8 +137,7 @@ def fold(call, place, held, u, memory):
             state, ref = raised(state, ref, new), new
         state = folded(state, ref, held, u)
     at_maximum = state.at_maximum if state.maximum > -c.infinity else c.zero
-    below = relative_to(lead_of(ref), state.below)
-    return State(state.maximum, below, at_maximum, state.distance, state.mass), ref
+    return State(state.maximum, settled(state, ref), at_maximum, state.distance, state.mass), ref
 
 
 def fold_staged(call, place, memory):
@@ -149,18 +148,24 @@ def fold_staged(call, place, memory):
         j = np.uint32(j + 1)
     ref = reference(top)
     level, part, equal, total = top - ref.offset, c.zero, c.zero, nothing
+    more, away = c.zero, nothing
     j = np.uint32(0)
     while j < width:
         v = tempered_element(call, element(call, place, memory, j)) - ref.offset
         if v == level:
             equal += c.one
         else:
-            part += exponential(v, ref.floor, ref.magic)
+            e = exponential(v, ref.floor, ref.magic)
+            part += e
+            if entropic:
+                more += distance(v, e, level)
         j = np.uint32(j + 1)
         if j & np.uint32(15) == 0:  # so often that nothing is lost
             total, part = plus(total, part), c.zero
-    below = relative_to(ref.lead, plus(total, part))
-    return State(top, below, equal if top > -c.infinity else c.zero, nothing, nothing), ref
+            if entropic:
+                away, more = plus(away, more), c.zero
+    below, away = relative_to(ref.lead, plus(total, part)), relative_to(ref.lead, plus(away, more))
+    return State(top, below, equal if top > -c.infinity else c.zero, away, nothing), ref
 
 
 def load(call, place, begin, held, u, memory):
@@ -192,12 +197,20 @@ def lead_of(ref):
     return ref.lead * c.unshift if weighted else ref.lead
 
 
+def settled(state, ref):
+    """The sum below the maximum as one of exp(x - maximum)."""
+    return relative_to(lead_of(ref), state.below)
+
+
 def raised(state, ref, new):
     """A state for a larger maximum."""
     below, distance_now = state.below, state.distance
+    if entropic:
+        before = State(state.maximum, settled(state, ref), state.at_maximum, distance_now, nothing)
+        distance_now = weighted_from(before, new.maximum - state.maximum, new.maximum)
     if state.maximum > -c.infinity:
         rise = exp_minus_scaled(state.maximum, new.maximum) * (lead_of(new) * c.unshift)
-        below = plus(relative_to(lead_of(ref), below), state.at_maximum)
+        below = plus(settled(state, ref), state.at_maximum)
         below = Sum(below.high * rise, below.low * rise)
     if targets:
         distance_now = farther(distance_now, state.mass.high, state.maximum, new.maximum)
@@ -217,10 +230,15 @@ def folded(state, ref, held, u):
         elif held[i] == m:
             equal += c.one
         else:
-            part += relative(held[i], ref)
+            e = relative(held[i], ref)
+            part += e
+            if entropic:
+                away += distance(held[i], e, m)
         if targets:
             away += distance(held[i], u[i], finite(m))
             more += u[i]
+    if entropic:
+        distances = plus(distances, away / ref.lead)
     if targets:
         distances, mass = plus(distances, away), plus(mass, more)
     return State(m, plus(state.below, part), state.at_maximum + equal, distances, mass)
@@ -283,7 +301,7 @@ def finish_exactly(call, place, label, state, memory):
             elif s < 0.0:
                 result = np.nan
             write_double(start_of(call.lse, place), result)
-    return Finished(c.zero, c.zero, c.zero, c.zero, c.zero, c.zero)
+    return only(c.zero, c.zero, c.zero, c.zero)
 
 
 def log_of_sum(below, at_maximum):
@@ -300,16 +318,16 @@ def write(call, place, label, row, ref, held, u, memory):
     """Write what has the shape of a row."""
     if not written:
         return
-    ref = reference(row.maximum)
-    scales = scales_of(row.factor, c.one / c.unshift, ref.lead)
+    writer = writer_of(row, reference(row.maximum), c.one / c.unshift)
     j, stop, step = index(place.lane), index(call.classes if place.live else 0), index(call.lanes)
     while j < stop:
         x, u = c.zero, c.zero
         if not nll:
             x = element(call, place, memory, j)
-        if targets:
-            u = target_of(call, second_element(call, place, j) if dense else c.zero, j)
-        value = written_of(call, x, u, row, ref, scales)
+        if targets or divergence:
+            t = second_element(call, place, j) if dense or divergence else c.zero
+            u = target_of(call, t, j)
+        value = written_of(call, x, u, row, writer)
         if sparse and not staged and j == label.number:
             value = row.at_label
         if dropping and label.sample == c.zero:
