@@ -20,7 +20,16 @@ from fastll.api.logits import (
     selective_log_softmax,
 )
 from fastll.api.losses import cross_entropy, dense_cross_entropy, nll_loss, sparse_cross_entropy
-from fastll.api.reductions import entropy, log_sigmoid, log_softmax, logsumexp, sigmoid, softmax
+from fastll.api.reductions import (
+    distribution_cross_entropy,
+    entropy,
+    kl_divergence,
+    log_sigmoid,
+    log_softmax,
+    logsumexp,
+    sigmoid,
+    softmax,
+)
 from fastll.api.sequences import perplexity, sequence_log_likelihood
 from fastll.api.streaming import LogSumExp, NegativeLogLikelihood
 from fastll.api.warmup import warmup
@@ -38,10 +47,12 @@ __all__ = [
     "cross_entropy",
     "debug_labels",
     "dense_cross_entropy",
+    "distribution_cross_entropy",
     "entropy",
     "entropy_from_logits",
     "gaussian_nll",
     "get_num_threads",
+    "kl_divergence",
     "kl_divergence_from_logits",
     "log_sigmoid",
     "log_softmax",

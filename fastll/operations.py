@@ -236,6 +236,33 @@ OPERATIONS = {
             "jax": lambda jax, p, axis: jax.scipy.special.entr(p).sum(axis),
         },
     ),
+    "kl_divergence": Operation(
+        reductions.kl_divergence,
+        (Argument("p", "distribution"), Argument("q", "distribution")),
+        reduces=True,
+        options=({}, {"base": 2.0}),
+        peers={
+            "numpy": lambda np, p, axis, q: (p * np.log(p / q)).sum(axis),
+            "scipy": lambda scipy, p, axis, q: scipy.special.rel_entr(p, q).sum(axis),
+            "torch": lambda torch, p, axis, q: torch.nn.functional.kl_div(
+                q.log(), p, reduction="none"
+            ).sum(axis),
+            "jax": lambda jax, p, axis, q: jax.scipy.special.rel_entr(p, q).sum(axis),
+        },
+    ),
+    "distribution_cross_entropy": Operation(
+        reductions.distribution_cross_entropy,
+        (Argument("p", "distribution"), Argument("q", "distribution")),
+        reduces=True,
+        options=({}, {"base": 2.0}),
+        peers={
+            "numpy": lambda np, p, axis, q: -(p * np.log(q)).sum(axis),
+            "scipy": lambda scipy, p, axis, q: -scipy.special.xlogy(p, q).sum(axis),
+            "torch": lambda torch, p, axis, q: -torch.xlogy(p, q).sum(axis),
+            "jax": lambda jax, p, axis, q: -jax.scipy.special.xlogy(p, q).sum(axis),
+        },
+        measured="full",
+    ),
     "sigmoid": Operation(
         reductions.sigmoid,
         (Argument("x", "logits"),),

@@ -317,3 +317,15 @@ def entropy(p, axis, base=None):
     p = _moved(p, axis)
     terms = -p * np.log(np.where(p == 0, 1, p)) / (1 if base is None else np.log(Real(base)))
     return Expected((terms.sum(axis=-1), np.abs(terms).sum(axis=-1)))
+
+
+def kl_divergence(p, q, axis, base=None):
+    p, q = _moved(p, axis), _moved(q, axis)
+    terms = np.where(p == 0, 0, p * np.log(p / q)) / (1 if base is None else np.log(Real(base)))
+    return Expected((terms.sum(axis=-1), np.abs(terms).sum(axis=-1)))
+
+
+def distribution_cross_entropy(p, q, axis, base=None):
+    p, q = _moved(p, axis), _moved(q, axis)
+    terms = np.where(p == 0, 0, -p * np.log(q)) / (1 if base is None else np.log(Real(base)))
+    return Expected((terms.sum(axis=-1), np.abs(terms).sum(axis=-1)))

@@ -341,3 +341,65 @@ def test_entropy(backend):
     for base in (1, 0, -2, "e"):
         with pytest.raises((TypeError, ValueError), match="base is"):
             fastll.entropy(q, base=base)
+
+
+#: Probabilities, and what else may be in their place.
+PROBABILITIES = [0.0, -0.0, 1e-320, 0.3, 0.7, 1.0, 1e308, INF, -0.5, -INF, NAN]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_divergence_and_cross_entropy(backend, axis):
+    """One term in a row: those of zeros beside it are 0."""
+    p, q = np.array(np.meshgrid(PROBABILITIES, PROBABILITIES)).reshape(2, -1)
+    rows = [np.stack([np.zeros_like(x), x, np.zeros_like(x)], axis=axis) for x in (p, q)]
+    expected = scipy.special.rel_entr(p, q)
+    divergence = fastll.kl_divergence(*rows, axis=axis)
+    np.testing.assert_allclose(divergence, expected, rtol=1e-14)
+    assert not np.signbit(divergence[divergence == 0]).any()
+    with np.errstate(invalid="ignore"):
+        expected = np.where(q < 0, INF, -scipy.special.xlogy(p, q))
+    expected[(p < 0) | np.isnan(p) | np.isnan(q)] = NAN
+    both = fastll.distribution_cross_entropy(*rows, axis=axis)
+    np.testing.assert_allclose(both, expected, rtol=1e-14)
+    assert not np.signbit(both[both == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_divergence_of_neighbours(backend, rng, dtype):
+    """p log(p / q) keeps its digits where the ratio is next to 1, or is no number of the dtype."""
+    tiny, huge, eps = np.finfo(dtype).tiny, np.finfo(dtype).max, np.finfo(dtype).eps
+    p = rng.random(2000).astype(dtype) + np.finfo(dtype).smallest_normal
+    q = p * (1 + eps * np.arange(-1000, 1000)).astype(dtype)
+    p = np.concatenate([p, np.array([tiny, huge, 1, 1, tiny / 8, huge], dtype)])
+    q = np.concatenate([q, np.array([huge, tiny, huge, tiny / 8, 1, 1], dtype)])
+    wide, other = p.astype(np.longdouble), q.astype(np.longdouble)
+    with np.errstate(divide="ignore", over="ignore"):
+        ratio = np.where(
+            abs(wide - other) < other / 2, np.log1p((wide - other) / other), np.log(wide / other)
+        )
+        expected = (wide * ratio).astype(dtype)
+    # the quotient, the series and the product: 4 ulp; subnormal results have fewer digits
+    close = {"rtol": 4 * eps, "atol": np.finfo(dtype).smallest_subnormal}
+    np.testing.assert_allclose(fastll.kl_divergence(p[:, None], q[:, None]), expected, **close)
+    assert (fastll.kl_divergence(p[:, None], p[:, None]) == 0).all()
+
+
+def test_cross_entropy_is_entropy_and_divergence(backend, rng):
+    p, q = rng.dirichlet(np.ones(300), size=(2, 4, 5)).swapaxes(2, 3)[..., ::2]
+    for axis, base in ((1, None), (-2, 2), ((0, 2), 10), (None, 0.5)):
+        both = fastll.distribution_cross_entropy(p, q, axis, base)
+        entropy, divergence = fastll.entropy(p, axis, base), fastll.kl_divergence(p, q, axis, base)
+        # 300 terms at most of each sign, of which the largest sums are 4 roundoffs
+        np.testing.assert_allclose(both, entropy + divergence, rtol=16 * np.finfo(float).eps)
+        np.testing.assert_allclose(
+            divergence * np.log(base or np.e), scipy.special.rel_entr(p, q).sum(axis), rtol=1e-13
+        )
+    row = q[0, :, 0]
+    one = fastll.kl_divergence(p, row[:, None], axis=1)
+    np.testing.assert_array_equal(
+        one, fastll.kl_divergence(p, np.broadcast_to(row[:, None], p.shape), 1)
+    )
+    assert fastll.kl_divergence(0.5, 0.25, base=2) == 0.5
+    assert fastll.kl_divergence(np.float32(0.5), 0.25).dtype == np.float32
+    with pytest.raises(ValueError, match="q has shape"):
+        fastll.kl_divergence(row, p)

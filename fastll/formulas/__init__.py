@@ -60,6 +60,8 @@ ELEMENTS = {
 TERMS = {
     "sum": Terms(rows.itself),
     "entropy": Terms(rows.entropy),
+    "kl_divergence": Terms(rows.kl_divergence, inputs=2),
+    "distribution_cross_entropy": Terms(rows.distribution_cross_entropy, inputs=2),
 }
 
 

@@ -99,6 +99,13 @@ def product(coefficient, value):
     return where_eq(coefficient, c.zero, c.zero, coefficient * value)
 
 
+def twice_atanh(z):
+    """2 atanh(z / 2), |z| <= 6 - 4 sqrt(2)."""
+    c = constants(z)
+    w = z * z
+    return fma(z * w, horner(c.atanh, w), z)
+
+
 def series(u):
     """log(1 + u) for sqrt(1/2) <= 1 + u <= sqrt(2).
 
@@ -106,9 +113,7 @@ def series(u):
     digits.
     """
     c = constants(u)
-    z = (u + u) / (u + c.two)
-    w = z * z
-    return fma(z * w, horner(c.atanh, w), z)
+    return twice_atanh((u + u) / (u + c.two))
 
 
 def log1p(e):
@@ -118,13 +123,28 @@ def log1p(e):
     return where_gt(e, c.root, log + c.ln2, log)
 
 
+def parts(x):
+    """(n, f) with x = 2**n f, sqrt(1/2) <= f < sqrt(2), for a positive x.
+
+    From 1 on, x is divided by 4 first, so that 2**-n is a normal number for the largest x too.
+    """
+    c = constants(x)
+    normal = where_gt(c.one, x, x * c.lift, x * (c.half * c.half))
+    n = where_gt(c.one, x, exponent(normal) - c.lift_bits, exponent(normal) + c.two)
+    return n, normal * downscale(normal)
+
+
+def times_ln2(n, rest):
+    """n ln 2 + rest."""
+    c = constants(rest)
+    return fma(n, c.ln2_high, fma(n, c.ln2_low, rest))
+
+
 def log(x):
     """log(x), with log(0) = -inf and NaN below 0: for x = 2**n f, n ln 2 + log(f)."""
     c = constants(x)
-    normal = where_gt(c.least, x, x * c.lift, x)
-    n = where_gt(c.least, x, exponent(normal) - c.lift_bits, exponent(normal))
-    fraction = series(fma(normal, downscale(normal), c.zero - c.one))
-    finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
+    n, f = parts(x)
+    finite = times_ln2(n, series(f - c.one))
     positive = where_gt(c.infinity, x, finite, x)  # inf and NaN stay
     return where_gt(x, c.zero, positive, where_eq(x, c.zero, c.zero - c.infinity, x * c.nan))
 
@@ -143,6 +163,27 @@ def log1m(p):
     fraction = series(fma(y, down, c.zero - c.one) + lost * down)
     finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
     return where_gt(y, c.zero, finite, where_eq(y, c.zero, c.zero - c.infinity, y * c.nan))
+
+
+def log_ratio(p, q):
+    """log(p / q) of positive numbers, also where the ratio is next to 1 or is no number of the type.
+
+    With p = 2**n f and q = 2**k g, sqrt(1/2) <= f / g <= sqrt(2) after a step of n where it is needed:
+    log(p / q) = (n - k) ln 2 + 2 atanh((f - g) / (f + g)), where f - g is exact (Sterbenz).
+    """
+    c = constants(p)
+    n_p, f_p = parts(p)
+    n_q, g = parts(q)
+    root = c.one + c.root
+    large = where_gt(f_p, g * root, c.one, c.zero)
+    step = where_gt(g, f_p * root, c.zero - c.one, large)
+    halved = where_gt(f_p, g * root, f_p * c.half, f_p)
+    f = where_gt(g, f_p * root, f_p + f_p, halved)
+    difference = f - g
+    fraction = twice_atanh((difference + difference) / (f + g))
+    apart = p - q
+    finite = times_ln2((n_p - n_q) + step, fraction)
+    return where_gt(c.infinity, absolute(apart), finite, apart)  # that of infinities, and NaN
 
 
 def softcap(x, cap):

@@ -4,8 +4,8 @@ shape of the row. The formulas and the names of the sums are those of `fastll.co
 
 # mypy: ignore-errors
 
-from fastll.formulas.maths import log, product
-from fastll.formulas.vocabulary import constants, fma, where_eq, where_gt
+from fastll.formulas.maths import log, log_ratio, product
+from fastll.formulas.vocabulary import constants, fma, where_eq, where_ge, where_gt
 
 
 def below_maximum(x, m, e):
@@ -101,3 +101,19 @@ def entropy(p):
     c = constants(p)
     term = where_gt(p, c.zero, (c.zero - p) * log(p), p)  # 0 and NaN stay
     return where_gt(c.zero, p, c.zero - c.infinity, term + c.zero)
+
+
+def kl_divergence(p, q):
+    """p log(p / q), 0 for p = 0 <= q; inf where p > 0 = q, and where one of them is negative."""
+    c = constants(p)
+    inside = where_gt(q, c.zero, p * log_ratio(p, q), c.infinity - q)  # a NaN stays
+    outside = where_gt(c.zero, p, c.infinity, p) + where_ge(q, c.zero, c.zero, c.infinity - q)
+    return where_gt(p, c.zero, inside, outside)
+
+
+def distribution_cross_entropy(p, q):
+    """-p log q, likewise, but NaN where p is negative: `entropy` is -inf there."""
+    c = constants(p)
+    inside = where_gt(q, c.zero, p * (c.zero - log(q)), c.infinity - q)
+    outside = where_gt(c.zero, p, c.nan, p) + where_ge(q, c.zero, c.zero, c.infinity - q)
+    return where_gt(p, c.zero, inside, outside)

@@ -148,10 +148,26 @@ ELEMENTS: dict[str, Callable[..., Any]] = {
     "poisson_nll_of_rate_full": lambda x, t, eps: _with_stirling(t, *_poisson_nll_of_rate(x, t, eps)),
     "sigmoid_focal_loss": _sigmoid_focal_loss,
 }
+
+
+def _kl_divergence(p: Array, q: Array) -> Array:
+    close = np.abs(p - q) < q / 2
+    log = np.where(close, np.log1p((p - q) / q), np.log(p) - np.log(q))
+    value = np.where((p < 0) | (q < 0) | ((p > 0) & (q == 0)), np.inf, _times(p, log))
+    return np.where(np.isnan(p) | np.isnan(q), np.nan, value)
+
+
+def _distribution_cross_entropy(p: Array, q: Array) -> Array:
+    value = np.where((q < 0) | ((p > 0) & (q == 0)), np.inf, -_times(p, np.log(q)))
+    return np.where((p < 0) | np.isnan(p) | np.isnan(q), np.nan, value)
+
+
 #: Terms of the folds that are sums of them.
 TERMS: dict[str, Callable[..., Any]] = {
     "sum": lambda x: x,
     "entropy": lambda p: np.where(p < 0, -np.inf, -_times(p, np.log(p))),
+    "kl_divergence": _kl_divergence,
+    "distribution_cross_entropy": _distribution_cross_entropy,
 }
 
 
