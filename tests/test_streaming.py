@@ -1,5 +1,6 @@
 """LogSumExp: parts in any order and any grouping come to the log-sum-exp of the whole."""
 
+import copy
 import pickle
 from functools import reduce
 
@@ -128,3 +129,17 @@ def test_errors_change_nothing():
     with pytest.raises(TypeError, match=r"dtype is .*int64.*; expected a floating dtype"):
         LogSumExp(dtype=np.int64)
     assert "shape=(2,)" in repr(acc)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda acc: pickle.loads(pickle.dumps(acc))], ids=str
+)
+def test_copies_are_independent(copied):
+    for acc in (LogSumExp((2,), np.float32), LogSumExp((2,)).update([[0.0, 1.0], [2.0, 3.0]])):
+        before = acc.value
+        other = copied(acc)
+        assert other.dtype == acc.dtype
+        np.testing.assert_array_equal(other.value, before)
+        other.update(np.full((2, 3), 9.0))
+        np.testing.assert_array_equal(acc.value, before)
+        assert (other.value > 9).all()

@@ -225,6 +225,20 @@ class LogSumExp:
         result._state[...] = np.stack((m, s - k, k), axis=-1)
         return result
 
+    def __copy__(self) -> Self:
+        copy = type(self)((), self._dtype)
+        copy._place, place = self._place, self._place or HOST
+        if place.on_cpu:
+            copy._state = self._state.copy()
+        else:
+            backend = self._backend(place)
+            copy._state = calls.new_state(backend, place, self.shape)
+            backend.merge(copy._state, self._state)
+        return copy
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
     def __getstate__(self) -> tuple[np.dtype[Any], Floats]:
         if self._place is not None and not self._place.on_cpu:
             raise TypeError(f"the state is on {self._place.device}; only one on the CPU can be pickled")
