@@ -167,7 +167,7 @@ class Fold(NamedTuple):
     """A reduction of rows and its operands."""
 
     operation: str  # one of `FOLDS` or a key of `TERMS`
-    x: Array  # full
+    x: Array  # full; decides which dtype is computed in, with the weights of a log-sum-exp
     second: Array | None = None  # full, any real dtype: weights, dense target, second distribution
     labels: Array | None = None  # row: sparse target, as `Backend.weigh` returned it; or row + (K,)
     weight: Array | None = None  # class

@@ -106,6 +106,94 @@ def test_weight_of_zero_masks(backend):
     assert fastll.logsumexp([1.0, INF, NAN], b=[1.0, 0.0, 0.0]) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("row", "weights"),
+    [
+        ([1.0, 1.0], [INF, 1.0]),
+        ([1.0, 2.0], [1.0, INF]),
+        ([1.0, 2.0], [INF, 1.0]),
+        ([1.0, 2.0], [-INF, 1.0]),
+        ([1.0, 2.0], [INF, -INF]),
+        ([0.0, -1000.0], [1.0, INF]),  # inf times 0
+        ([-INF, -INF], [NAN, 2.0]),
+        ([-INF, -INF], [INF, 2.0]),
+        ([-INF, 1.0], [INF, 2.0]),
+        ([-INF, 1.0], [NAN, 2.0]),
+        ([-INF, 1.0], [2.0, NAN]),
+        ([INF, 1.0], [INF, 1.0]),
+        ([INF, 1.0], [2.0, NAN]),
+        ([3e6, 3e6], [1.0, INF]),
+    ],
+    ids=str,
+)
+def test_infinite_and_nan_weights(backend, dtype, row, weights, repeats, orient):
+    """SciPy's answers, in one block and in several; the rows beside it keep theirs."""
+    a, b = (np.repeat(np.array(x, dtype), repeats) for x in (row, weights))
+    x, axis, pick = orient(a)
+    if x.ndim > 1:
+        b = np.stack([np.ones_like(b), b, np.ones_like(b)], axis=1)
+    with np.errstate(all="ignore"):
+        expected, expected_sign = scipy.special.logsumexp(np.array(row), b=weights, return_sign=True)
+    value, sign = fastll.logsumexp(x, axis=axis, b=b, return_sign=True)
+    np.testing.assert_array_equal(pick(value), expected)
+    np.testing.assert_array_equal(pick(sign), expected_sign)
+    plain = fastll.logsumexp(x, axis=axis, b=b)
+    np.testing.assert_array_equal(pick(plain), NAN if expected_sign < 0 else expected)
+    if x.ndim > 1:
+        ones = fastll.logsumexp(x[:, ::2], axis=axis, b=b[:, ::2])
+        np.testing.assert_array_equal(plain[::2], ones)
+
+
+def test_weights_are_not_rounded(backend):
+    """The dtype is that of both arrays, and weights beyond float32 keep their values."""
+    zeros = np.zeros(3, np.float32)
+    found = fastll.logsumexp(zeros, b=np.array([1e300, 1, 1]))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, scipy.special.logsumexp(zeros, b=[1e300, 1, 1]), rtol=1e-15)
+    np.testing.assert_allclose(fastll.logsumexp(zeros[:1], b=[1e-60]), -60 * np.log(10), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int16", "bool"])
+@pytest.mark.parametrize("weights", [*DTYPES, "uint8"])
+def test_dtype_of_weighted_sums(backend, rng, dtype, weights):
+    a = rng.integers(0, 2, (4, 40, 3)).astype(DTYPES.get(dtype, dtype))
+    b = rng.integers(1, 4, (4, 40, 3)).astype(DTYPES.get(weights, weights))
+    wide = {"float64", "int16", "bool", "uint8"} & {dtype, weights}
+    out = np.float64 if wide else np.float32
+    for axis in (0, 1, 2, (0, 2)):
+        found = fastll.logsumexp(a, axis=axis, b=b)
+        assert found.dtype == out
+        expected = np.log((b.astype(float) * np.exp(a.astype(float))).sum(axis))
+        # sums of at most 40 terms below and 40 at the maximum: 4 roundoffs and the logarithm's 2
+        np.testing.assert_allclose(found, expected, rtol=6 * np.finfo(out).eps)
+    if backend != "cuda":  # a number has no dtype of its own
+        assert fastll.logsumexp(a, b=2.5).dtype == fastll.logsumexp(a).dtype
+
+
+@pytest.mark.parametrize(
+    "weight", [[1, INF, 2], [1, NAN, 2], [INF, INF, 1], [1, -INF, 2], [0, INF, 1]], ids=str
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_infinite_and_nan_class_weights(backend, rng, weight, smoothing, dense, axis):
+    """Those of the reference; rows of labels that have other weights are not touched by them."""
+    x = rng.standard_normal((40, 3))
+    y = np.arange(40) % 3
+    target = rng.dirichlet(np.ones(3), 40) if dense else y
+    options = {"weight": np.array(weight, float), "label_smoothing": smoothing, "reduction": "none"}
+    with fastll.use_backend("numpy"):
+        expected = fastll.cross_entropy(x, target, **options)
+    if axis == 0:
+        x, target = x.T.copy(), target.T.copy()
+    loss = fastll.cross_entropy(x, target, axis=axis, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-13)
+    if not (dense or smoothing):
+        ordinary = np.isfinite(np.array(weight, float))[y]
+        np.testing.assert_array_equal(np.isfinite(loss), ordinary)
+
+
 def test_documented_digits(backend):
     np.testing.assert_allclose(fastll.logsumexp([0, -40]), 4.248354255291589e-18, rtol=1e-15)
 

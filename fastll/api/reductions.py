@@ -13,7 +13,7 @@ from fastll.api import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
 from fastll.contract import DEFAULTS, Fold, Options, new
-from fastll.dtypes import rounded
+from fastll.dtypes import kind_of, rounded
 
 
 def logsumexp(
@@ -40,7 +40,8 @@ def logsumexp(
         Axes to reduce over; None means all.
     b : array_like, optional
         Weights; `a` and `b` broadcast to one shape. An element whose weight is 0 is ignored, even if it
-        is inf or NaN.
+        is inf or NaN. An infinite weight makes the sum infinite, or NaN at an exponential of 0; a NaN
+        makes it NaN. A Python number has the dtype of `a`.
     keepdims : bool
         Keep the reduced axes in the result, with size 1.
     return_sign : bool
@@ -52,7 +53,7 @@ def logsumexp(
     Returns
     -------
     res : array or scalar
-        float64 for float64 and integer `a`, float32 for all others. -inf if there are no elements,
+        float64 if `a` or `b` is of float64 or of integers, else float32. -inf if there are no elements,
         +inf if one is +inf, NaN if one is NaN.
     sgn : array or scalar
         -1, 0 or 1 (NaN if `res` is); only if `return_sign`.
@@ -92,7 +93,11 @@ def logsumexp(
     x, place = call.x, call.place
     weights = None
     if b is not None:
+        if isinstance(b, int | float) and not isinstance(b, np.generic):
+            b = np.asarray(b, call.compute)  # as for NumPy, a number has no dtype of its own
         weights = place.take(b, "b")
+        # what is computed in is the wider of the two, so that no weight is rounded
+        call.compute = np.result_type(call.compute, kind_of(weights.dtype).compute)
         try:
             shape = np.broadcast_shapes(x.shape, weights.shape)
         except ValueError:

@@ -24,8 +24,8 @@ def smoothed(target, keep, spread):
 
 
 def distance(x, u, m):
-    """u (m - x), where a u of 0 annuls an infinite x."""
-    return product(u, m - x)
+    """u (m - x), where a u of 0 annuls an infinite x, and the maximum an infinite u."""
+    return where_eq(x, m, constants(x).zero, product(u, m - x))
 
 
 def probability(e, peak, factor, scale):

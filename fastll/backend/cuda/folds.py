@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 
 def names(v):
     """The names of a variant: its own, those of what it shares, and these, which follow from it."""
-    stored, value, out = v.x, compute_type(v.x).__name__, v.out or v.x
+    stored, out = v.x, v.out or v.x
     terms, formula = v.operation in TERMS, None
     paired, running, written = v.second is not None, v.state, v.out is not None
     weighted_classes, sampled = v.weight is not None, v.sample is not None
@@ -69,6 +69,8 @@ def names(v):
     targets = dense or v.smoothed  # a loss with a target that is more than a point
     label_alone = nll and not targets  # nothing is read but the element at the label
     dropping = sparse or sampled  # whether there may be rows that do not count
+    wide = weighted and compute_type(stored) is np.float32
+    value = compute_type(v.second if wide else stored).__name__
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(stored)
     # what a thread has of a row stays in registers until it is written; the slope of the cap needs the

@@ -223,7 +223,9 @@ def folded(state, ref, held, u):
     m, distances, mass = ref.maximum, state.distance, state.mass
     for i in range(TOGETHER):
         if weighted:
-            if held[i] == m:  # weights of both signs at an infinite maximum make NaN
+            if m == -c.infinity:  # 0, or NaN for an infinite weight
+                part += u[i] * c.zero
+            elif held[i] == m:  # weights of both signs at an infinite maximum make NaN
                 equal += u[i] * c.infinity if m == c.infinity and u[i] != c.zero else u[i]
             elif u[i] != c.zero:
                 part += (relative(held[i], ref) * c.unshift) * u[i]

@@ -114,13 +114,16 @@ void sum_away_exactly(const T *v, const T *beside, double m_beside, Index step, 
     row.away += away;
 }
 
-// The same with weights, of which those of both signs at an infinite maximum make it NaN.
+// The same with weights, of which those of both signs at an infinite maximum make it NaN, as does an
+// infinite one at -inf.
 template <class T>
 void sum_weighted_exactly(const T *v, const T *b, Index step, Index n, State &row) {
     double e = 0, k = 0;
     for (Index j = 0; j < n; j++) {
         double x = v[j * step], weight = b[j * step];
-        if (x == row.m)
+        if (x == -INFINITY && weight != 0)
+            e += weight * 0;
+        else if (x == row.m)
             k += row.m == INFINITY && weight != 0 ? weight * row.m : weight;
         else if (weight != 0)
             e += weight * std::exp(x - row.m);

@@ -226,13 +226,17 @@ struct Columns {
         }
     }
 
-    // Add the sums of a vector of rows from w on, or what `exactly` adds to rows without a usable maximum.
+    // Add the sums of a vector of rows from w on, or what `exactly` adds to rows without a usable maximum or
+    // without finite sums, as those of infinite weights.
     template <Away AWAY, class A, class F>
     FORCED void add_sums(Group &rows, Index w, double unshift, const A *at_top, F exactly) {
         const double *below = sums, *away = sums + lanes<T>;
+        auto sound = [&](Index i) FORCED {
+            return usable(rows.m[w + i]) & (std::fabs(below[i] + at_top[i]) < INFINITY);
+        };
         Index unusable = 0;
         for (Index i = 0; i < lanes<T>; i++)
-            unusable += usable(rows.m[w + i]) ? 0 : 1;
+            unusable += sound(i) ? 0 : 1;
         if (unusable == 0)
             for (Index i = 0; i < lanes<T>; i++) {
                 rows.added[w + i] += below[i] * unshift;
@@ -243,7 +247,7 @@ struct Columns {
         else
             for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
                 State row = state_of(rows, i);
-                if (!usable(row.m))
+                if (!sound(i - w))
                     exactly(i, row);
                 else {
                     row.added += below[i - w] * unshift, row.k += at_top[i - w];

@@ -207,6 +207,8 @@ class Backend(_Host):
         ignore_index, label_smoothing, z_loss, softcap, scale, tau = <tuple> options
         to.options = Options(ignore_index, label_smoothing, z_loss, softcap, scale, tau)
         kernel.walk_rows(x)
+        if to.operation == LOGSUMEXP and second is not None:  # weights lose nothing
+            to.single &= is_single(second)
         kernel.bind_full(&to.inputs[0], x)
         kernel.bind_full(&to.inputs[1], second)
         kernel.bind_row(&to.labels, labels)

@@ -305,8 +305,11 @@ struct Rows {
             Vec<T> x = load_ahead(masked + j, count, -(T) INFINITY);
             return weighted_terms(x, load_ahead(b + j, count, T()), m, window.terms(x));
         });
-        row.added += total(sums.a);
-        row.k += total(sums.b);
+        const double added = total(sums.a), k = total(sums.b);
+        if (!(std::fabs(added + k) < INFINITY))  // so it is where a weight is infinite or NaN
+            return sum_weighted_exactly(masked, b, 1, n, row);
+        row.added += added;
+        row.k += k;
     }
 
     // Add a block to distances and mass; `before_m` is the maximum that the distances so far refer to.

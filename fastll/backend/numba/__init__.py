@@ -44,7 +44,8 @@ class Backend(Host):
         return partial(kernel, layout.pack(mapped), like)
 
     def fold(self, call: Fold) -> Kernel:
-        layout = _Layout(call.x)
+        weights = call.second if call.operation == "logsumexp" else None
+        layout = _Layout(call.x, weights)
         options = call.options
         simple = call.second is None and options.label_smoothing == options.softcap == 0.0
         folded = folds.Call(
@@ -82,10 +83,12 @@ class _Layout:
 
     kernel: Callable[[str], Callable[..., object]]
 
-    def __init__(self, x: Array) -> None:
+    def __init__(self, x: Array, weights: Array | None) -> None:
         outer, self.classes, self.inner = x.shape
         steps = [abs(s) for s in x.strides]
         self.like = _like(x)
+        if weights is not None:  # they lose nothing
+            self.like = self.like + _like(weights)
         self.swap = self.inner == 1 or (outer > 1 and steps[0] < steps[2])
         if self.swap:
             outer, self.inner = self.inner, outer

@@ -198,14 +198,19 @@ def add_distances_exactly(row, v, other, other_maximum, step, n, like):
 
 @vector.shared
 def add_weighted_exactly(row, v, b, step, n, like):
-    """The same with weights; those of both signs at an infinite maximum make it NaN."""
+    """The same with weights.
+
+    Those of both signs at an infinite maximum make it NaN, as does an infinite one at -inf.
+    """
     e = 0.0
     k = 0.0
     m = row.maximum
     for j in range(n):
         x = np.float64(read(v + j * step, like))
         weight = np.float64(read(b + j * step, like))
-        if x == m:
+        if x == -np.inf and weight != 0.0:
+            e += weight * 0.0
+        elif x == m:
             k += weight * m if m == np.inf and weight != 0.0 else weight
         elif weight != 0.0:
             e += weight * math.exp(x - m)

@@ -285,10 +285,13 @@ def fold_weighted_tile(tile, table, n, count, like):
         narrow = narrow_rows_of(tile.narrow, w, like)
         arguments = narrow.maximum, narrow.floor, narrow.magic
         added, k = _sum_weighted(tile, tile.second, w, n, zero, arguments, like)
-        add_sums(rows_of(table, w, like), added, k)
+        rows = rows_of(table, w, like)
+        # NaN where a weight is infinite or NaN; the maximum of the tile is not needed any more
+        rows.top = finite = (added + k) * 0.0
+        add_sums(rows, vector.where_eq(finite, 0.0, added, 0.0), vector.where_eq(finite, 0.0, k, 0.0))
     for i in range(count):
         row = row_of(table, i)
-        if not usable(row.maximum):
+        if not usable(row.maximum) or row.top != 0.0:
             v, b = tile.x + i * size, tile.second + i * size
             blocks.add_weighted_exactly(row, v, b, GROUP * size, n, like)
 

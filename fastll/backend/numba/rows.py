@@ -440,10 +440,12 @@ def fold_weighted_row(call, memory, group, i):
         top = max_block(masked, n, like)
         if top > row.maximum:
             raise_maximum(row, top, False, 0.0)
+        added, k = np.nan, 0.0
         if usable(row.maximum):
             floor, magic = window(row.reference, like)
             arguments = splat(cast(row.maximum, like)), floor, magic
             added, k = _sum_weighted(masked, weights, n, zero, arguments, like)
+        if abs(added + k) < np.inf:  # so it is not where a weight is infinite or NaN
             row.added += added
             row.at_maximum += k
         else:

@@ -274,7 +274,7 @@ def _targets(rows: _Rows, x: Array) -> tuple[Array, ...]:
     row = np.flatnonzero(sample)
     y = y[row]
     c[row], x_y[row] = (1 - eps) * w[y], x[row, y]
-    return sample, row, y, c, x_y, np.broadcast_to(w * (eps / max(classes, 1)), x.shape)
+    return sample, row, y, c, x_y, np.broadcast_to(_times(eps / max(classes, 1), w), x.shape)
 
 
 def _nll_loss(rows: _Rows) -> None:
@@ -346,7 +346,8 @@ def _exponentials(x: Array, b: Array = None, before: Array = None) -> tuple[Arra
     if before is not None:
         m = np.fmax(m, before[:, 0])
     top = x == m[:, None]
-    e = np.sum(np.where(top | (weights == 0), 0, weights * np.exp(x - m[:, None])), axis=1)
+    terms = weights * np.where(x == -np.inf, 0, np.exp(x - m[:, None]))  # no number: inf times 0
+    e = np.sum(np.where((top & (x > -np.inf)) | (weights == 0), 0, terms), axis=1)
     # weights of both signs at an infinite maximum make it NaN
     unit = np.where(np.isposinf(m) & (b is not None), np.inf, 1)[:, None]
     k = np.sum(np.where(top & (weights != 0), weights * unit, 0), axis=1)
