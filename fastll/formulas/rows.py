@@ -79,8 +79,8 @@ def entropy_slope(p, x, m, mean):
     return product(p, (m - x) - mean)
 
 
-def log_ratio(x, m, t, n):
-    """(m - x) - (n - t)."""
+def excess(x, m, t, n):
+    """(m - x) - (n - t), by how much further x is below its maximum than t is."""
     return (m - x) - (n - t)
 
 

@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 def moved(pair, m, n):
     """The distances of a pair when the maxima are m and n."""
     before, after = finite(pair.logits.maximum), finite(pair.targets.maximum)
-    return weighted_from(pair.targets, log_ratio(before, finite(m), after, finite(n)), n)
+    return weighted_from(pair.targets, excess(before, finite(m), after, finite(n)), n)
 
 
 def merged(a, b):
@@ -100,7 +100,7 @@ def fold_part(call, place, part, values, second, lane, memory):
             equal += c.one
         else:
             lane[i % lanes] += e
-        away[i % lanes] += product(e, log_ratio(values[i], m, second[i], n))
+        away[i % lanes] += product(e, excess(values[i], m, second[i], n))
     post_lanes(away, part, memory, DISTANCES)
     post_lanes(lane, part, memory, TARGET_SUMS)
     post(equal, memory, TARGET_EQUALS)
@@ -142,7 +142,7 @@ def fold_alone(call, place, held, second, memory):
         x, t = folded(x, ref, held, second), folded(t, target, second, held)
         more = c.zero
         for i in range(TOGETHER):
-            ratio = log_ratio(held[i], finite(m), second[i], finite(n))
+            ratio = excess(held[i], finite(m), second[i], finite(n))
             more += product(relative(second[i], target), ratio)
         away = plus(away, more / target.lead)
     return Pair(

@@ -108,7 +108,7 @@ void sum_away_exactly(const T *v, const T *beside, double m_beside, Index step, 
     for (Index j = 0; j < n; j++) {
         double x = v[j * step], distance = row.m - x;
         if constexpr (AWAY == DIVERGENT)
-            distance = log_ratio((double) beside[j * step], m_beside, x, row.m);
+            distance = excess((double) beside[j * step], m_beside, x, row.m);
         away += product(std::exp(x - row.m), distance);
     }
     row.away += away;

@@ -274,7 +274,7 @@ struct Columns {
                 if constexpr (AWAY == ENTROPIC)
                     return pack(below, window.away(x, e, m));
                 else if constexpr (AWAY == DIVERGENT)
-                    return pack(below, product(e, log_ratio(load_all(beside + j * GROUP), m_beside, x, m)));
+                    return pack(below, product(e, excess(load_all(beside + j * GROUP), m_beside, x, m)));
                 else
                     return below;
             });

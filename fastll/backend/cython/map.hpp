@@ -36,12 +36,14 @@ double map_block(const Elements<T> at, Index n) {
     typedef Vec<T> V;
     const bool deferred = F::log1p && !at.value && !at.weight;
     V sums = {}, q = {};
-    auto map_vector = [&](Index j, Index count) FORCED {
+    for (Index j = 0; j < n; j += lanes<T>) {  // one text for the last, partial vector too: it may be long
+        const Index count = n - j;
         auto input = [&](int i) FORCED { return load_ahead(at.inputs[i] + j, count, T()); };
         auto parameter = [&](int i) FORCED { return at.parameters[i]; };
         auto [value, e, slope] = parts_of<F, V>(F::of(input, parameter));
         if (F::log1p && deferred) {
-            e = first_lanes(e, count);
+            if (count < lanes<T>)
+                e = first_lanes(e, count);
             q = q + fma(q, e, e);
         } else if constexpr (F::log1p)
             value = value + log1p(e);
@@ -51,19 +53,14 @@ double map_block(const Elements<T> at, Index n) {
             slope = slope * weight;
         }
         if (at.summed)
-            sums = sums + first_lanes(value, count);
+            sums = sums + (count < lanes<T> ? first_lanes(value, count) : value);
         if (at.value && at.streamed && count >= lanes<T>)
             stream(at.value + j, lanes<T>, value);
         else if (at.value)
             store(at.value + j, count, value);
         if (F::slope && at.slope)
             store(at.slope + j, count, slope * at.scale);
-    };
-    const Index whole = n / lanes<T> * lanes<T>;
-    for (Index j = 0; j < whole; j += lanes<T>)
-        map_vector(j, lanes<T>);
-    if (whole < n)
-        map_vector(whole, n - whole);
+    }
     return F::log1p ? total(sums) + total(log1p_sum(widen(q))) : total(sums);
 }
 

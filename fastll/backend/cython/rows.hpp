@@ -275,7 +275,7 @@ struct Rows {
             if constexpr (AWAY == ENTROPIC)
                 away = away + window.away(x, e, splat(m));
             if constexpr (AWAY == DIVERGENT)
-                away = away + product(e, log_ratio(load_ahead(beside + j, count, T()), m_beside, x, m));
+                away = away + product(e, excess(load_ahead(beside + j, count, T()), m_beside, x, m));
             if constexpr (AT_TOP) {
                 counts = counts + at_maximum(x, m, (T) 1);
                 e = below_maximum(x, m, e);

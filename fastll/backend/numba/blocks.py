@@ -142,7 +142,7 @@ def entropy_term(e, x, maximum, floor):
 @inline
 def divergence_term(e, t, maximum, x, x_maximum):
     """e ((x_maximum - x) - (maximum - t)) of the `exponential` e of t, 0 where that is."""
-    return formulas.product(e, formulas.log_ratio(x, x_maximum, t, maximum))
+    return formulas.product(e, formulas.excess(x, x_maximum, t, maximum))
 
 
 def term_of(operation):
@@ -191,7 +191,7 @@ def add_distances_exactly(row, v, other, other_maximum, step, n, like):
         x = np.float64(read(v + j * step, like))
         distance = m - x
         if other != 0:
-            distance = formulas.log_ratio(np.float64(read(other + j * step, like)), other_maximum, x, m)
+            distance = formulas.excess(np.float64(read(other + j * step, like)), other_maximum, x, m)
         away += formulas.product(math.exp(x - m), distance)
     row.away += away
 
