@@ -22,6 +22,15 @@ void scale_block(const T *v, Index n, T scale, T *out) {
         out[j] = v[j] * scale;
 }
 
+// A block of one number; whole lines of it non-temporally if `streamed`.
+template <class T>
+void fill_block(T *out, Index n, T number, bool streamed) {
+    Index j = streamed ? least(n, until_line(out)) : n;
+    std::fill(out, out + j, number);
+    for (; j < n; j += lanes<T>)
+        stream(out + j, n - j, splat(number));
+}
+
 // The soft cap of v into `out`; its derivative into `slope` unless that is NULL.
 template <class T>
 void cap_block(const T *v, Index n, T cap, T *out, T *slope) {

@@ -416,7 +416,9 @@ struct Columns {
     }
 
     // Probabilities of n classes; see `Rows::write_block_anew`.
-    void write_tile(const Group &rows, const Scalars<T> *scalars, const T *logits, Index n, T *results) const {
+    void write_tile(
+        const Group &rows, const Scalars<T> *scalars, const T *logits, Index n, T *results
+    ) const {
         for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
             const auto [window, m, log_s, factor, scale, rest, peak, tiny] = *scalars;
             const T *from = logits + w;

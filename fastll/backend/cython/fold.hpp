@@ -81,8 +81,9 @@ void load_group(const Call &call, Group &group, Index row, Index most) {
 template <class T>
 T logit_at(const Call &call, const Group &group, Index i, Index y) {
     const Operand &x = call.x();
+    const char *at = x.row(group.outer, group.inner + i) + y * x.classes;
     T logit;
-    read_block(x.format, x.swapped, x.row(group.outer, group.inner + i) + y * x.classes, x.classes, 1, &logit);
+    read_block(x.format, x.swapped, at, x.classes, 1, &logit);
     return logit * (T) call.options.inverse_temperature;
 }
 

@@ -441,7 +441,7 @@ struct Rows {
                 part.out = to, part.n = n;
                 part.write_until(n);
             } else if (call.operation == NLL_LOSS)
-                std::fill(to, to + n, (T) rows.factor[i]);
+                fill_block(to, n, (T) rows.factor[i], call.out.streamed);
             else if (call.entropic()) {  // p not to where the logits may still be
                 write_block_anew(rows, i, v, n, out);
                 slope_block(out, v, n, (T) rows.m[i], (T) rows.mean[i], to);

@@ -233,17 +233,17 @@ void finish_cross_entropy(const Call &call, Group &group) {
     }
 }
 
-// The same of log-probabilities, whose gradient depends on the targets alone.
+// The same of log-probabilities, whose gradient depends on the targets alone: `factor` is a number that fills
+// it, NaN where there is no such label.
 void finish_nll_loss(const Call &call, Group &group) {
     const double eps = call.options.label_smoothing, share = eps / (double) call.classes;
-    for (Index i = 0; i < GROUP; i += lanes<double>) {
+    for (Index i = 0; i < group.count; i += lanes<double>) {
         auto of = [=](const double *values) FORCED { return load_all(values + i); };
         Wide w_y = of(group.w_y), c_y = w_y * (call.labels ? 1 - eps : 0.0);
         Wide loss = nll_loss(c_y, of(group.x_y), of(group.distances));
         store_all(&group.value[i], product(of(group.sample), loss));
         store_all(&group.g_y[i], (w_y * share + c_y) * (0.0 - upstream_of(call, group, i)));
     }
-    // NaN where there is no such label, as it is throughout the gradient of a cross-entropy
     for (Index i = 0; i < group.count; i++)
         group.factor[i] = call.labels && group.label[i] < 0 ? NAN : 0;
 }
