@@ -73,6 +73,17 @@ def launched():
             rows_of(entropy, "float16", second="float16", out="float16", **(single | {"vectors": 2})),
             768,
         ),
+        "entropy float32": (rows_of("entropy_from_logits", "float32", out="float32", **single), 768),
+        "divergence bfloat16": (
+            rows_of(
+                "kl_divergence_from_logits",
+                "bfloat16",
+                second="bfloat16",
+                out="bfloat16",
+                **(single | {"vectors": 2}),
+            ),
+            768,
+        ),
         "short rows": (
             rows_of(entropy, "float32", labels="int64", out="float32", staged=True),
             geometry.BLOCK,
@@ -192,7 +203,9 @@ def test_no_races(gpu, rng, monkeypatch):
     fastll.binary_cross_entropy_with_logits(x, np.zeros_like(x))
 
 
-@pytest.mark.parametrize("operation", ["sparse", "dense", "softmax", "log_softmax"])
+@pytest.mark.parametrize(
+    "operation", ["sparse", "dense", "softmax", "log_softmax", "entropy", "kl_divergence"]
+)
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
     """Rows beyond what a team holds, by small teams; the least and the largest in different chunks."""
@@ -209,6 +222,13 @@ def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
         result = getattr(fastll, operation)(x)
         with np.errstate(invalid="ignore"):
             assert_close(result, getattr(oracle, operation)(x, 1), np.float32)
+    elif operation in ("entropy", "kl_divergence"):
+        name = f"{operation}_from_logits"
+        others = [3 * x[::-1]] if operation == "kl_divergence" else []
+        value, grad = getattr(fastll, name)(x, *others, reduction="none", return_grad=True)
+        expected = getattr(oracle, name)(x, *others, 1)
+        assert_close(value, expected.value, np.float32)
+        assert_close(grad, expected.gradient, np.float32)
     else:
         target = np.array([7000, 4000, -100])
         if operation == "dense":
@@ -281,12 +301,43 @@ def test_mean_of_many_rows(gpu, rng):
     y[::7] = -100
     weight = np.array([0.5, 1, 2])
     loss, grad = fastll.cross_entropy(x, y, weight=weight, return_grad=True)
-    expected = oracle.cross_entropy(x, y, 1, weight=weight)
-    np.testing.assert_allclose(loss, float(expected[0][0].sum() / expected[3]), rtol=3e-7)
-    assert_close(
-        grad, (expected[2][0] / expected[3], expected[2][1] / expected[3]), np.float32, factor=8
-    )
+    value, gradient = oracle.cross_entropy(x, y, 1, weight=weight).mean
+    np.testing.assert_allclose(loss, float(value[0]), rtol=3e-7)
+    assert_close(grad, gradient, np.float32, factor=8)
     assert len(gpu.launches) == 5  # weights and losses in two steps each, and the rows
+
+
+def test_mean_of_squares(gpu, rng):
+    """That of lse**2 is over the rows, weighed on the device too; operands of any strides."""
+    x = rng.standard_normal((40, 3)).astype(np.float32)
+    y = rng.integers(0, 3, (40, 2))[:, 0]
+    y[::7] = -100
+    sample = rng.integers(0, 3, (40, 3)).astype(np.float16)[::-1, 1]
+    options = {"weight": np.array([0.5, 1, 2]), "z_loss": 0.5, "sample_weight": sample}
+    loss, grad = fastll.cross_entropy(x, y, **options, return_grad=True)
+    value, gradient = oracle.cross_entropy(x, y, 1, **options).mean
+    # 6 roundoffs, and the division, the factor of the squares and the division in it
+    assert_close(loss, value, np.float32, factor=9)
+    assert_close(grad, gradient, np.float32, factor=9)
+    assert len(gpu.launches) == 4
+    loss, grad = fastll.cross_entropy(x, y, **options | {"sample_weight": 0 * sample}, return_grad=True)
+    assert np.isnan(loss)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("classes", [100, 5000])
+def test_only_elements_at_labels_are_read(gpu, rng, classes):
+    """By the loss of log-probabilities without smoothing; its gradient is written once."""
+    x, y = rng.standard_normal((64, classes)).astype(np.float32), rng.integers(0, classes, 64)
+    plan = geometry.team(classes, "float32", 1, gpu.capability)
+    for return_grad in (False, True):
+        gpu.launches.clear()
+        fastll.nll_loss(x, y, reduction="none", return_grad=return_grad)
+        (only,) = gpu.launches
+        # a label and an element per row; the threads of a team read its label once more to write
+        again = plan.threads if return_grad and classes > geometry.SHORT else 0
+        assert only.stats.bytes_read <= len(y) * (4 + 8 + 8 * again)
+        assert only.stats.bytes_written <= 2 * 4 * len(y) + return_grad * x.nbytes
 
 
 def test_streaming(gpu, rng):

@@ -216,7 +216,8 @@ class Backend:
         """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
         operands = [a for a in (labels, sample) if a is not None]
         shape, size = operands[0].shape, operands[0].size
-        if all(a.flags.c_contiguous for a in operands):
+        flat = all(a.flags.c_contiguous for a in operands)
+        if flat:
             shape = (size,)
         blocks = max(1, -(-size // totals.UNIT))
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
@@ -231,7 +232,9 @@ class Backend:
         )
 
         def steps(a: Array | None) -> tuple[int, ...]:
-            return (0,) * len(shape) if a is None else a.reshape(shape).strides
+            if a is None:
+                return (0,) * len(shape)
+            return a.reshape(shape).strides if flat else a.strides
 
         told = calls.Weigh(
             labels=address(labels),

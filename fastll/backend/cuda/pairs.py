@@ -109,15 +109,16 @@ def fold_part(call, place, part, values, second, lane, memory):
 
 def collected(memory, member, ref):
     """The state of a chunk."""
-    numbers = taken(memory, RESULTS + member, np.int64(WARPS), np.int64(0))
-    x = of_chunk(memory, member, numbers[0], numbers[1], SUMS, EQUALS)
-    t = of_chunk(memory, member, numbers[2], numbers[3], TARGET_SUMS, TARGET_EQUALS)
-    distance = relative_to(numbers[3], collect(memory, DISTANCES, member))
+    x = of_chunk(memory, member, RESULTS, SUMS, EQUALS)
+    t = of_chunk(memory, member, RESULTS + 2 * WARPS, TARGET_SUMS, TARGET_EQUALS)
+    lead = memory[np.uint32(RESULTS + 3 * WARPS + member)]
+    distance = relative_to(lead, collect(memory, DISTANCES, member))
     return Pair(x, State(t.maximum, t.below, t.at_maximum, distance, nothing))
 
 
-def of_chunk(memory, member, m, lead, sums, equals):
+def of_chunk(memory, member, tops, sums, equals):
     """The state of one of the two arrays, without distances."""
+    m, lead = memory[np.uint32(tops + member)], memory[np.uint32(tops + WARPS + member)]
     below, equal = collect(memory, sums, member), collect(memory, equals, member)
     at_maximum = equal.high if m > -c.infinity else c.zero
     return State(m, relative_to(lead, below), at_maximum, nothing, nothing)
