@@ -312,7 +312,7 @@ def _kl_divergence_from_logits(rows: _Rows) -> None:
     ratio = (m[:, None] - x) - (n[:, None] - t)
     value = (np.log1p(e + (k - 1)) - np.log1p(f + (l - 1))) + _times(p, ratio).sum(axis=1)
     # what is below 0 is a rounding error
-    value = np.where((m == -np.inf) | (n == -np.inf), np.nan, np.where(value < 0, 0, value))
+    value = np.where(np.isinf(m) | np.isinf(n), np.nan, np.where(value < 0, 0, value))
     sample = np.ones(len(x)) if call.sample is None else as_floats(rows.of(call.sample))
     rows.put(call.value, _times(sample, value))
     if call.out is not None:
