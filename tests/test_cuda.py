@@ -201,6 +201,7 @@ def test_no_races(gpu, rng, monkeypatch):
         assert_close(loss, (expected[0][0].mean(), expected[0][1].mean()), np.float32, factor=12)
         assert_close(grad, (expected[2][0] / len(y), expected[2][1] / len(y)), np.float32)
     fastll.binary_cross_entropy_with_logits(x, np.zeros_like(x))
+    fastll.kl_divergence_from_logits(x, x[::-1].copy(), return_grad=True)
 
 
 @pytest.mark.parametrize(
