@@ -5,7 +5,7 @@ DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results ar
 of the first argument, on the same device, computed on the caller's current stream.
 """
 
-from fastll import testing
+from fastll import formulas, testing
 from fastll.api.elementwise import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -14,6 +14,7 @@ from fastll.api.elementwise import (
     poisson_nll,
     sigmoid_focal_loss,
 )
+from fastll.api.formula import elementwise_loss
 from fastll.api.logits import (
     entropy_from_logits,
     kl_divergence_from_logits,
@@ -48,8 +49,10 @@ __all__ = [
     "debug_labels",
     "dense_cross_entropy",
     "distribution_cross_entropy",
+    "elementwise_loss",
     "entropy",
     "entropy_from_logits",
+    "formulas",
     "gaussian_nll",
     "get_num_threads",
     "kl_divergence",

@@ -133,7 +133,7 @@ DEFAULTS = Options()
 class Map(NamedTuple):
     """An element-wise operation and its operands, each of shape (outer, n)."""
 
-    operation: str  # a key of `fastll.formulas.ELEMENTS`
+    operation: str  # a key of `fastll.formulas.ELEMENTS` or `OWN`
     inputs: tuple[Array, ...]  # any real dtype; the first decides which dtype is computed in
     value: Array | None = None  # each element's value, in the element dtype or the compute dtype
     partial: Array | None = None  # (outer, ceil(n / unit)), `partial_dtype`: sums of the units' values

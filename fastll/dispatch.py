@@ -14,12 +14,17 @@ from typing import NamedTuple, cast
 from fastll.array_libraries import NEEDS_NUMBA_CUDA
 from fastll.arrays import Place
 from fastll.contract import Backend
+from fastll.formulas import OWN
 
 #: Candidates by device: the first available one does the call.
 TABLE = {
     "cpu": ("cython", "numba", "numpy"),
     "cuda": ("cuda",),
 }
+
+#: The same once Numba pays, and for users' formulas, which Cython cannot know.
+NUMBA_FIRST = ("numba", *TABLE["cpu"])
+FOR_FORMULAS = ("numba", "numpy")
 
 #: The package that each backend is built on.
 _PACKAGES = {"numba": "numba", "cython": "fastll", "numpy": "numpy", "cuda": "numba-cuda"}
@@ -54,13 +59,16 @@ def choose(operation: str, dtype: Hashable, elements: int, place: Place) -> Back
         return _bind(name, place)
     if name is not None:
         return _load_forced(name)
-    return _first(elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements))
+    if operation in OWN:
+        return _first(FOR_FORMULAS)
+    pays = elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements)
+    return _first(NUMBA_FIRST if pays else TABLE["cpu"])
 
 
 @cache
-def _first(numba_pays: bool) -> Backend:
-    """The first available backend of the table; before all of them Numba, once that pays."""
-    for name in ("numba", *TABLE["cpu"]) if numba_pays else TABLE["cpu"]:
+def _first(names: tuple[str, ...]) -> Backend:
+    """The first available backend of some."""
+    for name in names:
         backend = _load(name)
         if not isinstance(backend, str):
             return backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,13 @@ EXAMPLES = re.findall(r"^\*\*([\w ]+).*?^```python\n(.*?)^```", SECTION, re.DOTA
 
 
 def test_every_example_is_found() -> None:
-    assert len(EXAMPLES) == README.count("```python") == 5
+    assert len(EXAMPLES) == README.count("```python") == 6
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
 def test_example(title: str, code: str) -> None:
     if "import torch" in code and find_spec("torch") is None:
         pytest.skip("torch is not installed")
-    exec(compile(code, f"README.md, {title}", "exec"), {})
+    name = f"README.md, {title}"
+    linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name  # as notebooks do
+    exec(compile(code, name, "exec"), {})

@@ -26,7 +26,12 @@ def integer(value: Any, name: str) -> int:
 
 
 def number(
-    value: Any, name: str, least: float, most: float = math.inf, *, above: bool = False
+    value: Any,
+    name: str,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: bool = False,
 ) -> float:
     """A finite number from `least` (or only `above` it) to `most`."""
     try:
@@ -36,6 +41,8 @@ def number(
     if not (least <= result <= most) or math.isinf(result) or (above and result == least):
         bounds = f"above {least:g}" if above else f"of at least {least:g}"
         if most < math.inf:
-            bounds = f"in [{least:g}, {most:g}]"
+            bounds = f"in [{least:g}, {most:g}]" if math.isfinite(least) else f"of at most {most:g}"
+        elif least == -math.inf:
+            bounds = "that is finite"
         raise ValueError(f"{name} is {value!r}; expected a number {bounds}")
     return result

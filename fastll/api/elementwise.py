@@ -7,9 +7,26 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from fastll.api import Reduction, check_reduction, number
+from fastll.api import Reduction, number
+from fastll.api.formula import elementwise_loss
 from fastll.arrays import Array, broadcast
 from fastll.calls import Call
+from fastll.formulas import elements
+
+#: What is called below, once arguments are those of a formula.
+_LOGITS = elementwise_loss(elements.binary_cross_entropy_with_logits)
+_LOGITS_POS_WEIGHT = elementwise_loss(elements.binary_cross_entropy_with_logits_pos_weight)
+_PROBS = elementwise_loss(elements.binary_cross_entropy)
+_GAUSSIAN = elementwise_loss(elements.gaussian_nll)
+_MSE = elementwise_loss(elements.mse)
+_FOCAL = elementwise_loss(elements.sigmoid_focal_loss)
+#: By `log_input` and `full`.
+_POISSON = {
+    (True, False): elementwise_loss(elements.poisson_nll),
+    (True, True): elementwise_loss(elements.poisson_nll_full),
+    (False, False): elementwise_loss(elements.poisson_nll_of_rate),
+    (False, True): elementwise_loss(elements.poisson_nll_of_rate_full),
+}
 
 
 def binary_cross_entropy_with_logits(
@@ -64,11 +81,11 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits([0.0, 40.0], [0, 1], reduction="none")
     array([6.93147181e-01, 4.24835426e-18])
     """
-    operation = "binary_cross_entropy_with_logits" + ("" if pos_weight is None else "_pos_weight")
-    call = Call(operation, logits, "logits")
+    loss = _LOGITS if pos_weight is None else _LOGITS_POS_WEIGHT
+    call = loss.begin(logits, "logits")
     t = _same_shape(call, target, "logits")
     others = (t,) if pos_weight is None else (t, call.take(pos_weight, "pos_weight"))
-    return _elementwise(call, others, weight, (), reduction, return_grad, grad_out)
+    return loss.finish(call, others, (), weight, reduction, return_grad, grad_out)
 
 
 def binary_cross_entropy(
@@ -128,10 +145,10 @@ def binary_cross_entropy(
     >>> binary_cross_entropy([0.5, 1e-20, 0.0], [1, 0, 1], reduction="none")
     array([6.93147181e-01, 1.00000000e-20, 1.00000000e+02])
     """
-    call = Call("binary_cross_entropy", probs, "probs")
+    call = _PROBS.begin(probs, "probs")
     t = _same_shape(call, target, "probs")
     call.check_domain(call.x, "probs", 0.0, 1.0)
-    return _elementwise(call, (t,), weight, (), reduction, return_grad, grad_out)
+    return _PROBS.finish(call, (t,), (), weight, reduction, return_grad, grad_out)
 
 
 def gaussian_nll(
@@ -193,7 +210,7 @@ def gaussian_nll(
     >>> gaussian_nll([1.0, 2.0], [0.0, 2.0], [1.0, 4.0], reduction="none")
     array([0.5       , 0.69314718])
     """
-    call = Call("gaussian_nll", mean, "mean")
+    call = _GAUSSIAN.begin(mean, "mean")
     least = number(eps, "eps", 0.0)
     t, v = call.take(target, "target"), call.place.take(var, "var")
     if 0 < v.ndim == call.x.ndim - 1 and v.shape == call.x.shape[:-1]:
@@ -201,7 +218,7 @@ def gaussian_nll(
     call.check_domain(v, "var", 0.0)
     others = t, broadcast(v, call.x.shape, "var")
     parameters = least, math.log(2 * math.pi) / 2 if full else 0.0
-    return _elementwise(call, others, None, parameters, reduction, return_grad, grad_out)
+    return _GAUSSIAN.finish(call, others, parameters, None, reduction, return_grad, grad_out)
 
 
 def mse(
@@ -248,9 +265,9 @@ def mse(
     >>> float(loss), grad
     (2.5, array([1., 2.]))
     """
-    call = Call("mse", prediction, "prediction")
+    call = _MSE.begin(prediction, "prediction")
     others = (call.take(target, "target"),)
-    return _elementwise(call, others, None, (), reduction, return_grad, grad_out)
+    return _MSE.finish(call, others, (), None, reduction, return_grad, grad_out)
 
 
 def poisson_nll(
@@ -312,12 +329,12 @@ def poisson_nll(
     >>> poisson_nll([0.0, 2.0], [0, 2], log_input=False, eps=0, reduction="none")
     array([0.        , 0.61370564])
     """
-    operation = f"poisson_nll{'' if log_input else '_of_rate'}{'_full' if full else ''}"
-    call = Call(operation, prediction, "prediction")
+    loss = _POISSON[bool(log_input), bool(full)]
+    call = loss.begin(prediction, "prediction")
     eps = number(eps, "eps", 0.0)
     others = (call.take(target, "target"),)
     parameters = () if log_input else (eps,)
-    return _elementwise(call, others, None, parameters, reduction, return_grad, grad_out)
+    return loss.finish(call, others, parameters, None, reduction, return_grad, grad_out)
 
 
 def sigmoid_focal_loss(
@@ -377,37 +394,13 @@ def sigmoid_focal_loss(
     >>> sigmoid_focal_loss([0.0, 2.0], [1, 0], reduction="none")
     array([0.0433217 , 1.23749751])
     """
-    call = Call("sigmoid_focal_loss", logits, "logits")
+    call = _FOCAL.begin(logits, "logits")
     alpha = number(alpha, "alpha", -math.inf, 1.0)
     gamma = number(gamma, "gamma", 0.0)
     others = (_same_shape(call, target, "logits"),)
     weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
-    return _elementwise(call, others, None, (*weights, gamma), reduction, return_grad, grad_out)
-
-
-def _elementwise(
-    call: Call,
-    others: tuple[Array, ...],
-    weight: ArrayLike | None,
-    parameters: tuple[float, ...],
-    reduction: str,
-    return_grad: bool,
-    grad_out: Any,
-) -> Any:
-    """An element-wise loss of the first array and others of its shape."""
-    x = call.x
-    w = None if weight is None else call.take(weight, "weight")
-    count = x.size if check_reduction(reduction) == "mean" else None
-    grad, scale = None, 1.0
-    if return_grad or grad_out is not None:
-        grad = call.output(grad_out, "grad_out", (*others, w))
-        scale = 1 / count if count else 1.0
-    loss = call.place.empty_like(x, call.compute) if reduction == "none" else None
-    backend = call.backend
-    sums = call.map(backend, (x, *others), loss, grad, w, parameters, scale)
-    if sums is not None:
-        loss = backend.total(sums, count, call.compute)
-    return call.results(loss, None, grad, return_grad, grad_out)
+    parameters = (*weights, gamma)
+    return _FOCAL.finish(call, others, parameters, None, reduction, return_grad, grad_out)
 
 
 def _same_shape(call: Call, target: ArrayLike, name: str) -> Array:

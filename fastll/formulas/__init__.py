@@ -1,10 +1,19 @@
 """The formulas, once: plain Python functions that every compiled backend shares.
 
-`maths` has what they are made of, `elements` and `rows` the operations, `constants` every coefficient,
-`vocabulary` the operations that the text may use. A text consists of assignments to new names (tuples
-may be unpacked), calls, ``+ - * /``, constants (with a minus or without) and a final return; no branch,
-loop or literal. `bind` compiles the texts for a target of Numba, `fastll.formulas.cpp` translates them
-into C++ for Cython. The NumPy reference and the tests' oracle do not use them: they check them.
+For a formula of your own (`fastll.elementwise_loss`) there are, with any numbers x:
+
+* ``+ - * /``, ``fma(a, b, c)`` = a b + c rounded once, ``product(a, b)`` = a b but 0 where a is 0;
+* ``exp(x)``, ``log(x)``, ``log1p(x)``, ``sigmoid(x)``, ``log_sigmoid(x)``, and ``softcap(x, cap)``,
+  which returns both cap tanh(x / cap) and its derivative;
+* ``absolute(x)``, ``maximum(a, b)``;
+* ``where_gt(a, b, x, y)``, ``where_ge``, ``where_eq``: x where a > b (a >= b, a == b), else y.
+
+Inside, `maths` has what formulas are made of, `elements` and `rows` the operations, `constants` every
+coefficient, `vocabulary` the operations that the text may use. A text consists of assignments to new
+names (tuples may be unpacked), calls, ``+ - * /``, constants (with a minus or without) and a final
+return; no branch, loop or literal. `bind` compiles the texts for a target of Numba,
+`fastll.formulas.cpp` translates them into C++ for Cython, and `fastll.formulas.own` makes texts of
+users' formulas. The NumPy reference and the tests' oracle do not use them: they check them.
 """
 
 from __future__ import annotations
@@ -14,16 +23,53 @@ from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from fastll.formulas import elements, maths, rows
+from fastll.formulas.elements import log_sigmoid, sigmoid
+from fastll.formulas.maths import exp, log, log1p, product, softcap
+from fastll.formulas.vocabulary import absolute, fma, maximum, where_eq, where_ge, where_gt
+
+#: What formulas of users are written in, and the number of its results.
+OPERATIONS = {
+    "absolute": 1,
+    "exp": 1,
+    "fma": 1,
+    "log": 1,
+    "log1p": 1,
+    "log_sigmoid": 1,
+    "maximum": 1,
+    "product": 1,
+    "sigmoid": 1,
+    "softcap": 2,
+    "where_eq": 1,
+    "where_ge": 1,
+    "where_gt": 1,
+}
+
+__all__ = [
+    "absolute",
+    "exp",
+    "fma",
+    "log",
+    "log1p",
+    "log_sigmoid",
+    "maximum",
+    "product",
+    "sigmoid",
+    "softcap",
+    "where_eq",
+    "where_ge",
+    "where_gt",
+]
 
 
 class Element(NamedTuple):
     """An element-wise operation; see `fastll.formulas.elements`."""
 
-    formula: Callable[..., Any]
+    formula: Any  # a function
     inputs: int = 1
     parameters: int = 0
     slope: bool = False  # returns (value, slope)
     log1p: bool = False  # returns (value, e, slope), where log1p(e) is still to be added to the value
+    helpers: tuple[FunctionType, ...] = ()  # functions of a user's that the formula calls
 
 
 class Terms(NamedTuple):
@@ -56,6 +102,9 @@ ELEMENTS = {
     "sigmoid_focal_loss": Element(elements.sigmoid_focal_loss, inputs=2, parameters=3, slope=True),
 }
 
+#: Those that users have made, by names that their texts decide: see `fastll.formulas.own`.
+OWN: dict[str, Element] = {}
+
 #: Folds that are sums of terms, by name, likewise.
 TERMS = {
     "sum": Terms(rows.itself),
@@ -63,6 +112,11 @@ TERMS = {
     "kl_divergence": Terms(rows.kl_divergence, inputs=2),
     "distribution_cross_entropy": Terms(rows.distribution_cross_entropy, inputs=2),
 }
+
+
+def element(operation: str) -> Element:
+    """The row of an element-wise operation, built in or a user's."""
+    return ELEMENTS.get(operation) or OWN[operation]
 
 
 def texts(*modules: ModuleType) -> list[FunctionType]:
@@ -91,3 +145,14 @@ def bind(
                 FunctionType(function.__code__, names, function.__name__)
             )
     return SimpleNamespace(**names)
+
+
+def formula_of(
+    row: Element, bound: Mapping[str, Any], compiled: Callable[[FunctionType], Any]
+) -> Callable[..., Any]:
+    """The formula of an element-wise operation among those that `bind` returned, or bound to them."""
+    name = row.formula.__name__
+    if name not in bound:
+        bound = vars(bind(bound, compiled, [*row.helpers, row.formula]))
+    found: Callable[..., Any] = bound[name]
+    return found

@@ -157,6 +157,7 @@ def _table(kind: str, rows: Mapping[str, Element | Terms]) -> str:
     for code, (name, row) in enumerate(rows.items()):
         traits = row._asdict()
         formula = traits.pop("formula").__name__
+        traits.pop("helpers", None)
         values = [f"x({i})" for i in range(row.inputs)]
         values += [f"parameter({i})" for i in range(traits.get("parameters", 0))]
         parts.append(f"struct {kind}_{name} {{")

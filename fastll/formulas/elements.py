@@ -8,7 +8,7 @@ of many values takes one logarithm, that of the product of all 1 + e.
 
 # mypy: ignore-errors
 
-from fastll.formulas.maths import exp, exp_product, log, log1m, log1p, product, tails
+from fastll.formulas.maths import exp, exp_product, log, log1p, log1p_fraction, product, tails
 from fastll.formulas.vocabulary import (
     absolute,
     constants,
@@ -38,7 +38,7 @@ def log_sigmoid(x):
     """min(x, 0) - log1p(exp(-|x|))."""
     c = constants(x)
     _, e = tails(x)
-    return where_gt(c.zero, x, x, c.zero) - log1p(e)
+    return where_gt(c.zero, x, x, c.zero) - log1p_fraction(e)
 
 
 def softplus_parts(x, positive, negative):
@@ -68,7 +68,7 @@ def binary_cross_entropy_with_logits_pos_weight(x, target, pos_weight):
     positive = target * pos_weight
     negative = c.one - target
     linear, e, slope = softplus_parts(x, positive, negative)
-    return linear + (positive + negative) * log1p(e), slope
+    return linear + (positive + negative) * log1p_fraction(e), slope
 
 
 def gaussian_nll(mean, target, var, least, constant):
@@ -92,7 +92,7 @@ def binary_cross_entropy(p, target):
     c = constants(p)
     negative = c.one - target
     log_p = maximum(c.log_floor, log(p))  # a NaN stays
-    log_q = maximum(c.log_floor, log1m(p))
+    log_q = maximum(c.log_floor, log1p(c.zero - p))
     variance = (c.one - p) * p
     slope = (p - target) / maximum(c.variance_floor, variance)
     return (
@@ -155,7 +155,7 @@ def sigmoid_focal_loss(x, target, positive_weight, negative_weight, gamma):
     c = constants(x)
     negative = c.one - target
     linear, e, slope = softplus_parts(x, target, negative)
-    soft = log1p(e)
+    soft = log1p_fraction(e)
     value = linear + soft
     near = where_gt(x, c.zero, negative, target)
     far = where_gt(x, c.zero, target, negative)

@@ -1,4 +1,4 @@
-"""exp, log, log1p, log1m and tanh, which the formulas of losses are made of.
+"""exp, log, log1p and tanh, which the formulas of losses are made of.
 
 Exponential. With n = round(x / ln 2) and f = x - n ln 2, |f| <= ln(2) / 2,
 
@@ -116,7 +116,7 @@ def series(u):
     return twice_atanh((u + u) / (u + c.two))
 
 
-def log1p(e):
+def log1p_fraction(e):
     """log(1 + e), 0 <= e <= 1. Above sqrt(2) - 1, 1 + e is halved."""
     c = constants(e)
     log = series(where_gt(e, c.root, (e - c.one) * c.half, e))
@@ -149,20 +149,24 @@ def log(x):
     return where_gt(x, c.zero, positive, where_eq(x, c.zero, c.zero - c.infinity, x * c.nan))
 
 
-def log1m(p):
-    """log(1 - p), 0 <= p <= 1, with log(0) = -inf; NaN for a p above 1.
+def log1p(x):
+    """log(1 + x), with log(0) = -inf and NaN below.
 
-    With y = 1 - p as rounded, 1 - p = y + lost, of which `lost` is exact: for y = 2**n f, n ln 2 plus
-    log(f + 2**-n lost). A small p is all in `lost`, and keeps its digits.
+    With y = 1 + x as rounded, 1 + x = y + lost, by Knuth's two-sum. For y = 2**n f that is n ln 2 plus
+    log(f + 2**-n lost). A small x is all in `lost`, and keeps its digits. (2**-n may be subnormal: it
+    is made of one that is not.)
     """
-    c = constants(p)
-    y = c.one - p
-    lost = (c.one - y) - p
+    c = constants(x)
+    y = c.one + x
+    back = y - c.one
+    lost = (x - back) + (c.one - (y - back))
     n = exponent(y)
-    down = downscale(y)
+    quarter = c.half * c.half
+    down = downscale(y * quarter) * quarter
     fraction = series(fma(y, down, c.zero - c.one) + lost * down)
     finite = fma(n, c.ln2_high, fma(n, c.ln2_low, fraction))
-    return where_gt(y, c.zero, finite, where_eq(y, c.zero, c.zero - c.infinity, y * c.nan))
+    positive = where_gt(c.infinity, y, finite, y)  # inf and NaN stay
+    return where_gt(y, c.zero, positive, where_eq(y, c.zero, c.zero - c.infinity, y * c.nan))
 
 
 def log_ratio(p, q):

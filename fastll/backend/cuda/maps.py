@@ -12,7 +12,7 @@ import numpy as np
 from fastll.backend.cuda import calls, primitives, states
 from fastll.backend.cuda.compiler import Kernel, cuda, device, kernels
 from fastll.backend.cuda.maths import Sum
-from fastll.formulas import ELEMENTS
+from fastll.formulas import element, formula_of
 
 THREADS = 256
 #: Elements that a thread holds at a time, and how often it does.
@@ -132,7 +132,7 @@ def _inputs(count):
 
 def _evaluator(f, real, row, count):
     """Function (call, held, i) of (value, e, slope), as `Element.log1p` says, for any formula."""
-    formula, inputs, zero = getattr(f, row.formula.__name__), _inputs(count), real(0)
+    formula, inputs, zero = formula_of(row, vars(f), device), _inputs(count), real(0)
     has_log1p, has_slope = row.log1p, row.slope
 
     @device
@@ -154,10 +154,10 @@ def kernel(variant):
     Where only sums of values are asked for, the sum of a thread's log1p(e) is the log1p of one number,
     q = prod (1 + e) - 1: at most 2**32, and it keeps all its digits where every e is tiny.
     """
-    x, row, count = variant.inputs[0], ELEMENTS[variant.operation], len(variant.inputs)
+    x, row, count = variant.inputs[0], element(variant.operation), len(variant.inputs)
     real, lanes = primitives.compute_type(x.format), primitives.lanes_of(x.format) if x.vectors else 4
     f = states.shared(real, primitives.is_half(x.format), variant.modern)
-    zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p, f.log1p_sum, f.sum_of_block
+    zero, log1p, log1p_sum, sum_of_block = real(0), f.log1p_fraction, f.log1p_sum, f.sum_of_block
     weighted, summed = variant.weight is not None, variant.partial
     together = row.log1p and summed and variant.value is None and not weighted
     log1p_left = row.log1p and not together

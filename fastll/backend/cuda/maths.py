@@ -140,6 +140,7 @@ def of(real, approximate=False, modern=False) -> SimpleNamespace:
         "largest": np.finfo(real).max,
         "maximum": device(lambda a, b: where_gt(a, b, a, b)),
         "absolute": device(lambda a: abs(a)),
+        "filled": device(lambda x, number: real(number)),
         "downscale": device(lambda x: power_of_two(-exponent(x))),
         "Sum": Sum,
         "Reference": Reference,

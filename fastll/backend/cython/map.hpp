@@ -46,7 +46,7 @@ double map_block(const Elements<T> at, Index n) {
                 e = first_lanes(e, count);
             q = q + fma(q, e, e);
         } else if constexpr (F::log1p)
-            value = value + log1p(e);
+            value = value + log1p_fraction(e);
         if (at.weight) {
             V weight = load_ahead(at.weight + j, count, T());
             value = value * weight;

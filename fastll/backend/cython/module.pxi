@@ -73,7 +73,7 @@ cdef int code_of(dict codes, operation) except -1:
     code = codes.get(operation)
     if code is None:
         raise NotImplementedError(
-            f"the cython backend was built without {operation}; expected one of {', '.join(codes)}"
+            f"the cython backend was built without {operation}: it has {', '.join(codes)}"
         )
     return code
 

@@ -1,4 +1,4 @@
-"""The kernels of element-wise operations: one driver, compiled for each row of `ELEMENTS`."""
+"""The kernels of element-wise operations: one driver, compiled for each of them."""
 
 # mypy: ignore-errors
 
@@ -16,7 +16,7 @@ from fastll.backend.numba.maths import formulas, log1p_sum, zeros
 from fastll.backend.numba.memory import allocate, deliver, fetch, start_of, target_of, until_line
 from fastll.backend.numba.vector import inline, inlined, lanes_of, load_ahead, size_of, store
 from fastll.contract import BLOCK, CHUNK
-from fastll.formulas import ELEMENTS
+from fastll.formulas import element, formula_of
 
 
 class Call(NamedTuple):
@@ -62,9 +62,9 @@ def _block(operation):
     q = prod (1 + e) - 1: at most 2**64 in float32 and 2**128 in float64, and it keeps all its digits
     where every e is tiny.
     """
-    formula, inputs, _, has_slope, has_log1p = ELEMENTS[operation]
-    formula, log1p = getattr(formulas, formula.__name__), formulas.log1p
-    load_inputs = _for_each(load_input, inputs)
+    row, log1p = element(operation), formulas.log1p_fraction
+    formula, has_slope, has_log1p = formula_of(row, vars(formulas), inline), row.slope, row.log1p
+    load_inputs = _for_each(load_input, row.inputs)
 
     def map_block(call, n, inputs, weights, values, slopes):
         size, lanes = size_of(call.like), lanes_of(call.like)
@@ -117,8 +117,8 @@ def kernel(operation):
 
     One unit is `CHUNK` elements of one outer row.
     """
-    inputs = ELEMENTS[operation].inputs
-    layout = Layout(Call, inputs=inputs, parameters=ELEMENTS[operation].parameters)
+    inputs = element(operation).inputs
+    layout = Layout(Call, inputs=inputs, parameters=element(operation).parameters)
     unpack = layout.unpack
     map_block, fetch_inputs = _block(operation), _for_each(fetch_input, inputs)
 

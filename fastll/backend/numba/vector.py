@@ -277,6 +277,15 @@ def splat(builder, value):
     return _splat(builder, value, _FORMATS[value.type].lanes)
 
 
+@emitted(lambda v, number: v)
+def filled(builder, v, number):
+    """The vector like v with a float64, or a number of its own type, in every lane."""
+    element = v.type.element
+    if number.type != element:
+        number = builder.fptrunc(number, element)
+    return _splat(builder, number, v.type.count)
+
+
 def _widened(builder, v):
     wide = ir.VectorType(_DOUBLE, v.type.count)
     return v if v.type == wide else builder.fpext(v, wide)

@@ -1,7 +1,7 @@
 """The reference: each formula of the contract as it is written, in float64, with whole arrays.
 
-Slow, obvious, and independent of `fastll.formulas`, which it checks. The only backend that makes
-full-size temporaries.
+Slow, obvious, and independent of `fastll.formulas`, which it checks; a formula of a user's is run as it
+stands. The only backend that makes full-size temporaries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from fastll.backend.host import Host
 from fastll.contract import CHUNK, Fold, Kernel, Map, units_of
 from fastll.dtypes import as_floats, rounded
+from fastll.formulas import element
 
 Array = Any
 
@@ -28,7 +29,7 @@ class Backend(Host):
     name = "numpy"
 
     def map(self, call: Map) -> Kernel:
-        formula = ELEMENTS[call.operation]
+        formula = ELEMENTS.get(call.operation) or element(call.operation).formula
         units = units_of(call.inputs[0].shape[1])
 
         @_quiet
@@ -38,6 +39,7 @@ class Backend(Host):
                 part = slice(at * CHUNK, (at + 1) * CHUNK)
                 result = formula(*(as_floats(a[row, part]) for a in call.inputs), *call.parameters)
                 value, slope = result if isinstance(result, tuple) else (result, None)
+                value = np.broadcast_to(value, call.inputs[0][row, part].shape)  # it may be a number
                 factor = 1.0 if call.weight is None else as_floats(call.weight[row, part])
                 if call.value is not None:
                     call.value[row, part] = rounded(factor * value, call.value.dtype)
