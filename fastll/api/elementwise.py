@@ -392,7 +392,7 @@ def sigmoid_focal_loss(
     --------
     >>> from fastll import sigmoid_focal_loss
     >>> sigmoid_focal_loss([0.0, 2.0], [1, 0], reduction="none")
-    array([0.0433217 , 1.23749751])
+    array([0.0433217 , 1.23755863])
     """
     call = _FOCAL.begin(logits, "logits")
     alpha = number(alpha, "alpha", -math.inf, 1.0)
