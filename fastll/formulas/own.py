@@ -143,9 +143,15 @@ class _Reader:
         node = self.node
         if not isinstance(node, ast.FunctionDef):
             raise self.refusal(node, "a definition that is not by def")
+        given = node.args
+        operands = [*given.posonlyargs, *given.args]
+        if given.vararg or given.kwarg or given.defaults or not operands:
+            raise self.refusal(node, "an operand with a default, a starred one, or none at all")
         self.program.known[self.function] = None
+        # what is computed at the definition
         node.decorator_list, node.returns, node.name = [], None, name
-        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+        given.kw_defaults = [None for _ in given.kwonlyargs]
+        for argument in (*operands, *given.kwonlyargs):
             argument.annotation = None
         original = _code_of(node, self.path)
         body = self.arguments(main=name == "own_formula")
@@ -180,8 +186,6 @@ class _Reader:
         """Rename the arguments; the statements that fill the parameters."""
         node, given = self.node, self.node.args
         operands = [*given.posonlyargs, *given.args]
-        if given.vararg or given.kwarg or given.defaults or not operands:
-            raise self.refusal(node, "an operand with a default, a starred one, or none at all")
         if given.kwonlyargs and not main:
             raise self.refusal(node, "a call of a function with keywords")
         self.operands = [a.arg for a in operands]
