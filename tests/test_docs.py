@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fastll
+import fastll.formulas
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.rst")}
@@ -25,3 +26,7 @@ def test_a_page_of_functions_has_an_example_that_runs(page):
 def test_every_example_is_shown():
     shown = re.findall(r"^\.\. plot:: \.\./(examples/\w+\.py)$", PAGES["examples"], re.MULTILINE)
     assert sorted(shown) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_every_operation_of_a_formula_is_listed():
+    assert [name for name in fastll.formulas.__all__ if f"``{name}(" not in PAGES["own"]] == []
