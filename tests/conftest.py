@@ -13,6 +13,8 @@ from table import LAYOUTS
 import fastll
 from fastll.dispatch import TABLE
 
+collect_ignore = ["conformance/as_scipy.py"]  # a plugin of other tests
+
 BACKENDS = (*TABLE["cpu"], "cuda")
 
 #: Of so many tests one runs on the emulator of a GPU; all do with FASTLL_EMULATE=all, or on a GPU.

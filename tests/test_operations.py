@@ -7,20 +7,39 @@ from table import (
     LAYOUTS,
     ROUNDOFFS,
     SHAPES,
-    all_options,
     assert_close,
     assert_same_bits,
     case,
+    label,
     parts,
 )
 
 import fastll
 from fastll.operations import OPERATIONS
 
-# shapes in one layout, and layouts of one shape of rows and one of columns
-PLACES = [(shape, axis, "contiguous") for shape, axis in SHAPES] + [
-    (shape, axis, layout) for shape, axis in SHAPES[:3] for layout in LAYOUTS if layout != "contiguous"
-]
+#: Shapes of element-wise operations: whole vectors or not, several blocks, several axes.
+FLAT = [SHAPES[0], SHAPES[2], SHAPES[7]]
+
+
+def cases():
+    """(operation, number of its set of options, place): every set in each shape, and the first and the
+    last one, in which most options come together, in each layout of rows, of columns and between."""
+    for name, operation in OPERATIONS.items():
+        last = len(operation.options) - 1
+        for option in range(last + 1):
+            for shape, axis in FLAT if operation.elementwise else SHAPES:
+                yield name, option, (shape, axis, "contiguous")
+            for shape, axis in SHAPES[:3] if option in (0, last) else ():
+                for layout in LAYOUTS:
+                    if layout != "contiguous":
+                        yield name, option, (shape, axis, layout)
+
+
+def named(case):
+    """A case as the name of a test."""
+    name, option, (shape, axis, layout) = case
+    options = label(OPERATIONS[name].options[option])
+    return f"{name}-{options}-{'x'.join(map(str, shape))}-{axis}-{layout}"
 
 
 def value_dtype(dtype):
@@ -28,12 +47,9 @@ def value_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(
-    "place", PLACES, ids=lambda place: f"{'x'.join(map(str, place[0]))}-{place[1]}-{place[2]}"
-)
-@pytest.mark.parametrize(("name", "option"), all_options())
-def test_operation(name, option, place, dtype, backend):
-    shape, axis, layout = place
+@pytest.mark.parametrize("chosen", list(cases()), ids=named)
+def test_operation(chosen, dtype, backend):
+    name, option, (shape, axis, layout) = chosen
     arrays, keywords, expected = case(name, dtype, shape, axis, option)
 
     def lay_out(a):

@@ -132,7 +132,9 @@ def test_errors_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda acc: pickle.loads(pickle.dumps(acc))], ids=str
+    "copied",
+    [copy.copy, copy.deepcopy, lambda acc: pickle.loads(pickle.dumps(acc))],
+    ids=["copy", "deepcopy", "pickle"],
 )
 def test_copies_are_independent(copied):
     for acc in (LogSumExp((2,), np.float32), LogSumExp((2,)).update([[0.0, 1.0], [2.0, 3.0]])):

@@ -550,7 +550,11 @@ def test_a_mistake_in_another_function():
     assert caught.value.lineno == power.__code__.co_firstlineno + 1
 
 
-@pytest.mark.parametrize("formula", [lambda x: (x, x), 3, np.exp, fastll.LogSumExp.update], ids=str)
+@pytest.mark.parametrize(
+    "formula",
+    [lambda x: (x, x), 3, np.exp, fastll.LogSumExp.update],
+    ids=["lambda", "number", "ufunc", "method"],
+)
 def test_what_is_no_formula(formula):
     with pytest.raises((TypeError, SyntaxError)):
         fastll.elementwise_loss(formula)

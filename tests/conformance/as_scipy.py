@@ -27,7 +27,8 @@ def _left_out(item):
     call = getattr(item, "callspec", None)
     values = call.params.values() if call else ()
     of_complex = any(isinstance(v, complex) or "complex" in str(v) for v in values)
-    return of_complex or "complex" in item.name or "test_wrap_radians" in item.name
+    names = "complex", "imaginary", "test_wrap_radians"
+    return of_complex or any(name in item.name for name in names)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,10 +12,10 @@ DTYPES = {
 
 
 def assert_not_worse(ours, peer, exact):
-    """Our largest error is not above the peer's, but for the last rounding of a result.
+    """Our largest error is not above the peer's, but for the last roundings of a result.
 
-    `exact` is in extended precision. Results of both are rounded to their dtype, by chance up or down:
-    half a unit of the largest one may come on top.
+    `exact` is in extended precision. The last two operations of both, a product or quotient and its
+    rounding to the dtype, go up or down by chance: a unit of the largest result may come on top.
     """
     exact = np.asarray(exact, np.longdouble)
     own, other = (np.asarray(a).astype(np.longdouble) for a in (ours, peer))
@@ -24,6 +24,6 @@ def assert_not_worse(ours, peer, exact):
     np.testing.assert_array_equal(own[~finite], exact[~finite])
     if not finite.any():
         return
-    rounding = float(ml_dtypes.finfo(np.asarray(ours).dtype).eps) / 2 * np.abs(exact[finite]).max()
+    rounding = float(ml_dtypes.finfo(np.asarray(ours).dtype).eps) * np.abs(exact[finite]).max()
     own, other = (np.abs(a[finite] - exact[finite]).max() for a in (own, other))
     assert own <= other + rounding, f"off by {own:.3e}, the peer by {other:.3e}"

@@ -1,5 +1,6 @@
 """SciPy: its own tests with fastll's functions, and the same inputs through both, none less exact."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,7 +23,8 @@ AXES = [0, 1, (0, 2), None]
 @pytest.mark.parametrize("name", ["cython", "numpy"])
 def test_tests_of_scipy(name, tmp_path):
     """All of `scipy.special.tests.test_logsumexp` that are not of complex numbers pass."""
-    pytest.importorskip("scipy.special.tests.test_logsumexp")
+    if importlib.util.find_spec("scipy.special.tests") is None:
+        pytest.skip("SciPy is installed without its tests")
     require(name)
     command = [sys.executable, "-m", "pytest", "--pyargs", "scipy.special.tests.test_logsumexp"]
     command += ["-p", "as_scipy", "-p", "no:cacheprovider", "-q", "-c", os.devnull]
@@ -38,7 +40,7 @@ def test_tests_of_scipy(name, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 40
+    assert int(passed[1]) >= 59
 
 
 @pytest.fixture(params=DTYPES)
@@ -84,9 +86,11 @@ def test_sums_of_terms(rng, dtype):
     """SciPy's terms, added up by NumPy."""
     p, q = rng.dirichlet(np.ones(50), (2, 30)).astype(dtype)
     p[:, 3] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergence = oracle.kl_divergence(p, q, -1)
     for ours, terms, exact in (
         (fastll.entropy(p), scipy.special.entr(p), oracle.entropy(p, -1)),
-        (fastll.kl_divergence(p, q), scipy.special.rel_entr(p, q), oracle.kl_divergence(p, q, -1)),
+        (fastll.kl_divergence(p, q), scipy.special.rel_entr(p, q), divergence),
     ):
         assert_not_worse(ours, terms.sum(axis=-1), exact.value[0])
 
