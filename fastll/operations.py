@@ -155,8 +155,9 @@ def _select(np: Any, x: Any, axis: int, index: Any) -> Any:
 
 
 def _entropy(np: Any, log_p: Any, axis: int) -> Any:
-    """That of log-probabilities, for any library with an exponential."""
-    return -(np.exp(log_p) * log_p).sum(axis)
+    """That of log-probabilities, for any library with NumPy's functions."""
+    p = np.exp(log_p)
+    return -(p * np.where(p > 0, log_p, 0)).sum(axis)
 
 
 def _peers(numpy: Peer, scipy: Peer, torch: Peer, jax: Peer) -> Mapping[str, Peer]:

@@ -22,34 +22,39 @@ FLAT = [SHAPES[0], SHAPES[2], SHAPES[7]]
 
 
 def cases():
-    """(operation, number of its set of options, place): every set in each shape, and the first and the
-    last one, in which most options come together, in each layout of rows, of columns and between."""
+    """(operation, number of its set of options, shape, axis, layout, dtype).
+
+    Every set of options in each shape and dtype. The first set and the last one, in which most options
+    come together, in each layout of rows, of columns and between, half of the dtypes in turn.
+    """
+    dtypes, others = list(DTYPES), [layout for layout in LAYOUTS if layout != "contiguous"]
     for name, operation in OPERATIONS.items():
         last = len(operation.options) - 1
         for option in range(last + 1):
             for shape, axis in FLAT if operation.elementwise else SHAPES:
-                yield name, option, (shape, axis, "contiguous")
-            for shape, axis in SHAPES[:3] if option in (0, last) else ():
-                for layout in LAYOUTS:
-                    if layout != "contiguous":
-                        yield name, option, (shape, axis, layout)
+                for dtype in dtypes:
+                    yield name, option, shape, axis, "contiguous", dtype
+            for i, (shape, axis) in enumerate(SHAPES[:3] if option in (0, last) else ()):
+                for j, layout in enumerate(others):
+                    for dtype in dtypes[(i + j + option) % 2 :: 2]:
+                        yield name, option, shape, axis, layout, dtype
 
 
 def named(case):
     """A case as the name of a test."""
-    name, option, (shape, axis, layout) = case
+    name, option, shape, axis, layout, dtype = case
     options = label(OPERATIONS[name].options[option])
-    return f"{name}-{options}-{'x'.join(map(str, shape))}-{axis}-{layout}"
+    return f"{name}-{options}-{'x'.join(map(str, shape))}-{axis}-{layout}-{dtype}"
 
 
 def value_dtype(dtype):
     return np.float64 if dtype == np.float64 else np.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("chosen", list(cases()), ids=named)
-def test_operation(chosen, dtype, backend):
-    name, option, (shape, axis, layout) = chosen
+def test_operation(chosen, backend):
+    name, option, shape, axis, layout, dtype = chosen
+    dtype = DTYPES[dtype]
     arrays, keywords, expected = case(name, dtype, shape, axis, option)
 
     def lay_out(a):

@@ -20,7 +20,7 @@ LOSSES = {
     ),
     "sparse nll": lambda x, **options: fastll.nll_loss(x, LABELS, **options),
     "dense nll": lambda x, **options: fastll.nll_loss(x, DENSE, **options),
-    "entropy": fastll.entropy_from_logits,
+    "entropy": lambda x, **options: fastll.entropy_from_logits(x, **options),
     "kl": lambda x, **options: fastll.kl_divergence_from_logits(x, TARGETS, **options),
 }
 WEIGHTS = np.array([2.0, -1.0, 0.0, 0.5, 0.0, 1.0, -3.0, 4.0, 1e-3])

@@ -271,12 +271,32 @@ class Backend:
             return kept, z_loss
         return 1.0 / kept.weight if kept.weight else nan, z_loss  # which is that of the rows
 
-    def total(self, values: Array, denominator: Any, dtype: np.dtype[Any]) -> Array:
+    def total(
+        self, values: Array, denominator: Any, dtype: np.dtype[Any], exponential: bool = False
+    ) -> Array:
         result = self._empty((), dtype)
-        self._add_up(values, result, denominator)
+        self._add_up(values, result, denominator, exponential=exponential)
         return result
 
-    def _add_up(self, values: Array, out: Array, denominator: Any = None, reciprocals: int = 0) -> None:
+    def accumulate(self, sums: contract.Floats | None, losses: Array, kept: Any) -> contract.Floats:
+        loss, fresh = self.total(losses, None, np.dtype(np.float64)), sums is None
+        sums = self._empty((2, 2), np.float64) if sums is None else sums
+        place, number = (0, kept.weight) if isinstance(kept, Kept) else (address(kept.words), 0.0)
+        told = calls.Accumulate(address(sums), int(fresh), address(loss), place, number)
+        self._total(totals.accumulate(), 1, told)
+        return sums
+
+    def read(self, a: Array) -> np.ndarray[Any, Any]:
+        return self._gpu.read(address(a), a.size, a.dtype, self._stream).reshape(a.shape)
+
+    def _add_up(
+        self,
+        values: Array,
+        out: Array,
+        denominator: Any = None,
+        reciprocals: int = 0,
+        exponential: bool = False,
+    ) -> None:
         """A tree of sums of contiguous numbers, the last of which goes to `out`."""
         place, divisor = 0, 1.0
         if isinstance(denominator, Weight):
@@ -287,7 +307,15 @@ class Backend:
         while blocks != 1:
             blocks = max(1, -(-values.size // totals.UNIT))
             sums = out if blocks == 1 else self._empty((blocks,), np.float64)
-            told = calls.Total(values.size, address(values), address(sums), place, reciprocals, divisor)
+            told = calls.Total(
+                values.size,
+                address(values),
+                address(sums),
+                place,
+                reciprocals,
+                divisor,
+                int(exponential),
+            )
             self._total(totals.add_up(format_of(values), format_of(sums)), blocks, told)
             values = sums
 
