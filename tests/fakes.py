@@ -11,7 +11,7 @@ from fastll import array_libraries, dispatch
 from fastll.array_libraries import DeviceView, _known
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
-from fastll.contract import add_sums, bad_label
+from fastll.contract import Kept, add_sums, bad_label
 
 #: Elements of one unit of the fake GPU, which is not the CPU's.
 UNIT = 10
@@ -51,33 +51,34 @@ class Backend(Host):
             kernel(0, units)
 
     def fold(self, call):
-        scale = call.options.scale
-        if not isinstance(scale, float):
-            call = call._replace(options=call.options._replace(scale=float(on_host(scale))))
+        options = call.options
+        if isinstance(options.scale, DeviceView):
+            scale, z_loss = reference.averaged(Kept(*on_host(options.scale)), options.z_loss)
+            call = call._replace(options=options._replace(scale=scale, z_loss=z_loss))
         return reference.fold(moved(call, on_host))
 
-    def labels(self, labels, classes, ignore_index, weight, check):
-        y = on_host(labels).astype(np.int64)
-        kept = y != ignore_index
-        if check:
-            for at in zip(*np.nonzero(kept & ((y < 0) | (y >= classes))), strict=True):
+    def weigh(self, labels, classes, ignore_index, weight, sample, check):
+        """What is kept stays on the device, as two numbers."""
+        y = None if labels is None else on_host(labels).astype(np.int64)
+        g = np.ones(y.shape) if sample is None else on_host(sample).astype(np.float64)
+        if y is not None:
+            counted = np.ones(y.shape, bool) if ignore_index is None else y != ignore_index
+            good = counted & (y >= 0) & (y < classes)
+            for at in zip(*np.nonzero(counted & ~good), strict=True) if check else ():
                 raise bad_label(y[at], tuple(map(int, at)), classes, ignore_index)
-        result = self.empty((), np.float64)
-        w = np.ones(classes) if weight is None else on_host(weight)
-        on_host(result)[...] = w[y[kept]].sum(dtype=np.float64)
-        return labels, result
+            g = np.where(good, g, 0)
+        w = 1 if weight is None else on_host(weight)[np.where(good, y, 0)]
+        kept = self.empty((2,), np.float64)
+        on_host(kept)[...] = np.sum(g * w), np.sum(g)
+        return labels, kept
 
-    def factor(self, kept):
-        if isinstance(kept, float):
-            return super().factor(kept)
-        result = self.empty((), np.float64)
-        on_host(result)[...] = super().factor(float(on_host(kept)))
-        return result
+    def averaged(self, kept, z_loss):
+        return (kept, z_loss) if isinstance(kept, DeviceView) else super().averaged(kept, z_loss)
 
     def total(self, values, denominator, dtype, exponential=False):
         result = self.empty((), dtype)
         if isinstance(denominator, DeviceView):
-            denominator = float(on_host(denominator))
+            denominator = Kept(*on_host(denominator))
         on_host(result)[...] = super().total(on_host(values), denominator, dtype, exponential)
         return result
 
@@ -85,9 +86,9 @@ class Backend(Host):
         if sums is None:
             sums = self.empty((2, 2), np.float64)
             on_host(sums)[...] = 0
-        kept = kept if isinstance(kept, float) else float(on_host(kept))
-        more = [[float(reference.total(on_host(losses), None, np.dtype(np.float64))), 0], [kept, 0]]
-        add_sums(on_host(sums), np.array(more))
+        kept = Kept(*on_host(kept)) if isinstance(kept, DeviceView) else kept
+        loss = float(reference.total(on_host(losses), None, np.dtype(np.float64)))
+        add_sums(on_host(sums), np.array([[loss, 0], [kept.weight, 0]]))
         return sums
 
     def read(self, a):

@@ -70,7 +70,8 @@ def test_extra_memory_is_of_the_order_of_rows(compiled):
     calls()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < x.nbytes / 20
+    # on each of two threads, in float32, exponentials of two rows of two arrays: 1.6 MB of 20
+    assert peak < x.nbytes / 10
 
 
 REDUCTIONS = """

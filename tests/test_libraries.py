@@ -275,6 +275,8 @@ def test_nothing_is_imported_for_numpy():
     "dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64", "int16"], ids=str
 )
 def test_on_gpu(gpu, rng, name, dtype):
+    if (name, dtype) == ("dense_nll_loss", "int16"):
+        pytest.skip("integers are labels")
     for shape, axis in (((3, 7), 1), ((7, 3), 0), ((2, 5, 3), 1)):
         function, arrays, options = call(name, rng, shape, axis, dtype)
         with fastll.use_backend("numpy"):

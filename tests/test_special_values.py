@@ -10,6 +10,7 @@ from table import DTYPES
 
 import fastll
 from fastll import dispatch
+from fastll.api import losses
 from fastll.contract import Fold
 
 INF, NAN = np.inf, np.nan
@@ -184,7 +185,7 @@ def test_infinite_and_nan_class_weights(backend, rng, weight, smoothing, dense, 
     target = rng.dirichlet(np.ones(3), 40) if dense else y
     options = {"weight": np.array(weight, float), "label_smoothing": smoothing, "reduction": "none"}
     with fastll.use_backend("numpy"):
-        expected = fastll.cross_entropy(x, target, **options)
+        expected = losses.cross_entropy(x, target, **options)  # on the host for certain
     if axis == 0:
         x, target = x.T.copy(), target.T.copy()
     loss = fastll.cross_entropy(x, target, axis=axis, **options)
