@@ -24,7 +24,7 @@ def test_a_page_of_functions_has_an_example_that_runs(page):
 
 
 def test_every_example_is_shown():
-    shown = re.findall(r"^\.\. plot:: \.\./(examples/\w+\.py)$", PAGES["examples"], re.MULTILINE)
+    shown = re.findall(r"^\.\. literalinclude:: \.\./(examples/\w+\.py)$", PAGES["examples"], re.MULTILINE)
     assert sorted(shown) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
 
 

@@ -15,7 +15,8 @@ def assert_not_worse(ours, peer, exact, units=1):
     """Our largest error is not above the peer's, but for the last roundings of a result.
 
     `exact` is in extended precision. The last two operations of both, a product or quotient and its
-    rounding to the dtype, go up or down by chance: a unit of the largest result may come on top, or several `units`.
+    rounding to the dtype, go up or down by chance: a unit of the largest result may come on top, or
+    several `units`.
     """
     exact = np.asarray(exact, np.longdouble)
     own, other = (np.asarray(a).astype(np.longdouble) for a in (ours, peer))
