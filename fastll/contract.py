@@ -143,19 +143,6 @@ class Map(NamedTuple):
     scale: float = 1.0
 
 
-#: Folds that are no sums of terms. The first one takes weights or a state, the last two a temperature;
-#: so does the first one with labels.
-FOLDS = (
-    "logsumexp",
-    "softmax",
-    "log_softmax",
-    "cross_entropy",
-    "nll_loss",
-    "entropy_from_logits",
-    "kl_divergence_from_logits",
-)
-
-
 class Kept(NamedTuple):
     """What a mean over rows divides by."""
 
@@ -166,7 +153,8 @@ class Kept(NamedTuple):
 class Fold(NamedTuple):
     """A reduction of rows and its operands."""
 
-    operation: str  # one of `FOLDS` or a key of `TERMS`
+    operation: str  # "logsumexp", "softmax", "log_softmax", "cross_entropy", "nll_loss",
+    # "entropy_from_logits", "kl_divergence_from_logits" or a key of `TERMS`
     x: Array  # full; decides which dtype is computed in, with the weights of a log-sum-exp
     second: Array | None = None  # full, any real dtype: weights, dense target, second distribution
     labels: Array | None = None  # row: sparse target, as `Backend.weigh` returned it; or row + (K,)

@@ -184,6 +184,11 @@ class _Rows:
     def of(self, array: Array) -> Array:
         return None if array is None else array[self.at]
 
+    def samples(self) -> Array:
+        """Sample weights."""
+        sample = self.call.sample
+        return np.ones(len(self.x)) if sample is None else as_floats(self.of(sample))
+
     def put(self, array: Array, values: Array) -> None:
         if array is not None:
             array[self.at] = values
@@ -266,7 +271,7 @@ def _targets(rows: _Rows, x: Array) -> tuple[Array, ...]:
     count, classes = x.shape
     ignore_index, eps = call.options[:2]
     w = np.ones(classes) if call.weight is None else call.weight.astype(np.float64)
-    sample = np.ones(count) if call.sample is None else as_floats(rows.of(call.sample))
+    sample = rows.samples()
     c, x_y = np.zeros(count), np.zeros(count)
     if call.labels is None:
         u = w * ((1 - eps) * rows.full(call.second) + eps / max(classes, 1))
@@ -295,7 +300,7 @@ def _entropy_from_logits(rows: _Rows) -> None:
     m, e, k = _exponentials(x)
     log_s, p, distance = np.log1p(e + (k - 1)), _probabilities(x, m, e + k), m[:, None] - x
     away = _times(p, distance).sum(axis=1)
-    sample = np.ones(len(x)) if call.sample is None else as_floats(rows.of(call.sample))
+    sample = rows.samples()
     rows.put(call.value, _times(sample, np.where(m == -np.inf, np.nan, log_s + away)))
     rows.put(call.lse, m + log_s)
     _select(rows, x, m, log_s)
@@ -315,7 +320,7 @@ def _kl_divergence_from_logits(rows: _Rows) -> None:
     value = (np.log1p(e + (k - 1)) - np.log1p(f + (l - 1))) + _times(p, ratio).sum(axis=1)
     # what is below 0 is a rounding error
     value = np.where(np.isinf(m) | np.isinf(n), np.nan, np.where(value < 0, 0, value))
-    sample = np.ones(len(x)) if call.sample is None else as_floats(rows.of(call.sample))
+    sample = rows.samples()
     rows.put(call.value, _times(sample, value))
     if call.out is not None:
         scale = call.options.scale * call.options.inverse_temperature
