@@ -90,13 +90,13 @@ INLINE auto weighted_terms(Vec<T> x, Vec<T> b, Vec<T> m, Vec<T> e) {
     return pack(below, widen(at_maximum(x, m, b)));
 }
 
-// A row of a block of numbers, `step` elements apart, by the library's exp: for a maximum that is infinite
-// or enormous. One term after the other, but with Kahan's compensation.
+// A row of a block of numbers times tau, `step` elements apart, by the library's exp: for a maximum that is
+// infinite or enormous. One term after the other, but with Kahan's compensation.
 template <class T>
-void sum_exactly(const T *v, Index step, Index n, State &row) {
+void sum_exactly(const T *v, T tau, Index step, Index n, State &row) {
     double e = 0, k = 0, lost = 0;
     for (Index j = 0; j < n; j++) {
-        double x = v[j * step];
+        double x = v[j * step] * tau;
         if (x == row.m)
             k += 1;
         else {
@@ -112,12 +112,14 @@ void sum_exactly(const T *v, Index step, Index n, State &row) {
 // Add exp(x - m) times the distance of x likewise; `beside` are the logits that a target's x is compared
 // with, and m_beside is their maximum.
 template <Away AWAY, class T>
-void sum_away_exactly(const T *v, const T *beside, double m_beside, Index step, Index n, State &row) {
+void sum_away_exactly(
+    const T *v, const T *beside, double m_beside, T tau, Index step, Index n, State &row
+) {
     double away = 0;
     for (Index j = 0; j < n; j++) {
-        double x = v[j * step], distance = row.m - x;
+        double x = v[j * step] * tau, distance = row.m - x;
         if constexpr (AWAY == DIVERGENT)
-            distance = excess((double) beside[j * step], m_beside, x, row.m);
+            distance = excess((double) (beside[j * step] * tau), m_beside, x, row.m);
         away += product(std::exp(x - row.m), distance);
     }
     row.away += away;

@@ -281,9 +281,11 @@ struct Columns {
             T equal[lanes<T>];
             store_all(equal, counts);
             add_sums<AWAY>(rows, w, Constants<double>::unshift, equal, [&](Index i, State &row) {
-                sum_exactly(of + i, GROUP, n, row);
+                sum_exactly(of + i, (T) 1, GROUP, n, row);
                 if (AWAY != NOWHERE)
-                    sum_away_exactly<AWAY>(of + i, v + i, finite_or_zero(group.m[i]), GROUP, n, row);
+                    sum_away_exactly<AWAY>(
+                        of + i, v + i, finite_or_zero(group.m[i]), (T) 1, GROUP, n, row
+                    );
             });
         }
     }

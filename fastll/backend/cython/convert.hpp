@@ -94,33 +94,31 @@ INLINE Index to_halves(const float *source, char *to, Index n) {
     return i;
 }
 
-// f(i, bytes to number i) from `done` on. Where numbers are contiguous the loop makes vectors of them.
-template <class S, class F>
-INLINE void for_numbers(Index done, Index n, Index step, F f) {
-    if (step == sizeof(S))
-        for (Index i = done; i < n; i++)
-            f(i, i * (Index) sizeof(S));
-    else
-        for (Index i = done; i < n; i++)
-            f(i, i * step);
-}
-
-// Numbers stored as S.
+// Numbers stored as S, from `done` on. Where they are contiguous the loop makes vectors of them.
 template <class S, class T, class F>
 INLINE void read_numbers(
     const char *source, Index step, Index n, bool swapped, T *out, F converted, Index done = 0
 ) {
-    for_numbers<S>(done, n, step, [=](Index i, Index at) FORCED {
-        out[i] = converted(element<S>(source + at, swapped));
-    });
+    if (step == sizeof(S) && !swapped)
+        for (Index i = done; i < n; i++)
+            out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
+    else
+        for (Index i = done; i < n; i++)
+            out[i] = converted(element<S>(source + i * step, swapped));
 }
 
 template <class S, class T, class F>
 INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F converted, Index done = 0) {
-    for_numbers<S>(done, n, step, [=](Index i, Index at) FORCED {
+    auto write = [=](Index i, Index at) FORCED {
         S number = (S) converted(numbers[i]);
         memcpy(out + at, &number, sizeof number);
-    });
+    };
+    if (step == sizeof(S))
+        for (Index i = done; i < n; i++)
+            write(i, i * (Index) sizeof(S));
+    else
+        for (Index i = done; i < n; i++)
+            write(i, i * step);
 }
 
 // Numbers from `done` on, by whatever instructions the compiler finds.

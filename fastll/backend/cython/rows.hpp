@@ -36,12 +36,12 @@ struct Pending {
     T m, log_s, mean, tau;
 
     // Elements j to j + count, at most a vector.
-    template <Away AWAY>
+    template <Away AWAY, bool TEMPERED>
     FORCED void write(Index j_, Index count) const {
         auto logit = [=]() FORCED { return load(logits + j_, count, T()); };
-        Vec<T> x = log ? log_probability(logit(), m, log_s) : kept.at(j_, count);
+        Vec<T> x = AWAY == NOWHERE && log ? log_probability(logit(), m, log_s) : kept.at(j_, count);
         if constexpr (AWAY == ENTROPIC)
-            x = entropy_slope(x, logit() * tau, m, mean);
+            x = entropy_slope(x, TEMPERED ? logit() * tau : logit(), m, mean);
         if constexpr (AWAY == DIVERGENT)
             x = x - target.at(j_, count);
         if (streamed)
@@ -51,18 +51,19 @@ struct Pending {
     }
 
     // All up to element `end`.
-    template <Away AWAY>
+    template <Away AWAY, bool TEMPERED = false>
     void write_until(Index end) {
         for (; j + lanes<T> <= end; j += lanes<T>)
-            write<AWAY>(j, lanes<T>);
-        write<AWAY>(j, end - j);
+            write<AWAY, TEMPERED>(j, lanes<T>);
+        write<AWAY, TEMPERED>(j, end - j);
         j = end;
     }
 
     void write_until(Index end) {
-        away == ENTROPIC    ? write_until<ENTROPIC>(end)
-        : away == DIVERGENT ? write_until<DIVERGENT>(end)
-                            : write_until<NOWHERE>(end);
+        if (away == ENTROPIC)
+            tau != 1 ? write_until<ENTROPIC, true>(end) : write_until<ENTROPIC>(end);
+        else
+            away == DIVERGENT ? write_until<DIVERGENT>(end) : write_until<NOWHERE>(end);
     }
 };
 
@@ -92,6 +93,7 @@ struct Rows {
         call.out && bytes > 0 ? least(GROUP, GROUP_SIZE / bytes + (GROUP_SIZE < bytes)) : GROUP;
     const Index pitch = (call.classes + 31) / 32 * 32;  // elements from a row's exponentials to the next
     const Index blocks = call.classes / BLOCK + 1;
+    const T tau = (T) call.options.inverse_temperature;
     Memory memory{(5 * BLOCK + arrays * (2 * keeps * most * pitch + 2 * blocks)) * (Index) sizeof(T)};
     // a block each
     T *x = memory.take<T>(BLOCK), *next = memory.take<T>(BLOCK), *u = memory.take<T>(BLOCK);
@@ -114,20 +116,30 @@ struct Rows {
         return kept ? kept + ((&rows - groups) * most + i) * arrays * pitch : nullptr;
     }
 
-    // Block of logits from j on, times tau, with the soft cap where there is one; its derivative into
-    // `slope_to`.
-    const T *fetch_logits(
+    // Block of logits from j on, with the soft cap where there is one; its derivative into `slope_to`.
+    const T *fetch_capped(
         const Operand &of, const char *start, Index j, Index n, T *buffer, T *slope_to = nullptr
     ) const {
         const T *v = of.fetch(start, j, n, buffer);
-        if (call.capped())
-            cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
-        else if (call.tempered())
-            scale_block(v, n, (T) call.options.inverse_temperature, buffer);
-        else
+        if (!call.capped())
             return v;
+        cap_block(v, n, (T) call.options.softcap, buffer, slope_to);
         return buffer;
     }
+
+    // The same times tau.
+    const T *fetch_logits(
+        const Operand &of, const char *start, Index j, Index n, T *buffer, T *slope_to = nullptr
+    ) const {
+        const T *v = fetch_capped(of, start, j, n, buffer, slope_to);
+        if (!call.tempered())
+            return v;
+        scale_block(v, n, tau, buffer);
+        return buffer;
+    }
+
+    // A maximum of logits times tau, as rounded as these.
+    double tau_times(double top) const { return (T) top * tau; }
 
     // u = w ((1 - eps) t + eps / C) of the contract, or without t, w eps / C.
     const T *fetch_target(const char *start, Index j, Index n) const {
@@ -140,13 +152,13 @@ struct Rows {
         return u;
     }
 
-    // The block of logits from j on as the next one; the one before it stays where it is.
+    // The block of logits from j on, not yet times tau, as the next one; the one before it stays where it is.
     void fetch_next(const Operand &of, const char *start, Index j, Ahead<T> &ahead) const {
         std::swap(ahead.buffer, ahead.next);
         ahead.count = least(BLOCK, call.classes - j);
-        ahead.block = fetch_logits(of, start, j, ahead.count, ahead.next);
+        ahead.block = fetch_capped(of, start, j, ahead.count, ahead.next);
         if (j == 0)
-            ahead.top = max_block(ahead.block, ahead.count);
+            ahead.top = tau_times(max_block(ahead.block, ahead.count));
     }
 
     // ---- Fold ----
@@ -239,43 +251,53 @@ struct Rows {
         if (!usable(row.m)) {
             if (terms)
                 memset(terms, 0, n * sizeof(T));  // correct for -inf; never read otherwise
-            sum_exactly(v, 1, n, row);
+            sum_exactly(v, tau, 1, n, row);
             if (AWAY != NOWHERE)
-                sum_away_exactly<AWAY>(v, beside, m_beside, 1, n, row);
-            ahead.top = max_block(ahead.block, ahead.count);
-        } else if (top < row.m)
-            add_block<AWAY, false>(v, n, row, terms, ahead, beside, (T) m_beside);
-        else
-            add_block<AWAY, true>(v, n, row, terms, ahead, beside, (T) m_beside);
+                sum_away_exactly<AWAY>(v, beside, m_beside, tau, 1, n, row);
+            ahead.top = tau_times(max_block(ahead.block, ahead.count));
+        } else {
+            auto add = call.tempered() ? top < row.m ? &Rows::add_block<AWAY, true, false>
+                                                     : &Rows::add_block<AWAY, true, true>
+                       : top < row.m   ? &Rows::add_block<AWAY, false, false>
+                                       : &Rows::add_block<AWAY, false, true>;
+            (this->*add)(v, n, row, terms, ahead, beside, (T) m_beside);
+        }
     }
 
     // Add the sum of exp(x) / 2**n over a block; AT_TOP: of the elements below m, and count those equal.
     // Meanwhile, write as much of the pending row, and find the maximum of the next block.
-    template <Away AWAY, bool AT_TOP>
+    template <Away AWAY, bool TEMPERED, bool AT_TOP>
     void add_block(
         const T *v, Index n, State &row, T *terms, Ahead<T> &following, const T *beside, T m_beside
     ) {
-        const T lowest = -(T) INFINITY, m = (T) row.m;
+        const T lowest = -(T) INFINITY, m = (T) row.m, tau = this->tau;
         const auto window = window_of<T>(row.n);
+        auto times_tau = [=](Vec<T> x) FORCED { return TEMPERED ? x * tau : x; };
         const Pending<T> old = pending;
         const T *ahead = following.block;
-        const Index ahead_count = following.count;
+        // what the sum's loop does not reach of the next block is at most a vector
+        const Index whole_ahead = least(following.count, n) / lanes<T> * lanes<T>;
         // a gradient of two arrays is written while the second one is folded
         const bool writes = AWAY == DIVERGENT || !call.divergent();
         const Index ready = writes ? (old.n - old.j) / lanes<T> * lanes<T> : 0;
-        Vec<T> counts = {}, top = splat(lowest), away = {};
+        Vec<T> counts = {}, away = {};
+        auto top = first_register(splat(lowest));
         Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
-            if (j < ahead_count)
-                top = maximum(load_ahead(ahead + j, ahead_count - j, lowest), top);
-            Vec<T> x = load(v + j, count, lowest), e = window.terms(x);
+            if (j < whole_ahead) {
+                Vec<T> next = load_ahead(ahead + j);
+                for_registers(next, [&](auto part, int) FORCED { top = maximum(part, top); });
+            }
+            Vec<T> x = times_tau(load(v + j, count, lowest)), e = window.terms(x);
             if (terms)
                 store_all(terms + j, e);
             if (j < ready)
-                old.template write<AWAY>(old.j + j, lanes<T>);
+                old.template write<AWAY, TEMPERED>(old.j + j, lanes<T>);
             if constexpr (AWAY == ENTROPIC)
                 away = away + window.away(x, e, splat(m));
-            if constexpr (AWAY == DIVERGENT)
-                away = away + product(e, excess(load_ahead(beside + j, count, T()), m_beside, x, m));
+            if constexpr (AWAY == DIVERGENT) {
+                Vec<T> other = times_tau(load(beside + j, count, T()));
+                away = away + product(e, excess(other, m_beside, x, m));
+            }
             if constexpr (AT_TOP) {
                 counts = counts + at_maximum(x, m, (T) 1);
                 e = below_maximum(x, m, e);
@@ -283,7 +305,8 @@ struct Rows {
             return e;
         });
         pending.j += least(ready, (n + lanes<T> - 1) / lanes<T> * lanes<T>);
-        following.top = largest(top);
+        const double rest = max_block(ahead + whole_ahead, following.count - whole_ahead);
+        following.top = tau_times(std::max(rest, (double) largest(top)));
         row.added += total(sums) * Constants<double>::unshift;
         if (AWAY != NOWHERE)
             row.away_added += total(away) * Constants<double>::unshift;
@@ -399,7 +422,7 @@ struct Rows {
         row.out = (T *) call.out.row(rows.outer, rows.inner + i);
         row.m = (T) rows.m[i], row.log_s = (T) rows.log_s[i], row.mean = (T) rows.mean[i];
         row.logits = (const T *) call.x().row(rows.outer, rows.inner + i);
-        row.tau = (T) call.options.inverse_temperature;
+        row.tau = tau;
         const T *terms = kept_of(rows, i);
         if (row.log || (rows.sample[i] != 0 && take_kept(rows, i, terms, row.kept) &&
                         (!call.divergent() ||

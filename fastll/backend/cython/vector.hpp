@@ -219,7 +219,15 @@ INLINE V lifted(F f, V x, A... others) {
         return {lifted(f, x.lo, others.lo...), lifted(f, x.hi, others.hi...)};
 }
 
-// f(register, its first lane) for those of a vector.
+template <class V>
+INLINE auto first_register(V x) {
+    if constexpr (V::fits)
+        return x;
+    else
+        return first_register(x.lo);
+}
+
+// f(register, its first lane) for those of a vector, one after the other.
 template <class V, class F>
 INLINE void for_registers(V &x, F f, int lane = 0) {
     if constexpr (V::fits)
@@ -524,7 +532,7 @@ INLINE auto largest(V x) {
 }
 
 // Sums over a block in the order of the contract: element j goes to lane j modulo their number. A term is
-// a vector of `terms(j, n - j)`, or several.
+// a vector, `terms(j, count)` of up to as many elements as it has lanes, or several.
 
 template <class A, class B>
 INLINE Two<A, B> operator+(Two<A, B> x, Two<A, B> y) {
@@ -533,9 +541,12 @@ INLINE Two<A, B> operator+(Two<A, B> x, Two<A, B> y) {
 
 template <class T, class F>
 INLINE auto sum_block(Index n, F terms) {
+    const Index whole = n / lanes<T> * lanes<T>;
     decltype(terms(n, n)) sums = {};
-    for (Index j = 0; j < n; j += lanes<T>)
-        sums = sums + terms(j, n - j);
+    for (Index j = 0; j < whole; j += lanes<T>)  // a count that is known when compiled: no lanes are masked
+        sums = sums + terms(j, lanes<T>);
+    if (whole < n)
+        sums = sums + terms(whole, n - whole);
     return sums;
 }
 
