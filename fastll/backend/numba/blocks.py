@@ -159,11 +159,11 @@ def term_of(operation):
 
 
 # What follows is for a maximum that is infinite or enormous: one element after the other, `step` bytes
-# apart, by the library's exp.
+# apart, by the library's exp. Logits are multiplied by `tau`.
 
 
 @vector.shared
-def add_exactly(row, v, step, n, like):
+def add_exactly(row, v, tau, step, n, like):
     """Add to a row the exponentials of elements below the maximum, and count those equal to it.
 
     The sum is Kahan's.
@@ -171,7 +171,7 @@ def add_exactly(row, v, step, n, like):
     e = 0.0
     lost = 0.0
     for j in range(n):
-        x = np.float64(read(v + j * step, like))
+        x = np.float64(read(v + j * step, like) * tau)
         if x == row.maximum:
             row.at_maximum += 1.0
         else:
@@ -183,15 +183,16 @@ def add_exactly(row, v, step, n, like):
 
 
 @vector.shared
-def add_distances_exactly(row, v, other, other_maximum, step, n, like):
+def add_distances_exactly(row, v, other, other_maximum, tau, step, n, like):
     """Add to a row the exponentials times the distances; see `divergence_term` for another array's."""
     away = 0.0
     m = row.maximum
     for j in range(n if abs(m) < np.inf else 0):
-        x = np.float64(read(v + j * step, like))
+        x = np.float64(read(v + j * step, like) * tau)
         distance = m - x
         if other != 0:
-            distance = formulas.excess(np.float64(read(other + j * step, like)), other_maximum, x, m)
+            y = np.float64(read(other + j * step, like) * tau)
+            distance = formulas.excess(y, other_maximum, x, m)
         away += formulas.product(math.exp(x - m), distance)
     row.away += away
 

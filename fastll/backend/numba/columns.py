@@ -266,13 +266,13 @@ def fold_tile(tile, v, table, average, n, count, fresh, like):
         row = row_of(table, i)
         if not usable(row.maximum):
             at = v + i * size
-            blocks.add_exactly(row, at, GROUP * size, n, like)
+            blocks.add_exactly(row, at, one, GROUP * size, n, like)
             if average.wanted:
                 other, maximum = 0, 0.0
                 if average.logits != 0:
                     other = average.logits + i * size
                     maximum = finite(row_of(average.table, i).maximum)
-                blocks.add_distances_exactly(row, at, other, maximum, GROUP * size, n, like)
+                blocks.add_distances_exactly(row, at, other, maximum, one, GROUP * size, n, like)
 
 
 @inline

@@ -161,12 +161,12 @@ def write_rest(row):
 
 
 @inline
-def max_block(v, n, like):
-    """The maximum; NaN are passed over."""
-    size, top = size_of(like), lowest(like)
-    for j in range(0, n, lanes_of(like)):
-        top = vector.maximum(vector.load_ahead(v + j * size, n - j, lowest(like)), top)
-    return np.float64(vector.largest(top))
+def max_block(v, n, tau):
+    """The maximum, times tau; NaN are passed over."""
+    size, top = size_of(tau), lowest(tau)
+    for j in range(0, n, lanes_of(tau)):
+        top = vector.maximum(vector.load_ahead(v + j * size, n - j, lowest(tau)), top)
+    return np.float64(vector.largest(top) * tau)
 
 
 class Average(NamedTuple):
@@ -181,49 +181,87 @@ class Average(NamedTuple):
 NO_AVERAGE, ENTROPY = Average(False, 0, 0.0, 0.0), Average(True, 0, 0.0, 0.0)
 
 
+class Sums(NamedTuple):
+    """Of a block, so far: in lanes."""
+
+    next_top: float  # the maximum of the next block, of half the lanes
+    added: float
+    at_maximum: float
+    away: float
+
+
+class Block(NamedTuple):
+    """A block that is added to a row, and what is done meanwhile."""
+
+    v: int
+    terms: int  # where its exponentials are left; 0: nowhere
+    next_v: int
+    next_n: int  # of the next block, whole vectors
+    ready: int  # of the pending row, whole vectors
+    maximum: float
+    at_top: bool  # whether that may be in the block
+    floor: float
+    magic: float
+    other_maximum: float
+    tau: float
+
+
 @inline
-def add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, like):
+def add_vector(block, sums, average, pending, j, count):
+    """Add elements j to j + count, at most a vector."""
+    top, added, at_maximum, away = sums
+    tau, maximum = block.tau, block.maximum
+    at, none, zero = j * size_of(tau), lowest(tau), zeros(tau)
+    if j < block.next_n:
+        top = vector.raised(vector.load_ahead(block.next_v + at, lanes_of(tau), none), top)
+    x = load(block.v + at, count, none) * tau
+    e = exponential(x, block.floor, block.magic)
+    if block.at_top:
+        added = added + formulas.below_maximum(x, maximum, e)
+        at_maximum = at_maximum + formulas.at_maximum(x, maximum, constants(tau).one)
+    else:
+        added = added + e
+    if average.wanted:
+        if average.logits != 0:
+            other = load(average.logits + at, count, zero) * tau
+            away = away + blocks.divergence_term(e, x, maximum, other, block.other_maximum)
+        else:
+            away = away + blocks.entropy_term(e, x, maximum, block.floor)
+    if block.terms != 0:
+        write(block.terms + at, e)
+    if j < block.ready:
+        write_vector(pending, j, lanes_of(tau))
+    return Sums(top, added, at_maximum, away)
+
+
+@inline
+def add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, tau):
     """Add a block to a row; returns what is left of the pending row, and the next block's maximum.
 
     Adds the sum of exp(x) / 2**reference; `at_top`: of the elements below the maximum, and counts those
     equal to it. The row that is pending is written and the next block read meanwhile.
     """
-    size, count = size_of(like), lanes_of(like)
-    none, zero, one = lowest(like), zeros(like), constants(like).one
-    top, sums, counts, away, other_maximum = none, zero, zero, zero, cast(average.maximum, like)
-    maxima = splat(cast(row.maximum, like))
-    floor, magic = window(row.reference, like)
-    ready = pending.n // count * count
-    for j in range(0, n, count):
-        if j < next_n:
-            top = vector.maximum(vector.load_ahead(next_v + j * size, next_n - j, none), top)
-        x = load(v + j * size, n - j, none)
-        e = exponential(x, floor, magic)
-        if at_top:
-            sums = sums + formulas.below_maximum(x, maxima, e)
-            counts = counts + formulas.at_maximum(x, maxima, one)
-        else:
-            sums = sums + e
-        if average.wanted:
-            if average.logits != 0:
-                other = load(average.logits + j * size, n - j, zero)
-                away = away + blocks.divergence_term(e, x, maxima, other, other_maximum)
-            else:
-                away = away + blocks.entropy_term(e, x, maxima, floor)
-        if terms != 0:
-            store(terms + j * size, count, e)
-        if j < ready:
-            write_vector(pending, j, count)
-    row.at_maximum += vector.total(counts)
-    row.added += vector.total(sums) * 2.0**-SHIFT
+    lanes, zero = lanes_of(tau), zeros(tau)
+    whole, ready, read = n // lanes * lanes, pending.n // lanes * lanes, min(n, next_n) // lanes * lanes
+    floor, magic = window(row.reference, tau)
+    maximum, other_maximum = splat(cast(row.maximum, tau)), cast(average.maximum, tau)
+    block = Block(v, terms, next_v, read, ready, maximum, at_top, floor, magic, other_maximum, tau)
+    sums = Sums(vector.lower_half(lowest(tau)), zero, zero, zero)
+    for j in range(0, whole, lanes):  # by themselves, as their loads need no mask
+        sums = add_vector(block, sums, average, pending, j, lanes)
+    if whole < n:
+        sums = add_vector(block, sums, average, pending, whole, n - whole)
+    row.at_maximum += vector.total(sums.at_maximum)
+    row.added += vector.total(sums.added) * 2.0**-SHIFT
     if average.wanted:
-        row.away_added += vector.total(away) * 2.0**-SHIFT
-    written = min(ready, (n + count - 1) // count * count)
-    return rest_of(pending, written), np.float64(vector.largest(top))
+        row.away_added += vector.total(sums.away) * 2.0**-SHIFT
+    rest = max_block(next_v + read * size_of(tau), next_n - read, tau)
+    written = min(ready, (n + lanes - 1) // lanes * lanes)
+    return rest_of(pending, written), max(np.float64(vector.largest(sums.next_top) * tau), rest)
 
 
 @inline
-def fold_block(v, n, top, row, average, terms, pending, next_v, next_n, like):
+def fold_block(v, n, top, row, average, terms, pending, next_v, next_n, tau):
     """`add_block` for a block with maximum `top`. Leaves its exponentials, unless `terms` is 0."""
     if top > row.maximum:
         rise = top - finite(row.maximum)
@@ -233,14 +271,14 @@ def fold_block(v, n, top, row, average, terms, pending, next_v, next_n, like):
         move_distances(row, average.growth)
     if usable(row.maximum):
         at_top = top == row.maximum
-        return add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, like)
+        return add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, tau)
     if terms != 0:
-        blocks.fill(terms, n, 0.0, False, like)  # correct for -inf; never read otherwise
-    blocks.add_exactly(row, v, size_of(like), n, like)
+        blocks.fill(terms, n, 0.0, False, tau)  # correct for -inf; never read otherwise
+    blocks.add_exactly(row, v, tau, size_of(tau), n, tau)
     if average.wanted:
         other, other_maximum = average.logits, average.maximum
-        blocks.add_distances_exactly(row, v, other, other_maximum, size_of(like), n, like)
-    return pending, max_block(next_v, next_n, like)
+        blocks.add_distances_exactly(row, v, other, other_maximum, tau, size_of(tau), n, tau)
+    return pending, max_block(next_v, next_n, tau)
 
 
 def _summed(terms):
@@ -376,10 +414,11 @@ def _fold_row(operation):
     """A function that folds the exponentials of a row, and writes the pending row meanwhile."""
     keeps, loss, paired = operation in KEEPING, operation == "cross_entropy", operation == PAIRED
     average = ENTROPY if operation in AVERAGES and not paired else NO_AVERAGE
-    read_block = _read_block(operation)
+    tempers = operation in TEMPERED
+    read_block = capped if loss else plain
 
     def next_block(call, x, start, j, buffers):
-        """(address, length) of the block of elements from j on; the one before it stays."""
+        """(address, length) of the block from j on, not yet times tau; the one before it stays."""
         n = min(BLOCK, call.classes - j)
         buffer = buffers + j // BLOCK % 2 * BLOCK * size_of(call.like)
         return read_block(call, x, start, j, n, buffer, 0) if n > 0 else 0, n
@@ -389,26 +428,25 @@ def _fold_row(operation):
     def fold_row(call, memory, group, i, pending):
         like, row, start = call.like, row_of(group.table, i), start_of_row(call.x, group, i)
         terms = kept_terms(memory, group, i) if keeps else 0
+        tau = cast(call.options.inverse_temperature if tempers else 1.0, like)
         v, n = next_block(call, call.x, start, 0, memory.x)
-        top = max_block(v, n, like)
+        top = max_block(v, n, tau)
         if paired:
             others, other = start_of_row(call.second, group, i), row_of(group.second, i)
             t, _ = next_block(call, call.second, others, 0, memory.second)
-            t_top = max_block(t, n, like)
+            t_top = max_block(t, n, tau)
             aside, references = beside(call, memory)
         for j in range(0, call.classes, BLOCK):
             next_v, next_n = next_block(call, call.x, start, j + n, memory.x)
             before = row.maximum
             at = terms + j * size_of(like) if terms != 0 else 0
-            pending, top = fold_block(v, n, top, row, average, at, pending, next_v, next_n, like)
+            pending, top = fold_block(v, n, top, row, average, at, pending, next_v, next_n, tau)
             if paired:
                 next_t, _ = next_block(call, call.second, others, j + n, memory.second)
                 m = finite(row.maximum)
                 ratio = Average(True, v, m, m - finite(before))
                 at = at + aside if terms != 0 else 0
-                pending, t_top = fold_block(
-                    t, n, t_top, other, ratio, at, pending, next_t, next_n, like
-                )
+                pending, t_top = fold_block(t, n, t_top, other, ratio, at, pending, next_t, next_n, tau)
                 t = next_t
                 write(memory.references + references + j // BLOCK * 8, other.reference)
             if keeps:
@@ -437,7 +475,7 @@ def fold_weighted_row(call, memory, group, i):
         v = fetch(x, start_of_row(x, group, i), j, n, memory.x, like)
         weights = fetch(b, start_of_row(b, group, i), j, n, memory.second, like)
         blocks.mask(v, weights, n, masked, like)
-        top = max_block(masked, n, like)
+        top = max_block(masked, n, constants(like).one)
         if top > row.maximum:
             raise_maximum(row, top, False, 0.0)
         added, k = np.nan, 0.0

@@ -351,13 +351,31 @@ def first_lanes(builder, v, count):
     return builder.select(_mask(builder, count, v), v, ir.Constant(v.type, None))
 
 
+def _both_halves(builder, v):
+    """The lower half of the lanes, and the upper one."""
+    half = v.type.count // 2
+    return (builder.shuffle_vector(v, v, _lanes(range(at, at + half))) for at in (0, half))
+
+
 def _halves(builder, v, combine):
     """Fold the upper half of the lanes onto the lower until one is left."""
     while v.type.count > 1:
-        half = v.type.count // 2
-        low = builder.shuffle_vector(v, v, _lanes(range(half)))
-        v = combine(low, builder.shuffle_vector(v, v, _lanes(range(half, 2 * half))))
+        v = combine(*_both_halves(builder, v))
     return builder.extract_element(v, _I32(0))
+
+
+@emitted(lambda v: Vector(v.element, v.ir.count // 2))
+def lower_half(builder, v):
+    """The lower half of the lanes."""
+    return next(_both_halves(builder, v))
+
+
+@emitted(lambda v, top: top)
+def raised(builder, v, top):
+    """The largest of lanes of `top` and the lanes of both halves of v, of which NaN are passed over."""
+    for half in _both_halves(builder, v):
+        top = _larger(builder, half, top)
+    return top
 
 
 @emitted(lambda v: types.float64)
