@@ -119,7 +119,7 @@ def weight_of(backend: Backend, rows: tuple[int, ...], sample: Array | None) -> 
     """What a mean over all rows divides by, as `Backend.weigh` has it."""
     if sample is None:
         return Kept(*[float(math.prod(rows))] * 2)
-    return backend.weigh(None, 0, None, None, sample, False)[1]
+    return backend.weigh(None, 0, None, None, sample, False, "")[1]
 
 
 def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:

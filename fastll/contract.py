@@ -93,14 +93,12 @@ def units_of(length: int, unit: int = CHUNK) -> int:
 
 
 def bad_label(
-    label: int, position: tuple[int, ...], classes: int, ignore_index: int | None
+    name: str, classes: int, ignore_index: int | None, label: int, position: tuple[int, ...]
 ) -> IndexError:
-    """The error for a label that is out of range; without `ignore_index`, for an entry of `index`."""
-    if ignore_index is None:
-        return IndexError(f"index has class {label} at {position}; expected 0 <= class < {classes}")
+    """The error for a label of the argument `name` that is out of range."""
+    ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     return IndexError(
-        f"target has label {label} at {position}; "
-        f"expected 0 <= label < {classes} or ignore_index = {ignore_index}"
+        f"{name} has label {label} at {position}; expected 0 <= label < {classes}{ignored}"
     )
 
 
@@ -206,14 +204,15 @@ class Backend(Protocol):
         weight: Array | None,
         sample: Array | None,
         check: bool,
+        name: str,
     ) -> tuple[Array | None, Any]:
         """Labels in the form that `fold` takes, and the weight of the kept ones: a `Kept`, or on a GPU
         something that finds it there.
 
         `labels` has any strides and any integer dtype, and the shape of the rows or one axis more.
-        Raises `bad_label` for the first one outside [0, classes) that is not `ignore_index`; on a GPU
-        only if asked to `check`, as that waits for the device. Without labels (a dense target) all rows
-        are kept.
+        Raises `bad_label` for the first one outside [0, classes) that is not `ignore_index`, of the
+        argument `name`; on a GPU only if asked to `check`, as that waits for the device. Without labels
+        (a dense target) all rows are kept.
         """
         ...
 

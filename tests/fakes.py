@@ -57,7 +57,7 @@ class Backend(Host):
             call = call._replace(options=options._replace(scale=scale, z_loss=z_loss))
         return reference.fold(moved(call, on_host))
 
-    def weigh(self, labels, classes, ignore_index, weight, sample, check):
+    def weigh(self, labels, classes, ignore_index, weight, sample, check, name):
         """What is kept stays on the device, as two numbers."""
         y = None if labels is None else on_host(labels).astype(np.int64)
         g = np.ones(y.shape) if sample is None else on_host(sample).astype(np.float64)
@@ -65,7 +65,7 @@ class Backend(Host):
             counted = np.ones(y.shape, bool) if ignore_index is None else y != ignore_index
             good = counted & (y >= 0) & (y < classes)
             for at in zip(*np.nonzero(counted & ~good), strict=True) if check else ():
-                raise bad_label(y[at], tuple(map(int, at)), classes, ignore_index)
+                raise bad_label(name, classes, ignore_index, y[at], tuple(map(int, at)))
             g = np.where(good, g, 0)
         w = 1 if weight is None else on_host(weight)[np.where(good, y, 0)]
         kept = self.empty((2,), np.float64)

@@ -92,7 +92,8 @@ def selective_log_softmax(
         )
     options = _options(temperature)
     backend, place = call.backend, call.place
-    labels, _ = backend.weigh(i, call.x.shape[axis], None, None, None, dispatch.debugging_labels())
+    check = dispatch.debugging_labels()
+    labels, _ = backend.weigh(i, call.x.shape[axis], None, None, None, check, "index")
     assert labels is not None
     log_probs = place.empty(i.shape, call.compute)
     entropy = place.empty(rows, call.compute) if return_entropy else None

@@ -306,16 +306,17 @@ def losses_of_rows(
     options: tuple[int, float, float, float | None],
     reduction: str,
     outputs: tuple[bool, bool, Any],
+    name: str = "target",
 ) -> RowLosses:
     """The losses of a call's rows, and the gradient of what the reduction makes of them.
 
-    `kind` is "sparse", "dense" or "any" of the two; `weights` are those of classes and samples,
-    `options` ignore_index, label_smoothing, z_loss and softcap, `outputs` return_lse, return_grad and
-    grad_out.
+    `kind` is "sparse", "dense" or "any" of the two, `name` what the target is called; `weights` are
+    those of classes and samples, `options` ignore_index, label_smoothing, z_loss and softcap, `outputs`
+    return_lse, return_grad and grad_out.
     """
     axis, rows = call.rows(axis)
     x, classes = call.x, call.x.shape[axis]
-    dense, labels = _target(call, kind, target, rows)
+    dense, labels = _target(call, kind, target, rows, name)
     weight = None if weights[0] is None else _class_weight(call, weights[0], classes)
     sample = call.sample_weight(weights[1], rows)
     mean = check_reduction(reduction) == "mean"
@@ -335,7 +336,7 @@ def losses_of_rows(
     kept, scale = None, 1.0
     if labels is not None:
         check, weighed = dispatch.debugging_labels(), sample if mean else None
-        labels, kept = backend.weigh(labels, classes, ignore_index, weight, weighed, check)
+        labels, kept = backend.weigh(labels, classes, ignore_index, weight, weighed, check, name)
     elif mean:
         kept = calls.weight_of(backend, rows, sample)
     if mean:
@@ -349,10 +350,10 @@ def losses_of_rows(
 
 
 def _target(
-    call: Call, kind: str, target: ArrayLike, rows: tuple[int, ...]
+    call: Call, kind: str, target: ArrayLike, rows: tuple[int, ...], name: str
 ) -> tuple[Array | None, Array | None]:
     """A target as a dense one, or as labels; `kind` is as for `losses_of_rows`."""
-    t = call.place.take(target, "target")
+    t = call.place.take(target, name)
     if t.dtype.kind in "iu" and t.shape == rows and kind != "dense":
         return None, t
     shape = call.x.shape
@@ -364,18 +365,18 @@ def _target(
             return t, None
         if t.shape == rows and floating:
             raise TypeError(
-                f"target has dtype {name_of(t.dtype)} and one entry per row; labels must be integers "
+                f"{name} has dtype {name_of(t.dtype)} and one entry per row; labels must be integers "
                 f"(a dense target has the shape of {call.name}, {shape})"
             )
-        raise ValueError(f"target has shape {t.shape}; expected that of {call.name}, {shape}")
+        raise ValueError(f"{name} has shape {t.shape}; expected that of {call.name}, {shape}")
     if t.dtype.kind not in "iu":
         expected = "integers (labels)" + " or floats (a dense target)" * (kind == "any")
-        raise TypeError(f"target has dtype {name_of(t.dtype)}; expected {expected}")
+        raise TypeError(f"{name} has dtype {name_of(t.dtype)}; expected {expected}")
     if t.shape != rows:
         fitting = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == t.shape]
         hint = f"; axis={fitting[0]} would fit" if len(fitting) == 1 else ""
         raise ValueError(
-            f"target has shape {t.shape}; expected that of {call.name} without axis, {rows}{hint}"
+            f"{name} has shape {t.shape}; expected that of {call.name} without axis, {rows}{hint}"
         )
     return None, t
 

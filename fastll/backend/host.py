@@ -34,7 +34,8 @@ class Host:
         ignore_index: int | None,
         weight: Any,
         sample: NDArray[Any] | None,
-        check: bool = True,
+        check: bool,
+        name: str,
     ) -> tuple[Array | None, Kept]:
         """As contiguous int64; always checked."""
         if labels is None:
@@ -54,7 +55,7 @@ class Host:
             bad, kept, rows = self.scan_labels(y, classes, ignored, weight)
         if bad >= 0:
             at = tuple(int(i) for i in np.unravel_index(bad, y.shape))
-            raise bad_label(labels[at], at, classes, ignore_index)
+            raise bad_label(name, classes, ignore_index, labels[at], at)
         if sample is None:
             return y, Kept(kept, rows)
         at = (y != ignored) & (sample != 0)

@@ -193,15 +193,16 @@ class Backend:
         weight: Array | None,
         sample: Array | None,
         check: bool,
+        name: str,
     ) -> tuple[Array | None, Weight]:
-        def weighed(weight: Array | None, check: bool = False) -> Array:
-            return self._weigh(labels, classes, ignore_index, weight, sample, check)
+        def weighed(weight: Array | None, error: Callable[..., IndexError] | None = None) -> Array:
+            return self._weigh(labels, classes, ignore_index, weight, sample, error)
 
         kept = Weight(
             partial(weighed, weight), None if weight is None else Weight(partial(weighed, None))
         )
         if check and labels is not None:
-            kept.words = weighed(weight, check=True)
+            kept.words = weighed(weight, partial(bad_label, name, classes, ignore_index))
         return labels, kept
 
     def _weigh(
@@ -211,9 +212,9 @@ class Backend:
         ignore_index: int | None,
         weight: Array | None,
         sample: Array | None,
-        check: bool,
+        error: Callable[..., IndexError] | None,
     ) -> Array:
-        """The words of a `Weight`; `IndexError` for a bad label if asked for, which waits."""
+        """The words of a `Weight`; raises the error, if there is one, for a bad label: that waits."""
         operands = [a for a in (labels, sample) if a is not None]
         shape, size = operands[0].shape, operands[0].size
         flat = all(a.flags.c_contiguous for a in operands)
@@ -222,7 +223,7 @@ class Backend:
         blocks = max(1, -(-size // totals.UNIT))
         words = self._empty((totals.WEIGHT_WORDS,), np.float64)
         sums = words if blocks == 1 else self._empty((blocks,), np.float64)
-        bad = self._empty((blocks,), np.float64) if check else None
+        bad = self._empty((blocks,), np.float64) if error else None
         kernel = totals.weigh(
             format_of(labels),
             len(shape),
@@ -250,20 +251,20 @@ class Backend:
             bad=address(bad),
         )
         self._total(kernel, blocks, told)
-        if bad is not None and labels is not None:
-            self._raise_bad(labels, bad, classes, ignore_index)
+        if error is not None and bad is not None and labels is not None:
+            self._check(labels, bad, error)
         if blocks > 1:
             self._add_up(sums, words, reciprocals=address(words) + 8)
         return words
 
-    def _raise_bad(self, labels: Array, bad: Array, classes: int, ignore_index: int | None) -> None:
-        """`IndexError` for the first label outside of the classes: waits for the device."""
+    def _check(self, labels: Array, bad: Array, error: Callable[..., IndexError]) -> None:
+        """Raise error(label, position) of the first label out of range, for which it waits."""
         first = self._gpu.read(address(bad), bad.size, np.float64, self._stream).min()
         if first < np.inf:
             at = tuple(int(i) for i in np.unravel_index(int(first), labels.shape))
             place = address(labels) + sum(i * step for i, step in zip(at, labels.strides, strict=True))
             (label,) = self._gpu.read(place, 1, labels.dtype, self._stream)
-            raise bad_label(label, at, classes, ignore_index)
+            raise error(label, at)
 
     def averaged(self, kept: Weight | Kept, z_loss: float) -> tuple[Any, float]:
         """With a `Weight`, kernels find the factors of both on the device."""
