@@ -211,6 +211,8 @@ def test_padding_does_not_leak(backend, rng):
     changed = {"ignore_index": -1}
     assert_same_bits(fastll.sequence_log_likelihood(x, y, **changed), expected[0])
     assert_same_bits(fastll.perplexity(x, y, **changed), expected[1])
+    none = fastll.sequence_log_likelihood(x, np.full(y.shape, -100))
+    assert_same_bits(none, np.zeros(none.shape, none.dtype))  # no -0.0
 
 
 def test_sequences_without_tokens(backend):

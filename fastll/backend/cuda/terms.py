@@ -15,7 +15,7 @@ from fastll.backend.cuda.threads import TOGETHER
 def finished(call, state, label, scale):
     value = state.below.high + state.below.low
     if not nll:
-        return only(call.scale * value, c.zero, c.zero, scale)
+        return only(call.scale * value + c.zero, c.zero, c.zero, scale)  # a 0 without sign
     at_point, u_y, factor = c.zero, c.zero, c.zero
     if sparse:
         at_point, u_y = call.keep * label.weight, call.spread * label.weight

@@ -106,8 +106,8 @@ void select(const Call &call, const Group &group) {
 // Scalars of the rows from their sums, and those that are asked for into memory.
 template <class T>
 void finish_group(const Call &call, Group &group, Group &target) {
-    if (call.operation >= TERMS)
-        return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i]; });
+    if (call.operation >= TERMS)  // without the sign that a scale gives a 0
+        return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i] + 0; });
     auto put_values = [&] { put<T>(call.value, group, [&](Index i) { return group.value[i]; }); };
     if (call.operation == NLL_LOSS) {
         for (Index i = 0; i < group.count; i++)

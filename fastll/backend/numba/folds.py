@@ -284,7 +284,8 @@ def end_divergence(call, group):
 @inline
 def end_terms(call, group):
     for i in range(group.count):
-        row_of(group.table, i).value *= call.options.scale
+        row = row_of(group.table, i)
+        row.value = call.options.scale * row.value + 0.0  # without the sign that a scale gives a 0
     write_values(call, group)
 
 

@@ -330,7 +330,8 @@ def _kl_divergence_from_logits(rows: _Rows) -> None:
 def _sum_of_terms(rows: _Rows) -> None:
     call = rows.call
     operands = [rows.full(a) for a in (call.x, call.second) if a is not None]
-    rows.put(call.value, call.options.scale * TERMS[call.operation](*operands).sum(axis=1))
+    sums = TERMS[call.operation](*operands).sum(axis=1)
+    rows.put(call.value, call.options.scale * sums + 0.0)  # without the sign that a scale gives a 0
 
 
 FOLDS: dict[str, Callable[[_Rows], None]] = {
