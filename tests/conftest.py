@@ -18,7 +18,7 @@ collect_ignore = ["conformance/as_scipy.py"]  # a plugin of other tests
 BACKENDS = (*TABLE["cpu"], "cuda")
 
 #: Of so many tests one runs on the emulator of a GPU; all do with FASTLL_EMULATE=all, or on a GPU.
-EMULATED = 40
+EMULATED = 80
 
 #: An own cache, empty at first: the processes that tests start find what this one has compiled. On a
 #: GPU thousands of kernels are, which FASTLL_TEST_CACHE keeps.
