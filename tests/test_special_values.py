@@ -265,6 +265,16 @@ def test_dense_target_of_zero_at_minus_infinity(backend, axis):
     np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [10, 5000])  # of one block, and of several
+def test_infinite_target(backend, classes, axis):
+    x, t = np.zeros((3, classes)), np.full((3, classes), 1 / classes)
+    x[:, 0], x[2, 0], x[2, -1] = 9, 0, 9  # the maximum before the target and after it
+    t[:2, [classes // 2]], t[2, 0] = np.inf, np.inf
+    x, t = (x, t) if axis == 1 else (x.T, t.T)
+    np.testing.assert_array_equal(fastll.cross_entropy(x, t, axis=axis, reduction="none"), np.inf)
+
+
 def test_minus_infinity_after_a_block_of_them(backend):
     """A maximum that rises from -inf in a later block leaves no NaN behind."""
     x = np.full((2, 5000), -INF, np.float32)

@@ -318,8 +318,7 @@ struct Columns {
                 return pack(distance(load_all(from + j * GROUP), target, tops), target);
             });
             for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
-                double lifted = group.m[i] - before[i], mass = group.mass[i];
-                group.distances[i] += (mass != 0 ? mass * lifted : 0) + sums[i - w];
+                group.distances[i] += distance(before[i], group.mass[i], group.m[i]) + sums[i - w];
                 group.mass[i] += sums[i - w + lanes<T>];
             }
         }

@@ -342,8 +342,7 @@ struct Rows {
             Vec<T> u_ = load_ahead(t + j, count, T());
             return pack(distance(load_ahead(v + j, count, T()), u_, top), u_);
         });
-        double mass = group->mass[i];
-        group->distances[i] += (mass != 0 ? mass * (m - before_m) : 0) + total(sums.a);
+        group->distances[i] += distance(before_m, group->mass[i], m) + total(sums.a);
         group->mass[i] += total(sums.b);
     }
 

@@ -360,7 +360,7 @@ def add_targets(call, tile, group, j, n):
         m, zero = rows.maximum, zeros(like)
         maxima = (cast(where_finite(m), like),)
         distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, like)
-        rows.distance = rows.distance + (formulas.product(rows.mass, m - rows.before) + distance)
+        rows.distance = rows.distance + (formulas.distance(rows.before, rows.mass, m) + distance)
         rows.mass = rows.mass + mass
 
 

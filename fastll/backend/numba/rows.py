@@ -359,9 +359,7 @@ def add_targets(call, memory, group, i, j, n, v, before):
     u, m = fetch_target(call, memory, group, i, j, n), row.maximum
     finite = cast(m if m > -np.inf else 0.0, like)
     distance, mass = _sum_distances(v, u, n, zeros(like), (splat(finite),), like)
-    if row.mass != 0.0:
-        distance += row.mass * (m - before)
-    row.distance += distance
+    row.distance += formulas.distance(before, row.mass, m) + distance
     row.mass += mass
 
 
