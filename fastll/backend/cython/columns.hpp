@@ -118,12 +118,16 @@ struct Columns {
         }
     }
 
-    // Classes j to j + n of the logits, times tau, with the soft cap where there is one, and what is at the
-    // labels.
-    void fetch_logits(Index j, Index n, T *to) {
-        gather(call.x(), group, j, n, to);
+    // Classes j to j + n of logits, times tau.
+    void fetch_tempered(const Operand &of, Index j, Index n, T *to) const {
+        gather(of, group, j, n, to);
         if (call.tempered())
             scale_block(to, n * GROUP, (T) call.options.inverse_temperature, to);
+    }
+
+    // The same of x, with the soft cap where there is one, and what is at the labels.
+    void fetch_logits(Index j, Index n, T *to) {
+        fetch_tempered(call.x(), j, n, to);
         for (Index part = 0; part < n && call.capped(); part += FEW) {
             Index few = least(FEW, n - part);
             T *at = to + part * GROUP;
@@ -135,12 +139,8 @@ struct Columns {
 
     // Classes j to j + n of u, see `Rows::fetch_target`; or of the second logits.
     void fetch_target(Index j, Index n, T *to) {
-        if (call.divergent()) {
-            gather(call.second(), group, j, n, to);
-            if (call.tempered())
-                scale_block(to, n * GROUP, (T) call.options.inverse_temperature, to);
-            return;
-        }
+        if (call.divergent())
+            return fetch_tempered(call.second(), j, n, to);
         const double eps = call.options.label_smoothing;
         const T *w = (const T *) call.weight.address;
         if (call.second())
