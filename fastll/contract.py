@@ -95,10 +95,12 @@ def units_of(length: int, unit: int = CHUNK) -> int:
 def bad_label(
     name: str, classes: int, ignore_index: int | None, label: int, position: tuple[int, ...]
 ) -> IndexError:
-    """The error for a label of the argument `name` that is out of range."""
-    ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+    """The error for a label of `name`, or where none is ignored a class, that is out of range."""
+    what, ignored = "class", ""
+    if ignore_index is not None:
+        what, ignored = "label", f" or ignore_index = {ignore_index}"
     return IndexError(
-        f"{name} has label {label} at {position}; expected 0 <= label < {classes}{ignored}"
+        f"{name} has {what} {label} at {position}; expected 0 <= {what} < {classes}{ignored}"
     )
 
 

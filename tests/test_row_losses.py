@@ -205,10 +205,10 @@ def test_selected_classes_are_checked(backend):
     x = np.zeros((3, 4))
     for bad, name in (([0, 4, 1], "4"), ([0, -1, 1], "-1"), ([0, -100, 1], "-100")):
         with pytest.raises(
-            IndexError, match=rf"index has label {name} at \(1,\); expected 0 <= label < 4"
+            IndexError, match=rf"index has class {name} at \(1,\); expected 0 <= class < 4"
         ):
             fastll.selective_log_softmax(x, bad)
-    with pytest.raises(IndexError, match=r"index has label -9223372036854775808 at \(2, 0\)"):
+    with pytest.raises(IndexError, match=r"index has class -9223372036854775808 at \(2, 0\)"):
         fastll.selective_log_softmax(x, [[0], [1], [-(2**63)]])
     with pytest.raises(
         ValueError, match=r"index has shape \(4,\); expected that of logits without axis"

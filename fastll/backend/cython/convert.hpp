@@ -94,31 +94,34 @@ INLINE Index to_halves(const float *source, char *to, Index n) {
     return i;
 }
 
-// Numbers stored as S, from `done` on. Where they are contiguous the loop makes vectors of them.
+// f(i, bytes to number i, swapped) from `done` on. Where numbers are contiguous, and known not to be swapped,
+// the loop makes vectors of them.
+template <class S, class F>
+INLINE void for_numbers(Index done, Index n, Index step, bool swapped, F f) {
+    if (step == sizeof(S) && !swapped)
+        for (Index i = done; i < n; i++)
+            f(i, i * (Index) sizeof(S), false);
+    else
+        for (Index i = done; i < n; i++)
+            f(i, i * step, swapped);
+}
+
+// Numbers stored as S.
 template <class S, class T, class F>
 INLINE void read_numbers(
     const char *source, Index step, Index n, bool swapped, T *out, F converted, Index done = 0
 ) {
-    if (step == sizeof(S) && !swapped)
-        for (Index i = done; i < n; i++)
-            out[i] = converted(element<S>(source + i * (Index) sizeof(S), false));
-    else
-        for (Index i = done; i < n; i++)
-            out[i] = converted(element<S>(source + i * step, swapped));
+    for_numbers<S>(done, n, step, swapped, [=](Index i, Index at, bool other_order) FORCED {
+        out[i] = converted(element<S>(source + at, other_order));
+    });
 }
 
 template <class S, class T, class F>
 INLINE void write_numbers(const T *numbers, char *out, Index step, Index n, F converted, Index done = 0) {
-    auto write = [=](Index i, Index at) FORCED {
+    for_numbers<S>(done, n, step, false, [=](Index i, Index at, bool) FORCED {
         S number = (S) converted(numbers[i]);
         memcpy(out + at, &number, sizeof number);
-    };
-    if (step == sizeof(S))
-        for (Index i = done; i < n; i++)
-            write(i, i * (Index) sizeof(S));
-    else
-        for (Index i = done; i < n; i++)
-            write(i, i * step);
+    });
 }
 
 // Numbers from `done` on, by whatever instructions the compiler finds.

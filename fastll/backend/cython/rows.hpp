@@ -255,7 +255,7 @@ struct Rows {
             if (AWAY != NOWHERE)
                 sum_away_exactly<AWAY>(v, beside, m_beside, tau, 1, n, row);
             ahead.top = tau_times(max_block(ahead.block, ahead.count));
-        } else {
+        } else {  // by address, not inlined, so that each loop has all registers
             auto add = call.tempered() ? top < row.m ? &Rows::add_block<AWAY, true, false>
                                                      : &Rows::add_block<AWAY, true, true>
                        : top < row.m   ? &Rows::add_block<AWAY, false, false>

@@ -202,7 +202,6 @@ class Block(NamedTuple):
     at_top: bool  # whether that may be in the block
     floor: float
     magic: float
-    other_maximum: float
     tau: float
 
 
@@ -224,7 +223,8 @@ def add_vector(block, sums, average, pending, j, count):
     if average.wanted:
         if average.logits != 0:
             other = load(average.logits + at, count, zero) * tau
-            away = away + blocks.divergence_term(e, x, maximum, other, block.other_maximum)
+            other_maximum = cast(average.maximum, tau)
+            away = away + blocks.divergence_term(e, x, maximum, other, other_maximum)
         else:
             away = away + blocks.entropy_term(e, x, maximum, block.floor)
     if block.terms != 0:
@@ -244,8 +244,8 @@ def add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, tau):
     lanes, zero = lanes_of(tau), zeros(tau)
     whole, ready, read = n // lanes * lanes, pending.n // lanes * lanes, min(n, next_n) // lanes * lanes
     floor, magic = window(row.reference, tau)
-    maximum, other_maximum = splat(cast(row.maximum, tau)), cast(average.maximum, tau)
-    block = Block(v, terms, next_v, read, ready, maximum, at_top, floor, magic, other_maximum, tau)
+    maximum = splat(cast(row.maximum, tau))
+    block = Block(v, terms, next_v, read, ready, maximum, at_top, floor, magic, tau)
     sums = Sums(vector.lower_half(lowest(tau)), zero, zero, zero)
     for j in range(0, whole, lanes):  # by themselves, as their loads need no mask
         sums = add_vector(block, sums, average, pending, j, lanes)
