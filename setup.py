@@ -23,7 +23,7 @@ FORMULAS = Path("build/formulas.hpp")
 FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model", "-fpeel-loops", "-g0"]
 #: IEEE arithmetic: nothing is reordered or contracted.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-strict-aliasing"]
-FLAGS += ["-std=c++17", "-Wno-psabi", "-Wno-ignored-attributes"]
+FLAGS += ["-std=c++17", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes"]
 V3 = [*FLAGS, "-mavx2", "-mfma", "-mbmi2", "-mf16c"]
 V4 = [*V3, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
 

@@ -49,13 +49,14 @@ where ``exp(t_j - n) = 0`` annuls an infinite factor, and x and t are the logits
 **The order of sums** is part of the contract among the backends of the CPU, in every layout: it is
 why they agree to the bit. A row is summed in blocks of `BLOCK` elements. Element j of a block goes
 to lane j modulo the lanes of a vector of `VECTOR_BYTES` (32 float32 or 16 float64), in order, in
-the compute dtype. The lanes fold by halves (lane i and lane i + half) in float64; blocks add in
-float64, in order. So a lane adds at most 64 terms (128 in float64), and the relative error of a sum
-of terms of one sign is at most 64 roundoffs of float32 and, as roundoffs of both signs occur, about
-4; it does not grow with the length of the row. Sums of a unit of an element-wise operation (`CHUNK`
-elements) are formed the same way, and units add in float64. On a GPU the order depends on the
-number of classes alone, and warps and thread blocks add in two float32
-(`fastll.backend.cuda.geometry`).
+the compute dtype; a row of fewer than `SHORT` elements is one lane. The lanes fold by halves (lane
+i and lane i + half): those of exponentials in the compute dtype, others in float64, where they may
+be larger than it holds; blocks add in float64, in order. So a sum is off by at most 69 roundoffs of
+float32, relative to the sum of magnitudes: 64 terms of a lane and five additions of lanes (128 and
+4 in float64); as roundoffs of both signs occur, by about 4. It does not grow with the length of the
+row. Sums of a unit of an element-wise operation (`CHUNK` elements) are formed as the others, and
+units add in float64. On a GPU the order depends on the number of classes alone, and warps and
+thread blocks add in two float32 (`fastll.backend.cuda.geometry`).
 """
 
 from collections.abc import Callable
@@ -79,8 +80,8 @@ CHUNK = 1 << 15
 #: Rows that are finished together on the CPU.
 GROUP = 64
 
-#: Below this many classes, neighbouring rows fill vectors better than a row does.
-SHORT = 32
+#: Below this many classes, neighbouring rows fill vectors better than a row does, and a row is one lane.
+SHORT = 64
 
 #: Minimum output size in bytes for non-temporal stores, and minimum number of classes of its rows.
 STREAM_FROM = 1 << 25

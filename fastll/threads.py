@@ -32,11 +32,11 @@ _threads: int | None = None
 
 def run(kernel: Kernel, units: int, elements: int) -> None:
     """Run `kernel` over units 0 to `units`, which have `elements` elements in total."""
-    if elements < SHARE_FROM or units < 2 or get_num_threads() == 1:
+    parts = parts_of(units, elements)
+    if parts < 2:
         if units:
             kernel(0, units)
         return
-    parts = min(units, _PARTS * get_num_threads(), max(2, 2 * elements // SHARE_FROM))
     bounds = [units * i // parts for i in range(parts + 1)]
     todo = deque(pairwise(bounds))
 
@@ -56,6 +56,14 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
         for helper in helpers:
             if not helper.cancel():  # one that has not started yet has nothing left to do
                 helper.result()
+
+
+def parts_of(units: int, elements: int) -> int:
+    """The number of parts of a call; fewer than 2 if it stays on the caller's thread."""
+    threads = get_num_threads()
+    if elements < SHARE_FROM or threads == 1:
+        return 1
+    return min(units, _PARTS * threads, max(2, 2 * elements // SHARE_FROM))
 
 
 def _start(work: Any, count: int) -> list[Future[None]]:

@@ -31,6 +31,15 @@ void fill_block(T *out, Index n, T number, bool streamed) {
         stream(out + j, n - j, splat(number));
 }
 
+// A block of numbers; whole lines of it non-temporally.
+template <class T>
+void stream_block(const T *v, Index n, T *out) {
+    const Index head = least(n, until_line(out));
+    std::copy(v, v + head, out);
+    for (Index j = head; j < n; j += lanes<T>)
+        stream(out + j, n - j, load(v + j, n - j, T()));
+}
+
 // The soft cap of v into `out`; its derivative into `slope` unless that is NULL.
 template <class T>
 void cap_block(const T *v, Index n, T cap, T *out, T *slope) {
@@ -83,8 +92,8 @@ void multiply_block(T *out, const T *slope, Index n) {
 }
 
 // b exp(x - m) of the elements below the maximum and b of those equal to it, in float64.
-template <class T>
-INLINE auto weighted_terms(Vec<T> x, Vec<T> b, Vec<T> m, Vec<T> e) {
+template <class V>
+INLINE auto weighted_terms(V x, V b, V m, V e) {
     // scaled back before the weight comes in, which may be as large as a number can be
     auto below = (widen(below_maximum(x, m, e)) * Constants<double>::unshift) * widen(b);
     return pack(below, widen(at_maximum(x, m, b)));

@@ -94,6 +94,10 @@ INLINE Index least(Index a, Index b) {
     return a < b ? a : b;
 }
 
+INLINE Index round_up(Index n, Index step) {
+    return (n + step - 1) / step * step;
+}
+
 // Buffers on lines of the cache, cut from one piece of memory.
 struct Memory {
     char *start, *at;

@@ -1,118 +1,160 @@
-// Folds of rows whose class axis is the slower one in memory: class by class, many rows at a time.
+// Folds of many rows at a time: those whose class axis is the slower one in memory, and short ones.
 //
-// A group of `GROUP` neighbouring rows makes a tile: a block of `BLOCK` classes of each, gathered so that
-// the rows are contiguous, and handled with one row to a lane. Each row's sums keep the order of the
-// contract (element j of a block in accumulator j modulo the lanes of a vector), so that a row has the same
-// result, to the bit, in either layout.
+// A group of `GROUP` neighbouring rows makes a tile: a block of `BLOCK` classes of each, brought together so
+// that a class of all rows is contiguous, and handled with one row to a lane. Each row's sums keep the order
+// of the contract (element j of a block in accumulator j modulo the lanes of a vector), so that a row has the
+// same result, to the bit, in either layout.
 
 #pragma once
 
 #include "blocks.hpp"
+#include "tiles.hpp"
 
 namespace {
 
-constexpr Index FEW = 32;  // classes that are written at a time
-constexpr Index LINES_AHEAD = 8;  // classes from the one that is read or written to the one prefetched
-
-// Classes j to j + n of a group's rows into a tile: class by class, GROUP rows apart.
-template <class T>
-void gather(const Operand x, const Group &group, Index j, Index n, T *tile) {
-    const bool whole = x.format == IN_PLACE && group.count == GROUP;
-    const char *at = x.row(group.outer, group.inner) + j * x.classes;
-    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
-        if (!whole)
-            read_block(x.format, x.swapped, at, x.inner, group.count, tile);
-        else
-            for (Index w = 0; w < GROUP; w += lanes<T>) {
-                const T *from = (const T *) at + w;
-                prefetch_vector((const char *) from + LINES_AHEAD * x.classes);
-                store_all(tile + w, load_all(from));
-            }
-}
-
-// A tile back into classes j to j + n of the rows.
-template <class T>
-void scatter(const Operand x, const Group &group, Index j, Index n, const T *tile) {
-    const bool whole = x.format == IN_PLACE && group.count == GROUP;
-    char *at = x.row(group.outer, group.inner) + j * x.classes;
-    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
-        if (!whole)
-            write_block(x.format, tile, at, x.inner, group.count);
-        else
-            for (Index w = 0; w < GROUP; w += lanes<T>) {
-                T *to = (T *) at + w;
-                if (x.streamed && (size_t) to % 64 == 0)
-                    stream(to, lanes<T>, load_all(tile + w));
-                else {
-                    prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
-                    store_all(to, load_all(tile + w));
-                }
-            }
-}
+constexpr Index FEW = SHORT;  // classes that are written at a time
 
 // What makes results of a vector of rows of their exponentials or logits.
 template <class T>
 struct Scalars {
-    Window<T, Vec<T>> window;
-    Vec<T> m, log_s, factor, scale, rest, peak;
+    typedef Register<T> V;
+
+    Window<T, Register<T>> window;
+    Register<T> m, log_s, factor, scale, rest, peak;
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
     Scalars(const Group &group, Index w)
-        : window(windows_of<T>(&group.n[w])), m(load_as<T>(&group.m[w])), log_s(load_as<T>(&group.log_s[w])),
+        : window(windows_of<T>(load_doubles<T>(&group.n[w]))), m(load_as<T>(&group.m[w])),
+          log_s(load_as<T>(&group.log_s[w])),
           factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
           rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
-          tiny(largest(where_eq(rest, (T) 1, (T) 0, splat((T) 1))) > 0) {}
+          tiny(largest(where_eq(rest, (T) 1, (T) 0, spread<V>((T) 1))) > 0) {}
 };
 
 template <class T>
-struct Columns {
+struct Columns : Tiles<T> {
     static constexpr Index most = GROUP;
-    static constexpr Index SUMS = 2 * lanes<T> * lanes<T>;  // the most numbers that accumulators hold
+    typedef Register<T> V;
 
-    const Call &call;
-    const Index tile = GROUP * least(BLOCK, call.classes);
-    Memory memory{2 * (tile + FEW * GROUP) * (Index) sizeof(T) + 2 * SUMS * (Index) sizeof(double)};
+    using Tiles<T>::call;
+    using Tiles<T>::group;
+    using Tiles<T>::fetch;
+    using Tiles<T>::deliver;
+    using Tiles<T>::are_short;
+
+    const Index tile = GROUP * round_up(least(BLOCK, call.classes), piece<T>);
+    const Index few = GROUP * round_up(least(FEW, call.classes), piece<T>);
+    Memory memory{
+        (2 * tile + 4 * few) * (Index) sizeof(T) + 2 * ACCUMULATORS
+    };
     T *v = memory.take<T>(tile), *u = memory.take<T>(tile);  // logits, capped; weights or targets
     // of FEW classes: derivatives of the soft cap, and what is written
-    T *slope = memory.take<T>(FEW * GROUP), *out = memory.take<T>(FEW * GROUP);
-    // terms of a vector of rows, for each lane that an element may go to; and their sums on the way to one
-    double *accumulators = memory.take<double>(SUMS), *sums = memory.take<double>(SUMS);
-    Group group, of_target;  // rows of the logits, and of the second logits
+    T *slope = memory.take<T>(few), *out = memory.take<T>(few);
+    // exponentials of short rows, and those of second ones
+    T *kept = memory.take<T>(few), *kept_targets = memory.take<T>(few);
+    // terms of a vector of rows, for each lane that an element may go to: of two sums
+    static constexpr Index ACCUMULATORS = lanes<T> * (Index) sizeof(Doubles<T>);
+    void *const first = memory.take<char>(ACCUMULATORS), *const second = memory.take<char>(ACCUMULATORS);
+    Group of_target;  // rows of the second logits; those of the logits are `group`
 
-    explicit Columns(const Call &call_) : call(call_) {}
+    explicit Columns(const Call &call_) : Tiles<T>(call_) {}
+
+    bool has_memory() const { return memory.start && Tiles<T>::has_memory(); }
 
     Group &current() { return group; }
     Group &target() { return of_target; }
 
-    // `sum_block` for a vector of rows: `terms(j)` of n classes, vectors of `Number`. Leaves the sums in
-    // `sums`, one per row, then those of the second term.
-    template <class Number, class F>
-    FORCED void sum_tile(Index n, F terms) {
-        typedef decltype(terms(n)) Terms;
-        constexpr Index width = sizeof(Terms) / sizeof(Number);
-        Terms *at = (Terms *) accumulators;
-        Index used = least(n, lanes<T>);
-        memset((void *) at, 0, used * sizeof(Terms));
-        for (Index j = 0; j < n; j++) {
-            Terms &accumulator = at[j & (lanes<T> - 1)];
-            accumulator = accumulator + terms(j);
+    // ---- Sums, in the order of the contract ----
+
+    // The sums of terms(j), a register of rows or two, over n classes of a tile, in float64. A short row is one
+    // lane. Of others, the lanes of the first term are folded in its own type if NARROW.
+    template <bool NARROW = false, class F>
+    FORCED auto sum_tile(Index n, F terms) {
+        decltype(terms(n)) sums = {};
+        if (are_short()) {
+            UNROLLED for (Index j = 0; j < n; j++) sums = sums + terms(j);
+            return widened(sums);
         }
-        const Number *numbers = (const Number *) at;
-        double *to = sums;
-        for (Index i = 0; i < used * width; i++)
-            to[i] = (double) numbers[i];
+        const Index used = least(n, lanes<T>);
+        for (Index j = 0; j < used; j++)
+            put<true>(j, terms(j));
+        for (Index j = used; j < n; j++)
+            put<false>(j & (lanes<T> - 1), terms(j));
+        return folded<NARROW>(sums, used);
+    }
+
+    template <class W>
+    static FORCED auto widened(W x) {
+        return widen(x);
+    }
+
+    template <class W>
+    static FORCED auto widened(Two<W, W> x) {
+        return pack(widen(x.a), widen(x.b));
+    }
+
+    // A term into the accumulators of a lane, or to what is there unless it is NEW.
+    template <bool NEW, class W>
+    FORCED void put(Index lane, W term) const {
+        put<NEW>(first, lane, term);
+    }
+
+    template <bool NEW, class W>
+    FORCED void put(Index lane, Two<W, W> term) const {
+        put<NEW>(first, lane, term.a);
+        put<NEW>(second, lane, term.b);
+    }
+
+    template <bool NEW, class W>
+    static FORCED void put(void *sums, Index lane, W term) {
+        W &to = ((W *) sums)[lane];
+        to = NEW ? term : to + term;
+    }
+
+    // The lanes in use, folded by halves; the first argument says what they hold.
+    template <bool NARROW, class W>
+    FORCED auto folded(W, Index used) const {
+        return fold<NARROW, W>(first, used);
+    }
+
+    template <bool NARROW, class W>
+    FORCED auto folded(Two<W, W>, Index used) const {
+        return pack(fold<NARROW, W>(first, used), fold<false, W>(second, used));
+    }
+
+    template <bool NARROW, class W>
+    static FORCED auto fold(void *sums, Index used) {
+        typedef decltype(widen(W())) Wider;
+        if constexpr (NARROW)
+            return widen(fold_halves((W *) sums, used));
+        Wider *to = (Wider *) sums;
+        for (Index i = used; i-- > 0;)  // from the last one, as these are larger
+            to[i] = widen(((W *) sums)[i]);
+        return fold_halves(to, used);
+    }
+
+    template <class W>
+    static FORCED W fold_halves(W *at, Index used) {
         for (Index half = lanes<T> / 2; half > 0; half /= 2) {
-            for (Index i = half * width; i < used * width; i++)
-                to[i - half * width] = to[i - half * width] + to[i];
+            for (Index i = half; i < used; i++)
+                at[i - half] = at[i - half] + at[i];
             used = least(used, half);
         }
+        return at[0];
     }
+
+    // Numbers of a vector of rows in float64, plus those of x.
+    static FORCED void add_to(double *values, Doubles<T> x) {
+        store_all(values, load_doubles<T>(values) + x);
+    }
+
+    // ---- Read ----
 
     // What a tile of classes j to j + n has at the labels.
     void read_labels(Index j, Index n, const T *tile, double *to) const {
         for (Index i = 0; call.labels && i < group.count; i++) {
-            Index y = group.label[i] - j;
+            const Index y = group.label[i] - j;
             if (y >= 0 && y < n)
                 to[i] = tile[y * GROUP + i];
         }
@@ -120,7 +162,7 @@ struct Columns {
 
     // Classes j to j + n of logits, times tau.
     void fetch_tempered(const Operand &of, Index j, Index n, T *to) const {
-        gather(of, group, j, n, to);
+        fetch(of, j, n, to);
         if (call.tempered())
             scale_block(to, n * GROUP, (T) call.options.inverse_temperature, to);
     }
@@ -144,7 +186,7 @@ struct Columns {
         const double eps = call.options.label_smoothing;
         const T *w = (const T *) call.weight.address;
         if (call.second())
-            gather(call.second(), group, j, n, to);
+            fetch(call.second(), j, n, to);
         T keep = (T) (1 - eps), spread = (T) (eps / (double) call.classes);
         target_block(call.second() ? to : nullptr, (const T *) nullptr, n * GROUP, keep, spread, to);
         for (Index i = 0; i < n && w; i++)
@@ -161,20 +203,21 @@ struct Columns {
             fetch_logits(j, n, v);
             memcpy(before, group.m, sizeof before);
             if (call.weighted()) {
-                gather(call.second(), group, j, n, u);
+                fetch(call.second(), j, n, u);
                 fold_weighted_tile(n);
                 continue;
             }
             const bool fresh = j == 0 && !call.state;
             raise_maxima(n, fresh);
-            call.entropic() ? fold_tile<ENTROPIC>(group, v, n) : fold_tile<NOWHERE>(group, v, n);
+            call.entropic() ? fold_tile<ENTROPIC>(group, v, n, kept)
+                            : fold_tile<NOWHERE>(group, v, n, kept);
             if (call.spread() || call.divergent())
                 fetch_target(j, n, u);
             if (call.spread())
                 fold_target(n, before);
             if (call.divergent()) {
                 raise_targets(n, fresh, before);
-                fold_tile<DIVERGENT>(of_target, u, n);
+                fold_tile<DIVERGENT>(of_target, u, n, kept_targets);
             }
         }
     }
@@ -191,15 +234,16 @@ struct Columns {
 
     // The maxima of a tile's rows, and if these are `fresh`, i.e. have none yet, of the group's.
     void find_maxima(Group &rows, const T *of, Index n, bool fresh, T *tops) const {
-        for (Index w = 0; w < GROUP; w += lanes<T>) {
-            Vec<T> top = splat(-(T) INFINITY);
+        for (Index w = 0; w < GROUP; w += V::count) {
+            V top = spread<V>(-(T) INFINITY);
             for (Index j = 0; j < n; j++)
-                top = maximum(load_all(of + j * GROUP + w), top);
+                top = maximum(load_vector<V>(of + j * GROUP + w), top);
             store_all(tops + w, top);
         }
-        for (Index i = 0; i < GROUP && fresh; i++) {
-            rows.m[i] = tops[i];
-            rows.n[i] = exponent_of(tops[i]);
+        for (Index w = 0; w < GROUP && fresh; w += V::count) {
+            const Doubles<T> top = widen(load_vector<V>(tops + w));
+            store_all(rows.m + w, top);
+            store_all(rows.n + w, exponents_of(top));
         }
     }
 
@@ -226,101 +270,123 @@ struct Columns {
         }
     }
 
-    // Add the sums of a vector of rows from w on, or what `exactly` adds to rows without a usable maximum or
-    // without finite sums, as those of infinite weights.
-    template <Away AWAY, class A, class F>
-    FORCED void add_sums(Group &rows, Index w, double unshift, const A *at_top, F exactly) {
-        const double *below = sums, *away = sums + lanes<T>;
-        auto sound = [&](Index i) FORCED {
-            return usable(rows.m[w + i]) & (std::fabs(below[i] + at_top[i]) < INFINITY);
-        };
-        Index unusable = 0;
-        for (Index i = 0; i < lanes<T>; i++)
-            unusable += sound(i) ? 0 : 1;
-        if (unusable == 0)
-            for (Index i = 0; i < lanes<T>; i++) {
-                rows.added[w + i] += below[i] * unshift;
-                rows.k[w + i] += at_top[i];
-                if (AWAY != NOWHERE)
-                    rows.away_added[w + i] += away[i] * unshift;
-            }
-        else
-            for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
+    // 0 for rows that are `sound`, 1 for the others.
+    static FORCED Doubles<T> unsound(V m, Doubles<T> sums) {
+        const Doubles<T> one = spread<Doubles<T>>(1.0);
+        const Doubles<T> unusable = where_gt(LARGEST, absolute(widen(m)), 0.0, one);
+        return where_gt((double) INFINITY, absolute(sums), unusable, one);
+    }
+
+    // Calls exactly(i, state) for those of the group.
+    template <class F>
+    void add_exactly(Group &rows, Index w, Doubles<T> unsound, F exactly) const {
+        double flags[V::count];
+        store_all(flags, unsound);
+        for (Index i = w; i < least(group.count, w + V::count); i++)
+            if (flags[i - w] != 0) {
                 State row = state_of(rows, i);
-                if (!sound(i - w))
-                    exactly(i, row);
-                else {
-                    row.added += below[i - w] * unshift, row.k += at_top[i - w];
-                    if (AWAY != NOWHERE)
-                        row.away_added += away[i - w] * unshift;
-                }
+                exactly(i, row);
                 set_state(rows, i, row);
             }
     }
 
-    // Add a tile to the states of rows, whose maxima are at least its own.
+    // Add a tile to the states of rows, whose maxima are at least its own. Leave the exponentials of short
+    // rows in `terms`.
     template <Away AWAY>
-    void fold_tile(Group &rows, const T *of, Index n) {
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const auto window = windows_of<T>(&rows.n[w]);
-            const Vec<T> m = load_as<T>(&rows.m[w]), m_of_x = load_as<T>(&group.m[w]);
-            const Vec<T> m_beside = where_gt(m_of_x, -(T) INFINITY, m_of_x, (T) 0);
+    void fold_tile(Group &rows, const T *of, Index n, T *terms) {
+        are_short() && call.out ? fold_tile<AWAY, true>(rows, of, n, terms)
+                             : fold_tile<AWAY, false>(rows, of, n, terms);
+    }
+
+    template <Away AWAY, bool KEEPS>
+    void fold_tile(Group &rows, const T *of, Index n, T *terms) {
+        constexpr double unshift = Constants<double>::unshift;
+        for (Index w = 0; w < group.count; w += V::count) {
+            const auto window = windows_of<T>(load_doubles<T>(&rows.n[w]));
+            const V m = load_as<T>(&rows.m[w]), m_of_x = load_as<T>(&group.m[w]);
+            const V m_beside = where_gt(m_of_x, -(T) INFINITY, m_of_x, (T) 0);
             const T *from = of + w, *beside = v + w;
-            Vec<T> counts = {};
-            sum_tile<T>(n, [&](Index j) FORCED {
-                Vec<T> x = load_all(from + j * GROUP), e = window.terms(x);
+            T *keep = terms + w;
+            V counts = {};
+            auto term = [&](Index j) FORCED {
+                V x = load_vector<V>(from + j * GROUP), e = window.terms(x);
                 counts = counts + at_maximum(x, m, (T) 1);
-                Vec<T> below = below_maximum(x, m, e);
+                if (KEEPS)
+                    store_all(keep + j * GROUP, e);
+                V below = below_maximum(x, m, e);
                 if constexpr (AWAY == ENTROPIC)
                     return pack(below, window.away(x, e, m));
-                else if constexpr (AWAY == DIVERGENT)
-                    return pack(below, product(e, excess(load_all(beside + j * GROUP), m_beside, x, m)));
-                else
+                else if constexpr (AWAY == DIVERGENT) {
+                    V other = load_vector<V>(beside + j * GROUP);
+                    return pack(below, product(e, excess(other, m_beside, x, m)));
+                } else
                     return below;
-            });
-            T equal[lanes<T>];
-            store_all(equal, counts);
-            add_sums<AWAY>(rows, w, Constants<double>::unshift, equal, [&](Index i, State &row) {
-                sum_exactly(of + i, (T) 1, GROUP, n, row);
-                if (AWAY != NOWHERE)
-                    sum_away_exactly<AWAY>(
-                        of + i, v + i, finite_or_zero(group.m[i]), (T) 1, GROUP, n, row
-                    );
-            });
+            };
+            Doubles<T> below, away = {};
+            if constexpr (AWAY == NOWHERE)
+                below = sum_tile<true>(n, term) * unshift;
+            else {
+                auto [sum, other] = sum_tile<true>(n, term);
+                below = sum * unshift, away = other * unshift;
+            }
+            Doubles<T> equal = widen(counts);
+            if (!sound<T>(m, below)) {
+                const Doubles<T> bad = unsound(m, below);
+                add_exactly(rows, w, bad, [&](Index i, State &row) {
+                    sum_exactly(of + i, (T) 1, GROUP, n, row);
+                    if (AWAY != NOWHERE)
+                        sum_away_exactly<AWAY>(
+                            of + i, v + i, finite_or_zero(group.m[i]), (T) 1, GROUP, n, row
+                        );
+                });
+                for (Doubles<T> *sums : {&below, &equal, &away})
+                    *sums = where_eq(bad, 0.0, *sums, 0.0);
+            }
+            add_to(rows.added + w, below);
+            add_to(rows.k + w, equal);
+            if (AWAY != NOWHERE)
+                add_to(rows.away_added + w, away);
         }
     }
 
     void fold_weighted_tile(Index n) {
         mask_block(v, u, n * GROUP, v);
         raise_maxima(n, false);
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const auto window = windows_of<T>(&group.n[w]);
-            const Vec<T> m = load_as<T>(&group.m[w]);
+        for (Index w = 0; w < group.count; w += V::count) {
+            const auto window = windows_of<T>(load_doubles<T>(&group.n[w]));
+            const V m = load_as<T>(&group.m[w]);
             const T *from = v + w, *weights = u + w;
-            sum_tile<double>(n, [&](Index j) FORCED {
-                Vec<T> x = load_all(from + j * GROUP);
-                return weighted_terms(x, load_all(weights + j * GROUP), m, window.terms(x));
+            auto [below, equal] = sum_tile(n, [&](Index j) FORCED {
+                V x = load_vector<V>(from + j * GROUP);
+                return weighted_terms(x, load_vector<V>(weights + j * GROUP), m, window.terms(x));
             });
-            add_sums<NOWHERE>(group, w, 1, sums + lanes<T>, [&](Index i, State &row) {
-                sum_weighted_exactly(v + i, u + i, GROUP, n, row);
-            });
+            if (!sound<T>(m, below + equal)) {
+                const Doubles<T> bad = unsound(m, below + equal);
+                add_exactly(group, w, bad, [&](Index i, State &row) {
+                    sum_weighted_exactly(v + i, u + i, GROUP, n, row);
+                });
+                below = where_eq(bad, 0.0, below, 0.0), equal = where_eq(bad, 0.0, equal, 0.0);
+            }
+            add_to(group.added + w, below);
+            add_to(group.k + w, equal);
         }
     }
 
     // Add a tile to distances and mass; `before` has the maxima that the distances so far refer to.
     void fold_target(Index n, const double *before) {
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const Vec<T> m = load_as<T>(&group.m[w]);
-            const Vec<T> tops = where_gt(m, -(T) INFINITY, m, (T) 0);
+        for (Index w = 0; w < group.count; w += V::count) {
+            const V m = load_as<T>(&group.m[w]);
+            const V tops = where_gt(m, -(T) INFINITY, m, (T) 0);
             const T *from = v + w, *targets = u + w;
-            sum_tile<T>(n, [&](Index j) FORCED {
-                Vec<T> target = load_all(targets + j * GROUP);
-                return pack(distance(load_all(from + j * GROUP), target, tops), target);
+            auto [sums, mass] = sum_tile(n, [&](Index j) FORCED {
+                V target = load_vector<V>(targets + j * GROUP);
+                return pack(distance(load_vector<V>(from + j * GROUP), target, tops), target);
             });
-            for (Index i = w; i < least(group.count, w + lanes<T>); i++) {
-                group.distances[i] += distance(before[i], group.mass[i], group.m[i]) + sums[i - w];
-                group.mass[i] += sums[i - w + lanes<T>];
-            }
+            const Doubles<T> moved = distance(
+                load_doubles<T>(before + w), load_doubles<T>(&group.mass[w]), load_doubles<T>(&group.m[w])
+            );
+            add_to(group.distances + w, moved + sums);
+            add_to(group.mass + w, mass);
         }
     }
 
@@ -332,15 +398,14 @@ struct Columns {
             Index n = least(BLOCK, call.classes - j);
             T *const tiles[] = {v, u};
             for (int k = 0; k < F::inputs; k++)
-                gather(call.inputs[k], group, j, n, tiles[k]);
-            for (Index w = 0; w < group.count; w += lanes<T>) {
-                sum_tile<T>(n, [&](Index at) FORCED {
-                    auto input = [&](int k) FORCED { return load_all(tiles[k] + at * GROUP + w); };
-                    return spread<Vec<T>>(F::of(input, nullptr));
-                });
-                for (Index i = w; i < least(group.count, w + lanes<T>); i++)
-                    group.value[i] += sums[i - w];
-            }
+                fetch(call.inputs[k], j, n, tiles[k]);
+            for (Index w = 0; w < group.count; w += V::count)
+                add_to(group.value + w, sum_tile(n, [&](Index i) FORCED {
+                    auto input = [&](int k) FORCED {
+                        return load_vector<V>(tiles[k] + i * GROUP + w);
+                    };
+                    return spread<V>(F::of(input, nullptr));
+                }));
         }
     }
 
@@ -350,11 +415,11 @@ struct Columns {
     void write(bool) {
         if (!call.out)
             return;
-        Scalars<T> scalars[GROUP / lanes<T>], of_targets[GROUP / lanes<T>];
-        for (Index w = 0; w < GROUP; w += lanes<T>) {
-            scalars[w / lanes<T>] = Scalars<T>(group, w);
+        Scalars<T> scalars[GROUP / V::count], of_targets[GROUP / V::count];
+        for (Index w = 0; w < GROUP; w += V::count) {
+            scalars[w / V::count] = Scalars<T>(group, w);
             if (call.divergent())
-                of_targets[w / lanes<T>] = Scalars<T>(of_target, w);
+                of_targets[w / V::count] = Scalars<T>(of_target, w);
         }
         // whether the tiles still hold what there is
         const bool whole =
@@ -362,14 +427,15 @@ struct Columns {
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
             T *logits = whole ? v + j * GROUP : v, *targets = whole ? u + j * GROUP : u;
+            const bool keeps = whole && are_short();
             if (call.operation == NLL_LOSS)
-                for (Index at = 0; at < n * GROUP; at += lanes<T>)
-                    store_all(out + at, scalars[at % GROUP / lanes<T>].factor);
+                for (Index at = 0; at < n * GROUP; at += V::count)
+                    store_all(out + at, scalars[at % GROUP / V::count].factor);
             else {
                 if (!whole)
                     fetch_logits(j, n, logits);
                 call.log() ? write_logarithms(scalars, logits, n)
-                           : write_tile(group, scalars, logits, n, out);
+                           : write_tile(group, scalars, logits, keeps ? kept : nullptr, n, out);
             }
             if (call.entropic())
                 make_slopes(logits, n);
@@ -378,58 +444,69 @@ struct Columns {
             if (call.spread())
                 subtract_tile(targets, n);
             if (call.divergent()) {
-                write_tile(of_target, of_targets, targets, n, slope);
+                write_tile(of_target, of_targets, targets, keeps ? kept_targets : nullptr, n, slope);
                 subtract_block(out, slope, n * GROUP, (T) 1);
             }
             if (call.capped())
                 multiply_block(out, slope, n * GROUP);
             if (call.labels || call.sample)
                 write_labels(j, n);
-            scatter(call.out, group, j, n, out);
+            deliver(call.out, j, n, out);
         }
     }
 
     // Gradients less those of the targets; see `subtract_block`.
     void subtract_tile(const T *target, Index n) {
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const Vec<T> upstream = load_as<T>(&group.upstream[w]);
+        for (Index w = 0; w < group.count; w += V::count) {
+            const Register<T> upstream = load_as<T>(&group.upstream[w]);
             for (Index at = w; at < n * GROUP; at += GROUP)
-                store_all(out + at, less_target(load_all(out + at), load_all(target + at), upstream));
+                store_all(
+                    out + at, less_target(load_vector<V>(out + at), load_vector<V>(target + at), upstream)
+                );
         }
     }
 
     // Gradients of entropies from probabilities; see `slope_block`.
     void make_slopes(const T *logits, Index n) {
-        for (Index w = 0; w < group.count; w += lanes<T>) {
-            const Vec<T> m = load_as<T>(&group.m[w]), mean = load_as<T>(&group.mean[w]);
+        for (Index w = 0; w < group.count; w += V::count) {
+            const Register<T> m = load_as<T>(&group.m[w]), mean = load_as<T>(&group.mean[w]);
             for (Index at = w; at < n * GROUP; at += GROUP)
-                store_all(out + at, entropy_slope(load_all(out + at), load_all(logits + at), m, mean));
+                store_all(
+                    out + at, entropy_slope(load_vector<V>(out + at), load_vector<V>(logits + at), m, mean)
+                );
         }
     }
 
     // Logarithms of probabilities of n classes.
     void write_logarithms(const Scalars<T> *scalars, const T *logits, Index n) {
         for (Index j = 0; j < n * GROUP; j += GROUP)
-            for (Index w = 0; w < GROUP; w += lanes<T>) {
-                const Scalars<T> &of = scalars[w / lanes<T>];
-                store_all(out + j + w, log_probability(load_all(logits + j + w), of.m, of.log_s));
+            for (Index w = 0; w < GROUP; w += V::count) {
+                const Scalars<T> &of = scalars[w / V::count];
+                store_all(out + j + w, log_probability(load_vector<V>(logits + j + w), of.m, of.log_s));
             }
     }
 
-    // Probabilities of n classes; see `Rows::write_block_anew`.
+    // Probabilities of n classes; see `Rows::write_block_anew`. Of exponentials in `terms` unless NULL.
     void write_tile(
-        const Group &rows, const Scalars<T> *scalars, const T *logits, Index n, T *results
+        const Group &rows, const Scalars<T> *scalars, const T *logits, const T *terms, Index n, T *results
     ) const {
-        for (Index w = 0; w < group.count; w += lanes<T>, scalars++) {
-            const auto [window, m, log_s, factor, scale, rest, peak, tiny] = *scalars;
-            const T *from = logits + w;
-            T *to = results + w;
-            for (Index j = 0; j < n * GROUP; j += GROUP) {
-                Vec<T> e = window.terms(load_all(from + j)), p = probability(e, peak, factor, scale);
-                if (tiny)
-                    p = where_eq(e, peak, factor, p * rest);
-                store_all(to + j, p);
-            }
+        for (Index w = 0; w < group.count; w += V::count) {
+            const Scalars<T> &of = scalars[w / V::count];
+            auto write = [&](auto anew, auto tiny) FORCED {
+                const auto [window, m, log_s, factor, scale, rest, peak, _] = of;
+                const T *from = (anew ? logits : terms) + w;
+                UNROLLED for (Index j = 0; j < n; j++) {
+                    const V x = load_vector<V>(from + j * GROUP), e = anew ? window.terms(x) : x;
+                    const V p = probability(e, peak, factor, scale);
+                    store_all(results + w + j * GROUP, tiny ? where_eq(e, peak, factor, p * rest) : p);
+                }
+            };
+            const std::true_type yes;
+            const std::false_type no;
+            if (terms)
+                of.tiny ? write(no, yes) : write(no, no);
+            else
+                of.tiny ? write(yes, yes) : write(yes, no);
         }
         for (Index i = 0; i < group.count; i++)
             if (!usable(rows.m[i]))

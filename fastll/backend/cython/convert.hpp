@@ -12,6 +12,20 @@ enum Format {
     FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64
 };
 
+template <class T>
+constexpr Format format_of() {
+    return sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+}
+
+INLINE Index size_of(Format format) {
+    switch (format) {
+        case INT8: case UINT8: return 1;
+        case FLOAT16: case BFLOAT16: case INT16: case UINT16: return 2;
+        case FLOAT32: case INT32: case UINT32: return 4;
+        default: return 8;
+    }
+}
+
 // The number at an address that need not be aligned, and in the other byte order if `swapped`.
 template <class S>
 INLINE S element(const char *at, bool swapped) {
@@ -173,7 +187,10 @@ void write_block(Format format, const T *numbers, char *out, Index step, Index n
         if (format == BFLOAT16)
             return write_numbers<uint16_t>(numbers, out, step, n, to_bfloat);
     }
-    write_numbers<T>(numbers, out, step, n, [](T x) { return x; });
+    if (step == sizeof(T))
+        memcpy(out, numbers, n * sizeof(T));
+    else
+        write_numbers<T>(numbers, out, step, n, [](T x) { return x; });
 }
 
 }  // namespace

@@ -2,22 +2,18 @@
 
 #pragma once
 
-#include "columns.hpp"
+#include "direct.hpp"
 #include "map.hpp"
-#include "rows.hpp"
 
 namespace {
 
-// One number per row, where it is asked for.
+// The same of value(i) for rows i to i + Wide::count.
 template <class T, class F>
 INLINE void put(const Operand &to, const Group &group, F value) {
-    if (!to)
-        return;
-    char *at = to.row(group.outer, group.inner);
-    for (Index i = 0; i < group.count; i++) {
-        T number = (T) value(i);
-        memcpy(at + i * to.inner, &number, sizeof number);
-    }
+    T numbers[GROUP];
+    for (Index i = 0; to && i < group.count; i += Wide::count)
+        store_all(numbers + i, narrow<T>(value(i)));
+    put_numbers(to, group, numbers);
 }
 
 // Between the states in memory and those of a group: `copy(memory, member)` of m, e and k.
@@ -59,16 +55,22 @@ void load_labels(const Call &call, Group &group) {
             group.w_y[i] = weight[group.label[i]];
 }
 
-// A new group from `row` on, as it is before its first element.
+// The place of a new group, from `row` on.
 template <class T>
-void load_group(const Call &call, Group &group, Index row, Index most) {
-    begin(call, group);
+void place_group(const Call &call, Group &group, Index row, Index most) {
     group.outer = row / call.inner, group.inner = row % call.inner;
     group.count = least(most, call.inner - group.inner);
-    if (call.across && call.out.streamed) {  // so that the other groups begin at lines
+    // of columns, so many that the other groups begin at lines
+    if (call.across && call.out.streamed && call.out.format == IN_PLACE) {
         Index head = until_line((T *) call.out.row(group.outer, group.inner));
         group.count = least(group.count, head > 0 ? head : GROUP);
     }
+}
+
+// A new group as it is before its first element.
+template <class T>
+void load_group(const Call &call, Group &group) {
+    begin(call, group);
     if (call.state)
         for_states(call.state, group, [](const char *at, double *x) { memcpy(x, at, sizeof *x); });
     for (Index i = 0; i < group.count && call.sample; i++)
@@ -107,8 +109,12 @@ void select(const Call &call, const Group &group) {
 template <class T>
 void finish_group(const Call &call, Group &group, Group &target) {
     if (call.operation >= TERMS)  // without the sign that a scale gives a 0
-        return put<T>(call.value, group, [&](Index i) { return call.options.scale * group.value[i] + 0; });
-    auto put_values = [&] { put<T>(call.value, group, [&](Index i) { return group.value[i]; }); };
+        return put<T>(call.value, group, [&](Index i) FORCED {
+            return call.options.scale * load_wide(group.value + i) + 0.0;
+        });
+    auto put_values = [&] {
+        put<T>(call.value, group, [&](Index i) FORCED { return load_wide(group.value + i); });
+    };
     if (call.operation == NLL_LOSS) {
         for (Index i = 0; i < group.count; i++)
             if (group.label[i] >= 0)
@@ -128,47 +134,72 @@ void finish_group(const Call &call, Group &group, Group &target) {
         finish_kl_divergence(call, group, target);
         put_values();
     } else if (call.operation != LOGSUMEXP) {
-        for (Index i = 0; i < group.count; i += lanes<double>)
-            set_factors(call, group, i, 1.0 / (load_all(&group.e[i]) + load_all(&group.k[i])));
+        for (Index i = 0; i < group.count; i += Wide::count)
+            set_factors(call, group, i, 1.0 / (load_wide(&group.e[i]) + load_wide(&group.k[i])));
     } else {
         if (call.second())
             finish_weighted(call, group);
         if (call.state)
             for_states(call.state, group, [](char *at, const double *x) { memcpy(at, x, sizeof *x); });
-        put<T>(call.sign, group, [&](Index i) {
-            double s = group.e[i] + group.k[i];
-            return s > 0 ? 1 : s < 0 ? -1 : s;
+        put<T>(call.sign, group, [&](Index i) FORCED {
+            Wide s = load_wide(group.e + i) + load_wide(group.k + i);
+            return where_gt(s, 0.0, 1.0, where_gt(0.0, s, -1.0, s));
         });
     }
-    put<T>(call.lse, group, [&](Index i) { return group.m[i] + group.log_s[i]; });
+    put<T>(call.lse, group, [&](Index i) FORCED {
+        return load_wide(group.m + i) + load_wide(group.log_s + i);
+    });
     if (call.selected)
         select<T>(call, group);
+}
+
+// A group that has its place.
+template <class T, class Pass>
+void fold_group(const Call &call, Pass &pass, bool last) {
+    Group &group = pass.current();
+    load_group<T>(call, group);
+    if (call.divergent()) {
+        begin(call, pass.target());
+        pass.target().count = group.count;
+    }
+    if (call.operation >= TERMS)
+        with_term(call.operation - TERMS, [&](auto term) {
+            pass.template fold_terms<decltype(term)>();
+            return 0;
+        });
+    else if (call.operation == NLL_LOSS)
+        pass.fold_targets();
+    else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
+        pass.fold();
+    finish_group<T>(call, group, pass.target());
+    pass.write(last);
 }
 
 template <class T, class Pass>
 int fold_groups(const Call &call, Index start, Index stop) {
     Pass pass(call);
-    if (!pass.memory.start)
+    if (!pass.has_memory())
         return -1;
     for (Index row = start; row < stop;) {
         Group &group = pass.current();
-        load_group<T>(call, group, row, least(pass.most, stop - row));
+        place_group<T>(call, group, row, least(pass.most, stop - row));
         row += group.count;
-        if (call.divergent()) {
-            begin(call, pass.target());
-            pass.target().count = group.count;
-        }
-        if (call.operation >= TERMS)
-            with_term(call.operation - TERMS, [&](auto term) {
-                pass.template fold_terms<decltype(term)>();
-                return 0;
-            });
-        else if (call.operation == NLL_LOSS)
-            pass.fold_targets();
-        else if (call.operation == LOGSUMEXP || !call.state)  // a softmax is given complete states
-            pass.fold();
-        finish_group<T>(call, group, pass.target());
-        pass.write(row == stop);
+        fold_group<T>(call, pass, row == stop);
+    }
+    return 0;
+}
+
+// Rows without options, but for groups that are not as usual, which are what `Pass` is for.
+template <class T, class Pass, class Rows>
+int fold_directly(const Call &call, Index start, Index stop) {
+    Rows pass(call);
+    if (!pass.has_memory())
+        return -1;
+    Group &group = pass.rows.group;
+    for (Index row = start; row < stop; row += group.count) {
+        place_group<T>(call, group, row, least(pass.most, stop - row));
+        if (!pass.run() && fold_groups<T, Pass>(call, row, row + group.count))
+            return -1;
     }
     return 0;
 }
@@ -180,6 +211,9 @@ int run_typed(const Call &call, Index start, Index stop) {
         return with_element(call.operation - ELEMENTS, [&](auto element) {
             return map_units<decltype(element), T>(call, start, stop);
         });
+    if (Direct<T>::takes(call))
+        return call.across ? fold_directly<T, Columns<T>, ShortRows<T>>(call, start, stop)
+                           : fold_directly<T, Rows<T>, MiddleRows<T>>(call, start, stop);
     return call.across ? fold_groups<T, Columns<T>>(call, start, stop)
                        : fold_groups<T, Rows<T>>(call, start, stop);
 }

@@ -5,12 +5,13 @@ from libc.stdint cimport int64_t
 
 cimport numpy as cnp
 
+from fastll import threads as _threads
 from fastll.backend.host import Host as _Host
 from fastll.dtypes import kind_of
 
 cnp.import_array()
 
-cdef extern from "fold.hpp" nogil:
+cdef extern from "pool.hpp" nogil:
     const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
 
     enum Format:
@@ -44,6 +45,7 @@ cdef extern from "fold.hpp" nogil:
     const char** element_names
     const char** term_names
     int run(const Call&, Py_ssize_t, Py_ssize_t)
+    int share(const Call&, Py_ssize_t, Py_ssize_t, int)
     Py_ssize_t scan_labels(
         const char*, Py_ssize_t, Py_ssize_t, int64_t, const char*, bint, double*, double*
     )
@@ -106,16 +108,25 @@ cdef class Kernel:
         if status < 0:
             raise MemoryError("fastll: no memory for the buffers of a kernel")
 
+    cdef int share(self, Py_ssize_t units, Py_ssize_t parts, int threads) except -1:
+        """Run all units on several threads."""
+        cdef int status
+        with nogil:
+            status = share(self.call, units, parts, threads)
+        if status < 0:
+            raise MemoryError("fastll: no memory for the buffers of a kernel")
+        return 0
+
     cdef int walk_rows(self, cnp.ndarray x) except -1:
         """Choose the kernels that suit an array's strides, and the order of its row axes."""
         cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
         cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
         self.swap = shape[2] == 1 or (shape[0] > 1 and abs(strides[0]) < abs(strides[2]))
         cdef int inner = 0 if self.swap else 2
-        cdef bint across = abs(strides[1]) > abs(strides[inner]) or shape[1] < SHORT
+        cdef bint across = abs(strides[1]) > abs(strides[inner]) and shape[inner] > 1
         self.call.single = is_single(x)
         self.call.classes, self.call.inner = shape[1], shape[inner]
-        self.call.across = across and shape[inner] > 1
+        self.call.across = across or shape[1] < SHORT
         return 0
 
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
@@ -154,9 +165,20 @@ cdef class Kernel:
 
     cdef int stream(self, Operand* operand, cnp.ndarray a) except -1:
         """Use non-temporal stores for an output that is larger than the caches."""
-        if a is None or operand.format != IN_PLACE or cnp.PyArray_NBYTES(a) < STREAM_FROM:
+        cdef Py_ssize_t size
+        if a is None or cnp.PyArray_NBYTES(a) < STREAM_FROM:
             return 0
-        if self.call.across:  # pieces of lines do not pay
+        if self.call.across and self.call.classes < SHORT and operand.classes < operand.inner:
+            size = cnp.PyArray_ITEMSIZE(a)  # short rows are written as one piece
+            operand.streamed = (
+                operand.format == (FLOAT32 if self.call.single else FLOAT64)
+                and operand.classes == size
+                and operand.inner == self.call.classes * size
+                and operand.address != self.call.inputs[0].address
+            )
+        elif operand.format != IN_PLACE:
+            return 0
+        elif self.call.across:  # pieces of lines do not pay
             operand.streamed = (operand.outer | operand.classes) % 64 == 0
         else:  # nor what is in the cache: as the input, or because it is needed once more
             operand.streamed = (
@@ -226,6 +248,19 @@ class Backend(_Host):
         kernel.stream(&to.out, out)
         kernel.arrays = call, weights
         return kernel
+
+    @staticmethod
+    def run(kernel, Py_ssize_t units, Py_ssize_t elements):
+        cdef Py_ssize_t parts = 1
+        if not isinstance(kernel, Kernel):  # of another backend that took over
+            _threads.run(kernel, units, elements)
+            return
+        if units > 1 and elements >= <Py_ssize_t> _threads.SHARE_FROM:
+            parts = _threads.parts_of(units, elements)
+        if parts > 1:
+            (<Kernel> kernel).share(units, parts, _threads.get_num_threads())
+        elif units:
+            kernel(0, units)
 
     def scan_labels(
         self, cnp.ndarray labels, Py_ssize_t classes, int64_t ignore_index, cnp.ndarray weight

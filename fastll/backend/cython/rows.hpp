@@ -108,6 +108,8 @@ struct Rows {
 
     explicit Rows(const Call &call_) : call(call_) { group->count = before->count = 0; }
 
+    bool has_memory() const { return memory.start; }
+
     Group &current() { return *group; }
     Group &target() { return of_targets[group - groups]; }
 
@@ -307,11 +309,11 @@ struct Rows {
         pending.j += least(ready, (n + lanes<T> - 1) / lanes<T> * lanes<T>);
         const double rest = max_block(ahead + whole_ahead, following.count - whole_ahead);
         following.top = tau_times(std::max(rest, (double) largest(top)));
-        row.added += total(sums) * Constants<double>::unshift;
+        row.added += (double) narrow_total(sums) * Constants<double>::unshift;
         if (AWAY != NOWHERE)
             row.away_added += total(away) * Constants<double>::unshift;
         if (AT_TOP)
-            row.k += total(counts);
+            row.k += (double) narrow_total(counts);
     }
 
     void fold_weighted_block(const T *v, const T *b, Index n, State &row) {

@@ -1,7 +1,7 @@
 // The scalars of rows: their running state, and what becomes of it. See `fastll.contract`.
 //
 // Everything here is float64. Rows and columns share it, which is why they agree to the bit. What is done
-// once per row is done for a `Group` of rows, 16 at a time.
+// once per row is done for a `Group` of rows, a few at a time.
 
 #pragma once
 
@@ -9,7 +9,11 @@
 
 namespace {
 
-typedef Vec<double> Wide;
+// Numbers of as many rows as a register has lanes of T.
+template <class T>
+using Doubles = Lanes<double, Register<T>::count * 8>;
+
+typedef Doubles<float> Wide;
 
 struct State {  // of a row that elements are being added to
     double m, e, k;
@@ -45,27 +49,45 @@ INLINE bool usable(double m) {
 }
 
 // The exponent n of the reference for a maximum m; 0 where it is not usable.
+template <class V>
+INLINE V exponents_of(V m) {
+    constexpr double whole = 1.5 * ((int64_t) 1 << 52);
+    return where_gt(LARGEST, absolute(m), (m * Constants<double>::log2e + whole) - whole, 0.0);
+}
+
 INLINE double exponent_of(double m) {
-    return usable(m) ? std::floor(m * Constants<double>::log2e + 0.5) : 0;
+    return first(exponents_of(spread<Lanes<double, 16>>(m)));
 }
 
-// exp(m) / 2**n, a number about 1; 1 where m is not usable.
-INLINE Wide lead_of(Wide m, Wide n) {
-    Wide lead = exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW);
-    return where_gt(LARGEST, absolute(m), lead, 1.0);
+// exp(m) / 2**n, a number about 1, of a usable m.
+template <class W>
+INLINE W lead_of_usable(W m, W n) {
+    return exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW);
 }
 
-// What `exponential` needs of reference exponents, whole numbers, of one row or of a vector of rows.
+// The same; 1 where m is not usable.
+template <class W>
+INLINE W lead_of(W m, W n) {
+    return where_gt(LARGEST, absolute(m), lead_of_usable(m, n), 1.0);
+}
+
+// What `exponential` needs of reference exponents, whole numbers, of one row or of several.
 template <class T, class N>
 struct Window {
     N floor, magic;
 
     // exp(x) 2**(SHIFT - n)
-    FORCED Vec<T> terms(Vec<T> x) const { return exponential(x, floor, magic); }
+    template <class V>
+    FORCED V terms(V x) const {
+        return exponential(x, floor, magic);
+    }
 
     // The term e of x times its distance from m. One below the window has the e 0 and a finite distance:
     // so this is `product`.
-    FORCED Vec<T> away(Vec<T> x, Vec<T> e, Vec<T> m) const { return e * (m - maximum(floor, x)); }
+    template <class V>
+    FORCED V away(V x, V e, V m) const {
+        return e * (m - maximum(floor, x));
+    }
 };
 
 template <class T>
@@ -76,27 +98,52 @@ INLINE Window<T, T> window_of(double n) {
     };
 }
 
-// A vector of f(l) for each lane l.
-template <class T, class F>
-INLINE Vec<T> each_lane(F f) {
-    T numbers[lanes<T>];
-    for (Index l = 0; l < lanes<T>; l++)
-        numbers[l] = f(l);
-    return load_all(numbers);
+// Numbers of rows: in float64, and in the compute dtype.
+INLINE Wide load_wide(const double *values) {
+    return load_vector<Wide>(values);
 }
 
 template <class T>
-INLINE Window<T, Vec<T>> windows_of(const double *n) {
+INLINE Doubles<T> load_doubles(const double *values) {
+    return load_vector<Doubles<T>>(values);
+}
+
+template <class T>
+INLINE Register<T> load_as(const double *values) {
+    return narrow<T>(load_doubles<T>(values));
+}
+
+template <class T>
+INLINE Window<T, Register<T>> windows_of(Doubles<T> n) {
     return {
-        each_lane<T>([=](Index l) FORCED { return window_of<T>(n[l]).floor; }),
-        each_lane<T>([=](Index l) FORCED { return window_of<T>(n[l]).magic; }),
+        narrow<T>((n - (double) (Bits<T>::bias + SHIFT)) * Constants<double>::ln2),
+        narrow<T>((double) SHIFT - n) + Constants<T>::magic,
     };
 }
 
-// Numbers of a vector of rows, in the compute dtype.
-template <class T>
-INLINE Vec<T> load_as(const double *values) {
-    return each_lane<T>([=](Index l) FORCED { return (T) values[l]; });
+// Labels as numbers, -1 where they are no class; 1 where they are not ignored, else 0; and NaN where they are
+// neither, else 1.
+template <class W>
+INLINE Three<W, W, W> classified(const int64_t *labels, int64_t ignored, int64_t classes) {
+    if constexpr (!W::fits) {
+        typedef typename W::Half Half;
+        auto lo = classified<Half>(labels, ignored, classes);
+        auto hi = classified<Half>(labels + Half::count, ignored, classes);
+        return {{lo.a, hi.a}, {lo.b, hi.b}, {lo.c, hi.c}};
+    } else {
+        const W zero = {}, one = spread<W>(1.0);
+        typename W::signed_bits y;
+        memcpy(&y, labels, sizeof y);
+        const auto none = y - y, some = none - 1;
+        const auto kept = y != ignored ? some : none;
+        const auto inside = kept & (y >= 0 ? some : none) & (y < classes ? some : none);
+        const auto digits = bits_as<typename W::type>((y & inside) + bits_as<int64_t>(0x1p52));
+        return {
+            {inside != none ? digits - 0x1p52 : zero.v - 1.0},
+            {kept != none ? one.v : zero.v},
+            {(kept & ~inside) != none ? zero.v + (double) NAN : one.v},
+        };
+    }
 }
 
 INLINE State state_of(const Group &group, Index i) {
@@ -110,13 +157,26 @@ INLINE void set_state(Group &group, Index i, const State &row) {
     group.away[i] = row.away, group.away_added[i] = row.away_added;
 }
 
+// One number per row, where it is asked for.
+template <class T>
+INLINE void put_numbers(const Operand &to, const Group &group, const T *numbers) {
+    if (!to)
+        return;
+    char *at = to.row(group.outer, group.inner);
+    if (to.inner == sizeof(T))
+        memcpy(at, numbers, group.count * sizeof(T));
+    else
+        for (Index i = 0; i < group.count; i++)
+            memcpy(at + i * to.inner, &numbers[i], sizeof(T));
+}
+
 // Every row the identity, idle ones too, so that their lanes hold harmless numbers.
 INLINE void begin(const Call &call, Group &group) {
     const bool targets = call.targeted();
-    for (Index i = 0; i < GROUP; i += lanes<double>) {
+    for (Index i = 0; i < GROUP; i += Wide::count) {
         // log-probabilities have been normalised: theirs stays 0
-        store_all(group.m + i, splat(call.operation == NLL_LOSS ? 0 : -(double) INFINITY));
-        store_all(group.sample + i, splat(1.0));
+        store_all(group.m + i, spread<Wide>(call.operation == NLL_LOSS ? 0 : -(double) INFINITY));
+        store_all(group.sample + i, spread<Wide>(1.0));
         for (double *zeros : {group.e, group.k, group.n, group.added})
             store_all(zeros + i, Wide());
         for (double *zeros : {group.away, group.away_added})
@@ -127,14 +187,14 @@ INLINE void begin(const Call &call, Group &group) {
                 store_all(zeros + i, Wide());
         for (double *ones : {group.w_y, group.slope_y})
             if (targets)
-                store_all(ones + i, splat(1.0));
+                store_all(ones + i, spread<Wide>(1.0));
     }
     for (Index &label : group.label)
         label = -1;
 }
 
 INLINE double lead_of(const State &row) {
-    return first(lead_of(splat(row.m), splat(row.n)));
+    return first(lead_of(spread<Wide>(row.m), spread<Wide>(row.n)));
 }
 
 // The state relative to a larger maximum `top`, which makes all distances larger by `lift`.
@@ -170,66 +230,133 @@ INLINE double finite_or_zero(double m) {
     return m > -INFINITY ? m : 0;
 }
 
-// The states after the last element. A row without one above -inf is the identity; a NaN stays.
+// Whether rows have usable maxima m and finite sums.
+template <class T>
+INLINE bool sound(Register<T> m, Doubles<T> sums) {
+    return all_greater((T) LARGEST, absolute(m)) & all_greater((double) INFINITY, absolute(sums));
+}
+
+// The state of rows after their last element: its sum s in two parts, and more that follows from it.
+template <class W>
+struct Settled {
+    W m, lead, e, k, log_s;
+};
+
+// A row without an element above -inf is the identity; a NaN stays.
+template <class W>
+INLINE Settled<W> settled(W m, W n, W e, W added, W k) {
+    W lead = lead_of(m, n);
+    e = e + added / lead;
+    e = where_eq(m, -(double) INFINITY, e * 0.0, e);
+    k = where_eq(m, -(double) INFINITY, 0.0, k);
+    // for k of at least 1, or a row without elements
+    return {m, lead, e, k, log1p_sum(e + (k - 1.0))};
+}
+
+// The same of new rows with usable maxima and finite sums.
+template <class W>
+INLINE Settled<W> settled_sound(W m, W n, W added, W k) {
+    W lead = lead_of_usable(m, n), e = added / lead;
+    return {m, lead, e, k, log1p_finite(e + (k - 1.0))};
+}
+
 void finish_states(Group &group) {
-    for (Index i = 0; i < group.count; i += lanes<double>) {
-        Wide m = load_all(&group.m[i]), lead = lead_of(m, load_all(&group.n[i]));
-        Wide e = load_all(&group.e[i]) + load_all(&group.added[i]) / lead;
-        e = where_eq(m, -(double) INFINITY, e * 0.0, e);
-        Wide k = where_eq(m, -(double) INFINITY, 0.0, load_all(&group.k[i]));
-        store_all(&group.lead[i], lead);
-        store_all(&group.e[i], e);
-        store_all(&group.k[i], k);
-        // for k of at least 1, or a row without elements
-        store_all(&group.log_s[i], log1p_sum(e + (k - 1.0)));
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto of = [=](const double *values) FORCED { return load_wide(values + i); };
+        auto row = settled(of(group.m), of(group.n), of(group.e), of(group.added), of(group.k));
+        store_all(&group.lead[i], row.lead);
+        store_all(&group.e[i], row.e);
+        store_all(&group.k[i], row.k);
+        store_all(&group.log_s[i], row.log_s);
     }
 }
 
-// The factor of exp(x - m) in the result of 16 rows, and those of `exponential`: the product
-// factor / lead * 2**-SHIFT, or where terms times that would lose digits, one part of it after the other.
-INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
+// What makes results of exponentials: `factor` of exp(x - m), and `scale` and `rest`, one after the other, of
+// `exponential`.
+template <class W>
+struct Factors {
+    W factor, scale, rest;
+};
+
+// The product factor / lead * 2**-SHIFT, or where terms times that would lose digits, one part of it after
+// the other.
+template <class W>
+INLINE Factors<W> factors_of(const Call &call, W factor, W lead) {
     constexpr double unshift = Constants<double>::unshift;
     const double least = call.single ? 0x1p-100 : 0x1p-960;
-    Wide part = factor / load_all(&group.lead[i]), scale = part * unshift, size = absolute(scale);
-    store_all(&group.factor[i], factor);
-    store_all(&group.scale[i], where_gt(size, least, scale, part));
-    store_all(&group.rest[i], where_gt(size, least, 1.0, unshift));
+    W part = factor / lead, scale = part * unshift, size = absolute(scale);
+    return {factor, where_gt(size, least, scale, part), where_gt(size, least, 1.0, unshift)};
 }
 
-// What a row's gradient is multiplied by: 16 of them.
+INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
+    auto [own, scale, rest] = factors_of(call, factor, load_wide(&group.lead[i]));
+    store_all(&group.factor[i], own);
+    store_all(&group.scale[i], scale);
+    store_all(&group.rest[i], rest);
+}
+
+// What rows' gradients are multiplied by.
+template <class W>
+INLINE W upstream_of(const Call &call, W sample) {
+    return sample * (call.options.scale * call.options.inverse_temperature);
+}
+
 INLINE Wide upstream_of(const Call &call, Group &group, Index i) {
-    Wide sample = load_all(group.sample + i);
-    Wide upstream = sample * (call.options.scale * call.options.inverse_temperature);
+    const Wide upstream = upstream_of(call, load_wide(group.sample + i));
     store_all(group.upstream + i, upstream);
     return upstream;
 }
 
-// Losses, gradients at the labels, and factors of the others.
-void finish_cross_entropy(const Call &call, Group &group) {
+// What is known of rows' targets, as in `Group`.
+template <class W>
+struct Targets {
+    W sample, x_y, w_y, slope_y, distances, mass;
+};
+
+template <class W>
+INLINE W cross_entropy_of(const Call &call, const Settled<W> &row, const Targets<W> &of) {
+    const Options &options = call.options;
+    W c_y = of.w_y * (call.labels ? 1 - options.label_smoothing : 0.0), z_loss = spread<W>(options.z_loss);
+    W loss = cross_entropy_loss(row.m, row.log_s, c_y, of.x_y, of.mass, of.distances, z_loss);
+    if (call.classes > 0)
+        loss = where_eq(row.m, -(double) INFINITY, (double) NAN, loss);
+    return product(of.sample, loss);
+}
+
+// Factors of exp(x - m) in gradients, and gradients at the labels.
+template <class W>
+INLINE Two<W, W> cross_entropy_gradient_of(
+    const Call &call, const Settled<W> &row, const Targets<W> &of, W upstream
+) {
     const Options &options = call.options;
     const auto plain = window_of<double>(SHIFT);  // not shifted
-    for (Index i = 0; i < group.count; i += lanes<double>) {
-        auto of = [=](const double *values) FORCED { return load_all(values + i); };
-        Wide m = of(group.m), e = of(group.e), k = of(group.k), log_s = of(group.log_s);
-        Wide x_y = of(group.x_y), w_y = of(group.w_y), mass = of(group.mass), s = e + k;
-        Wide c_y = w_y * (call.labels ? 1 - options.label_smoothing : 0.0);
-        Wide loss =
-            cross_entropy_loss(m, log_s, c_y, x_y, mass, of(group.distances), splat(options.z_loss));
-        if (call.classes > 0)
-            loss = where_eq(m, -(double) INFINITY, (double) NAN, loss);
-        store_all(&group.value[i], product(of(group.sample), loss));
+    W c_y = of.w_y * (call.labels ? 1 - options.label_smoothing : 0.0), z_loss = spread<W>(options.z_loss);
+    W u_y = of.w_y * (options.label_smoothing / (double) call.classes), s = row.e + row.k;
+    auto [q, t] = split(of.x_y - row.m, plain.floor, plain.magic);
+    auto [factor, g_y] = cross_entropy_gradient(
+        row.m + row.log_s, s, row.e + (row.k - 1.0), c_y, u_y, of.mass, z_loss, fma(q, t, t),
+        fma(q, t, t - 1.0)
+    );
+    g_y = (g_y * upstream) * of.slope_y;
+    g_y = where_gt((double) INFINITY, absolute(row.m), g_y, (double) NAN);
+    return {(factor * upstream) / s, g_y};
+}
+
+// Losses, gradients at the labels, and factors of the others.
+void finish_cross_entropy(const Call &call, Group &group) {
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto of = [=](const double *values) FORCED { return load_wide(values + i); };
+        const Settled<Wide> row = {of(group.m), of(group.lead), of(group.e), of(group.k), of(group.log_s)};
+        const Targets<Wide> targets = {
+            of(group.sample),  of(group.x_y),       of(group.w_y),
+            of(group.slope_y), of(group.distances), of(group.mass),
+        };
+        store_all(&group.value[i], cross_entropy_of(call, row, targets));
         if (!call.out)
             continue;
-        Wide upstream = upstream_of(call, group, i);
-        auto [q, t] = split(x_y - m, plain.floor, plain.magic);
-        Wide u_y = w_y * (options.label_smoothing / (double) call.classes);
-        auto [factor, g_y] = cross_entropy_gradient(
-            m + log_s, s, e + (k - 1.0), c_y, u_y, mass, splat(options.z_loss), fma(q, t, t),
-            fma(q, t, t - 1.0)
-        );
-        g_y = (g_y * upstream) * of(group.slope_y);
-        store_all(&group.g_y[i], where_gt((double) INFINITY, absolute(m), g_y, (double) NAN));
-        set_factors(call, group, i, (factor * upstream) / s);
+        auto [factor, g_y] = cross_entropy_gradient_of(call, row, targets, upstream_of(call, group, i));
+        store_all(&group.g_y[i], g_y);
+        set_factors(call, group, i, factor);
     }
 }
 
@@ -237,8 +364,8 @@ void finish_cross_entropy(const Call &call, Group &group) {
 // it, NaN where there is no such label.
 void finish_nll_loss(const Call &call, Group &group) {
     const double eps = call.options.label_smoothing, share = eps / (double) call.classes;
-    for (Index i = 0; i < group.count; i += lanes<double>) {
-        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto of = [=](const double *values) FORCED { return load_wide(values + i); };
         Wide w_y = of(group.w_y), c_y = w_y * (call.labels ? 1 - eps : 0.0);
         Wide loss = nll_loss(c_y, of(group.x_y), of(group.distances));
         store_all(&group.value[i], product(of(group.sample), loss));
@@ -250,8 +377,8 @@ void finish_nll_loss(const Call &call, Group &group) {
 
 // Entropies; the means of the distances and factors of exponentials.
 void finish_entropy(const Call &call, Group &group) {
-    for (Index i = 0; i < group.count; i += lanes<double>) {
-        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto of = [=](const double *values) FORCED { return load_wide(values + i); };
         Wide away = of(group.away) + of(group.away_added) / of(group.lead);
         Wide s = of(group.e) + of(group.k), value = softmax_entropy(of(group.log_s), away, s);
         value = where_gt((double) INFINITY, absolute(of(group.m)), value, (double) NAN);
@@ -263,8 +390,8 @@ void finish_entropy(const Call &call, Group &group) {
 
 // Divergences of the rows from those of `target`; factors of the exponentials of both.
 void finish_kl_divergence(const Call &call, Group &group, Group &target) {
-    for (Index i = 0; i < group.count; i += lanes<double>) {
-        auto of = [=](const double *values) FORCED { return load_all(values + i); };
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto of = [=](const double *values) FORCED { return load_wide(values + i); };
         Wide away = of(target.away) + of(target.away_added) / of(target.lead);
         Wide s = of(group.e) + of(group.k), u = of(target.e) + of(target.k);
         Wide value = kl_divergence_of_sums(of(group.log_s), of(target.log_s), away, u);

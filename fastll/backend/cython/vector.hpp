@@ -30,6 +30,7 @@
 #if defined(__GNUC__)
   #define FORCED __attribute__((always_inline))
   #define REGISTER_TYPE(T, bytes) T __attribute__((vector_size(bytes)))
+  #define UNROLLED _Pragma("GCC unroll 4")  // a loop over registers
   #define prefetch(address) __builtin_prefetch(address)
   #if defined(__AVX512F__)
     #define REGISTER(T) 64
@@ -41,6 +42,7 @@
 #else  // registers of one lane
   #define FORCED
   #define REGISTER_TYPE(T, bytes) T
+  #define UNROLLED
   #define prefetch(address) ((void) (address))
   #define REGISTER(T) ((int) sizeof(T))
 #endif
@@ -80,6 +82,7 @@ template <class T, int BYTES, bool FITS = (BYTES <= REGISTER(T))>
 struct Lanes {
     static constexpr bool fits = false;
     static constexpr int count = BYTES / (int) sizeof(T);
+    typedef T number;
     typedef Lanes<T, BYTES / 2> Half;
     Half lo, hi;
 };
@@ -88,6 +91,7 @@ template <class T, int BYTES>
 struct Lanes<T, BYTES, true> {
     static constexpr bool fits = true;
     static constexpr int count = BYTES / (int) sizeof(T);
+    typedef T number;
     typedef REGISTER_TYPE(T, BYTES) type;
     typedef REGISTER_TYPE(typename Bits<T>::type, BYTES) bits;
     typedef REGISTER_TYPE(typename Bits<T>::signed_type, BYTES) signed_bits;
@@ -99,6 +103,9 @@ using Vec = Lanes<T, 128>;
 
 template <class T>
 constexpr int lanes = Vec<T>::count;
+
+template <class T>
+using Register = Lanes<T, REGISTER(T)>;
 
 // Numbers and vectors mix: a number stands for a vector of it.
 template <class... A> struct Joined_ {};
@@ -131,6 +138,14 @@ namespace on_register {
 template <class V>
 INLINE V maximum(V a, V b) {
     return {a.v > b.v ? a.v : b.v};
+}
+
+template <class V>
+INLINE bool all_greater(V a, V b) {
+    bool all = true;
+    for (int l = 0; l < V::count; l++)
+        all &= ((const typename V::number *) &a.v)[l] > ((const typename V::number *) &b.v)[l];
+    return all;
 }
 
 template <class V>
@@ -167,6 +182,11 @@ template <int B>
 INLINE Lanes<double, 2 * B> widen(Lanes<float, B> x) {
     return {__builtin_convertvector(x.v, typename Lanes<double, 2 * B>::type)};
 }
+
+template <int B>
+INLINE Lanes<float, B / 2> narrow(Lanes<double, B> x) {
+    return {__builtin_convertvector(x.v, typename Lanes<float, B / 2>::type)};
+}
 #endif
 
 #if defined(__SSE2__)
@@ -189,12 +209,69 @@ X86(Double128, double, 16, _mm, pd)
 #if defined(__AVX__)
 X86(Float256, float, 32, _mm256, ps)
 X86(Double256, double, 32, _mm256, pd)
+INLINE bool all_greater(Float256 a, Float256 b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) == 0xff;
+}
+INLINE bool all_greater(Double256 a, Double256 b) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)) == 0xf;
+}
 INLINE Double256 widen(Float128 x) { return {_mm256_cvtps_pd(x.v)}; }
+INLINE Float128 narrow(Double256 x) { return {_mm256_cvtpd_ps(x.v)}; }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A window on these begins with as many ones as there are numbers.
+const int32_t ones_then_zeros[] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+INLINE Float256 load_some(const float *v, int few, Float256 x) {
+    const __m256i mask = _mm256_loadu_si256((const __m256i *) (ones_then_zeros + 8 - few));
+    return {_mm256_blendv_ps(x.v, _mm256_maskload_ps(v, mask), (__m256) mask)};
+}
+
+INLINE Double256 load_some(const double *v, int few, Double256 x) {
+    const __m256i mask = _mm256_loadu_si256((const __m256i *) (ones_then_zeros + 8 - 2 * few));
+    return {_mm256_blendv_pd(x.v, _mm256_maskload_pd(v, mask), (__m256d) mask)};
+}
+
+// By halves: a masked store takes AMD's CPUs dozens of cycles.
+INLINE void store_some(float *v, int few, Float256 x) {
+    __m128 part = _mm256_castps256_ps128(x.v);
+    if (few & 4) {
+        _mm_storeu_ps(v, part);
+        part = _mm256_extractf128_ps(x.v, 1);
+    }
+    if (few & 2) {
+        _mm_storel_pi((__m64 *) (v + (few & 4)), part);
+        part = _mm_movehl_ps(part, part);
+    }
+    if (few & 1)
+        _mm_store_ss(v + (few & 6), part);
+    if (few & 8)
+        _mm256_storeu_ps(v, x.v);
+}
+
+INLINE void store_some(double *v, int few, Double256 x) {
+    __m128d part = _mm256_castpd256_pd128(x.v);
+    if (few & 2) {
+        _mm_storeu_pd(v, part);
+        part = _mm256_extractf128_pd(x.v, 1);
+    }
+    if (few & 1)
+        _mm_store_sd(v + (few & 2), part);
+    if (few & 4)
+        _mm256_storeu_pd(v, x.v);
+}
 #endif
 #if defined(__AVX512F__)
 X86(Float512, float, 64, _mm512, ps)
 X86(Double512, double, 64, _mm512, pd)
+INLINE bool all_greater(Float512 a, Float512 b) {
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) == 0xffff;
+}
+INLINE bool all_greater(Double512 a, Double512 b) {
+    return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ) == 0xff;
+}
 INLINE Double512 widen(Float256 x) { return {_mm512_cvtps_pd(x.v)}; }
+INLINE Float256 narrow(Double512 x) { return {_mm512_cvtpd_ps(x.v)}; }
 
   #define AVX512(V, T, suffix)                                                                      \
       INLINE V load_some(const T *v, int few, V x) {                                                \
@@ -273,6 +350,17 @@ INLINE auto fma(A x, B y, C z) -> Joined<A, B, C> {
 WHERE(where_eq, ==)
 WHERE(where_gt, >)
 WHERE(where_ge, >=)
+
+// Whether a > b in all lanes.
+template <class A, class B>
+INLINE bool all_greater(A x, B y) {
+    typedef Joined<A, B> V;
+    const V a = spread<V>(x), b = spread<V>(y);
+    if constexpr (V::fits)
+        return on_register::all_greater(a, b);
+    else
+        return all_greater(a.lo, b.lo) & all_greater(a.hi, b.hi);
+}
 
 #define BITWISE(name, bits_type, change)                                                            \
     template <class T, int B>                                                                       \
@@ -363,15 +451,20 @@ namespace {
 
 // Memory. Addresses need not be aligned.
 
-template <class T>
-INLINE Vec<T> load_all(const T *v) {
-    Vec<T> x;
+template <class V>
+INLINE V load_vector(const typename V::number *v) {
+    V x;
     for_registers(x, [=](auto &to, int lane) FORCED { memcpy(&to.v, v + lane, sizeof to.v); });
     return x;
 }
 
 template <class T>
-INLINE void store_all(T *v, Vec<T> x) {
+INLINE Vec<T> load_all(const T *v) {
+    return load_vector<Vec<T>>(v);
+}
+
+template <class T, int B>
+INLINE void store_all(T *v, Lanes<T, B> x) {
     for_registers(x, [=](auto from, int lane) FORCED { memcpy(v + lane, &from.v, sizeof from.v); });
 }
 
@@ -510,6 +603,45 @@ INLINE Lanes<double, B * 8 / (int) sizeof(T)> widen(Lanes<T, B> x) {
 #endif
 }
 
+// The two halves of the lanes as one vector.
+template <class V>
+INLINE Lanes<typename V::number, 2 * (int) sizeof(V)> joined(V lo, V hi) {
+    typedef Lanes<typename V::number, 2 * (int) sizeof(V)> Whole;
+    if constexpr (!Whole::fits)
+        return {lo, hi};
+#if defined(__AVX512F__)
+    else if constexpr (sizeof(Whole) == 64)
+        return {(typename Whole::type
+        ) _mm512_insertf64x4(_mm512_castpd256_pd512((__m256d) lo.v), (__m256d) hi.v, 1)};
+#endif
+#if defined(__AVX__)
+    else if constexpr (sizeof(Whole) == 32)
+        return {(typename Whole::type) _mm256_set_m128d((__m128d) hi.v, (__m128d) lo.v)};
+#endif
+    else {
+        Whole x;
+        memcpy(&x.v, &lo.v, sizeof lo.v);
+        memcpy((char *) &x.v + sizeof lo.v, &hi.v, sizeof hi.v);
+        return x;
+    }
+}
+
+// The same lanes, of float64, in T.
+template <class T, int B>
+INLINE Lanes<T, B * (int) sizeof(T) / 8> narrow(Lanes<double, B> x) {
+    if constexpr (sizeof(T) == 8)
+        return x;
+    else if constexpr (!Lanes<double, B>::fits)
+        return joined(narrow<T>(x.lo), narrow<T>(x.hi));
+#if defined(__GNUC__)
+    else
+        return on_register::narrow(x);
+#else
+    else
+        return {(T) x.v};
+#endif
+}
+
 // The lanes as one number, folded by halves.
 template <class V, class F>
 INLINE auto fold_lanes(V x, F f) {
@@ -523,6 +655,12 @@ INLINE auto fold_lanes(V x, F f) {
 template <class V>
 INLINE double total(V x) {
     return fold_lanes(widen(x), [](auto a, auto b) FORCED { return a + b; });
+}
+
+// The same in their own type: of exponentials, which are no infinite sum.
+template <class V>
+INLINE auto narrow_total(V x) {
+    return fold_lanes(x, [](auto a, auto b) FORCED { return a + b; });
 }
 
 // The largest of the lanes, none of which is NaN.
@@ -550,16 +688,21 @@ INLINE auto sum_block(Index n, F terms) {
     return sums;
 }
 
-// log(1 + r) in float64, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
+// log(1 + r) in float64 of a finite r > -1: with s = 1 + r = 2**n f, n ln 2 + log f.
 template <int B>
-INLINE Lanes<double, B> log1p_sum(Lanes<double, B> r) {
+INLINE Lanes<double, B> log1p_finite(Lanes<double, B> r) {
     Lanes<double, B> s = r + 1.0, back = s - 1.0;
     Lanes<double, B> error = (r - back) + (1.0 - (s - back));  // Knuth's two-sum
     Lanes<double, B> n = exponent(s), down = downscale(s);
     Lanes<double, B> log = series(fma(s, down, -1.0) + error * down);
-    log = fma(n, LN2_HIGH, fma(n, LN2_LOW, log));
-    log = where_gt(s, 0.0, log, -(double) INFINITY);
-    return where_gt((double) INFINITY, s, log, s);  // a NaN stays
+    return fma(n, LN2_HIGH, fma(n, LN2_LOW, log));
+}
+
+// The same for r >= -1; a NaN stays.
+template <int B>
+INLINE Lanes<double, B> log1p_sum(Lanes<double, B> r) {
+    Lanes<double, B> s = r + 1.0, log = where_gt(s, 0.0, log1p_finite(r), -(double) INFINITY);
+    return where_gt((double) INFINITY, s, log, s);
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ class _Layout:
         if self.swap:
             outer, self.inner = self.inner, outer
             steps.reverse()
-        self.across = (steps[1] > steps[2] or self.classes < SHORT) and self.inner > 1
+        self.across = (steps[1] > steps[2] and self.inner > 1) or self.classes < SHORT
         self.kernel = columns.kernel if self.across else rows.kernel
 
     def full(self, a: Array | None) -> Operand:

@@ -28,7 +28,7 @@ from fastll.backend.numba.state import (
     usable,
 )
 from fastll.backend.numba.vector import bytes_of, inline, lanes_of, load, read, size_of, store, write
-from fastll.contract import BLOCK, GROUP
+from fastll.contract import BLOCK, GROUP, SHORT
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
@@ -119,53 +119,62 @@ def where_finite(maxima):
 
 
 @inline
-def clear(accumulators, zero):
+def lanes_in(call):
+    """The number of lanes that a row is summed in: a short one is one lane."""
+    return 1 if call.classes < SHORT else lanes_of(call.like)
+
+
+@inline
+def clear(accumulators, zero, lanes):
     """Set all of them to the vector `zero`."""
-    for i in range(lanes_of(zero)):
+    for i in range(lanes):
         write(accumulators + i * bytes_of(zero), zero)
 
 
 @inline
-def accumulate(accumulators, j, v):
+def accumulate(accumulators, j, v, lanes):
     """Add the vector of element j of a block."""
-    at = accumulators + j % lanes_of(v) * bytes_of(v)
+    at = accumulators + (j & (lanes - 1)) * bytes_of(v)
     write(at, read(at, v) + v)
 
 
 @inline
-def fold_sums(accumulators, n, zero, wide):
-    """The sums of n elements, folded by halves in float64 at `wide`."""
-    count, size, none = lanes_of(zero), bytes_of(zero), vector.widen(zero)
-    wide_size = bytes_of(none)
-    used = min(n, count)
-    for i in range(used):
-        write(wide + i * wide_size, vector.widen(read(accumulators + i * size, zero)))
-    half = count // 2
+def fold_halves(at, zero, lanes):
+    """The sum of vectors, by halves."""
+    size, half = bytes_of(zero), lanes // 2
     while half > 0:
-        for i in range(half, used):
-            at = wide + (i - half) * wide_size
-            write(at, read(at, none) + read(wide + i * wide_size, none))
-        used = min(used, half)
+        for i in range(half):
+            low = at + i * size
+            write(low, read(low, zero) + read(low + half * size, zero))
         half //= 2
-    return read(wide, none)
+    return read(at, zero)
+
+
+@inline
+def fold_sums(accumulators, zero, wide, lanes):
+    """The sums in float64, as which they are folded at `wide`."""
+    size, none = bytes_of(zero), vector.widen(zero)
+    for i in range(lanes):
+        write(wide + i * bytes_of(none), vector.widen(read(accumulators + i * size, zero)))
+    return fold_halves(wide, none, lanes)
 
 
 def _summed(terms, count):
     """`rows._summed` for the rows from w on of a tile; a pair of which `count` are summed."""
 
-    def sum_rows(tile, second, w, n, zero, arguments, like):
+    def sum_rows(tile, second, w, n, zero, arguments, lanes, like):
         pad = zeros(like)
-        clear(tile.sums, zero)
+        clear(tile.sums, zero, lanes)
         if count == 2:
-            clear(tile.more_sums, zero)
+            clear(tile.more_sums, zero, lanes)
         for j in range(n):
             x, y = read(at_of(tile.x, j, w, like), pad), read(at_of(second, j, w, like), pad)
             term, other = terms(x, y, *arguments)
-            accumulate(tile.sums, j, term)
+            accumulate(tile.sums, j, term, lanes)
             if count == 2:
-                accumulate(tile.more_sums, j, other)
-        sums = fold_sums(tile.sums, n, zero, tile.wide)
-        return sums, fold_sums(tile.more_sums, n, zero, tile.wide) if count == 2 else sums
+                accumulate(tile.more_sums, j, other, lanes)
+        sums = fold_sums(tile.sums, zero, tile.wide, lanes)
+        return sums, fold_sums(tile.more_sums, zero, tile.wide, lanes) if count == 2 else sums
 
     return vector.inlined(sum_rows, f"{terms.__qualname__}_rows")
 
@@ -232,17 +241,17 @@ def add_sums(rows, added, k):
 
 
 @inline
-def fold_tile(tile, v, table, average, n, count, fresh, like):
+def fold_tile(tile, v, table, average, n, count, fresh, lanes, like):
     """`rows.fold_block` for the rows of a tile."""
     size, zero, one = size_of(like), zeros(like), constants(like).one
     raise_maxima(tile, v, table, average, n, count, fresh, like)
     for w in range(0, count, lanes_of(like)):
         rows, narrow = rows_of(table, w, like), narrow_rows_of(tile.narrow, w, like)
         maxima, floors, magics = narrow.maximum, narrow.floor, narrow.magic
-        clear(tile.sums, zero)
+        clear(tile.sums, zero, lanes)
         counts = other_maxima = zero
         if average.wanted:
-            clear(tile.more_sums, zero)
+            clear(tile.more_sums, zero, lanes)
         if average.logits != 0:
             other_maxima = cast(where_finite(rows_of(average.table, w, like).maximum), like)
         for j in range(n):
@@ -254,13 +263,13 @@ def fold_tile(tile, v, table, average, n, count, fresh, like):
                     term = blocks.divergence_term(e, x, maxima, other, other_maxima)
                 else:
                     term = blocks.entropy_term(e, x, maxima, floors)
-                accumulate(tile.more_sums, j, term)
-            accumulate(tile.sums, j, formulas.below_maximum(x, maxima, e))
+                accumulate(tile.more_sums, j, term, lanes)
+            accumulate(tile.sums, j, formulas.below_maximum(x, maxima, e), lanes)
             counts = counts + formulas.at_maximum(x, maxima, one)
-        sums = fold_sums(tile.sums, n, zero, tile.wide)
+        sums = vector.widen(fold_halves(tile.sums, zero, lanes))
         add_sums(rows, sums * 2.0**-SHIFT, vector.widen(counts))
         if average.wanted:
-            away = fold_sums(tile.more_sums, n, zero, tile.wide) * 2.0**-SHIFT
+            away = fold_sums(tile.more_sums, zero, tile.wide, lanes) * 2.0**-SHIFT
             rows.away_added = rows.away_added + state.where_usable(rows.maximum, away, 0.0)
     for i in range(count):
         row = row_of(table, i)
@@ -276,7 +285,7 @@ def fold_tile(tile, v, table, average, n, count, fresh, like):
 
 
 @inline
-def fold_weighted_tile(tile, table, n, count, like):
+def fold_weighted_tile(tile, table, n, count, lanes, like):
     """`rows.fold_weighted_row` for a block of the rows of a tile."""
     size, zero = size_of(like), vector.widen(zeros(like))
     blocks.mask(tile.x, tile.second, n * GROUP, tile.x, like)
@@ -284,7 +293,7 @@ def fold_weighted_tile(tile, table, n, count, like):
     for w in range(0, count, lanes_of(like)):
         narrow = narrow_rows_of(tile.narrow, w, like)
         arguments = narrow.maximum, narrow.floor, narrow.magic
-        added, k = _sum_weighted(tile, tile.second, w, n, zero, arguments, like)
+        added, k = _sum_weighted(tile, tile.second, w, n, zero, arguments, lanes, like)
         rows = rows_of(table, w, like)
         # NaN where a weight is infinite or NaN; the maximum of the tile is not needed any more
         rows.top = finite = (added + k) * 0.0
@@ -359,7 +368,7 @@ def add_targets(call, tile, group, j, n):
         rows = rows_of(group.table, w, like)
         m, zero = rows.maximum, zeros(like)
         maxima = (cast(where_finite(m), like),)
-        distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, like)
+        distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, lanes_in(call), like)
         rows.distance = rows.distance + (formulas.distance(rows.before, rows.mass, m) + distance)
         rows.mass = rows.mass + mass
 
@@ -378,20 +387,21 @@ def _fold_group(operation):
     read_block = _read_block(operation)
 
     def fold_group(call, tile, group):
-        like, table = call.like, group.table
+        like, table, lanes = call.like, group.table, lanes_in(call)
         for j in range(0, call.classes, BLOCK):
             n = min(BLOCK, call.classes - j)
             read_block(call, call.x, tile, tile.x, group, j, n)
             fresh = call.state.address == 0 and j == 0
             if weighted and call.second.address != 0:
                 gather(call.second, group, j, n, tile.second, like)
-                fold_weighted_tile(tile, table, n, group.count, like)
+                fold_weighted_tile(tile, table, n, group.count, lanes, like)
             else:
-                fold_tile(tile, tile.x, table, average, n, group.count, fresh, like)
+                fold_tile(tile, tile.x, table, average, n, group.count, fresh, lanes, like)
             if paired:
                 read_block(call, call.second, tile, tile.second, group, j, n)
                 ratio = Average(True, tile.x, table)
-                fold_tile(tile, tile.second, group.second, ratio, n, group.count, fresh, like)
+                other = group.second
+                fold_tile(tile, tile.second, other, ratio, n, group.count, fresh, lanes, like)
             if loss and has_targets(call):
                 add_targets(call, tile, group, j, n)
 
@@ -407,7 +417,7 @@ def _fold_nll_group(call, tile, group):
         fetch_target(call, group, j, n, tile.second)
         for w in range(0, group.count, lanes_of(like)):
             rows = rows_of(group.table, w, like)
-            distance = _sum_distances(tile, tile.second, w, n, zero, (zero,), like)[0]
+            distance = _sum_distances(tile, tile.second, w, n, zero, (zero,), lanes_in(call), like)[0]
             rows.distance = rows.distance + distance
     for i in range(group.count):
         row = row_of(group.table, i)
@@ -587,7 +597,8 @@ def _walk_terms(operation):
                 gather(call.second, group, j, n, second, like)
             for w in range(0, group.count, lanes_of(like)):
                 rows = rows_of(group.table, w, like)
-                rows.value = rows.value + sum_rows(tile, second, w, n, zeros(like), (), like)[0]
+                found = sum_rows(tile, second, w, n, zeros(like), (), lanes_in(call), like)
+                rows.value = rows.value + found[0]
 
     return vector.phase(walk)
 

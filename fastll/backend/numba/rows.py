@@ -251,8 +251,8 @@ def add_block(v, n, row, at_top, average, terms, pending, next_v, next_n, tau):
         sums = add_vector(block, sums, average, pending, j, lanes)
     if whole < n:
         sums = add_vector(block, sums, average, pending, whole, n - whole)
-    row.at_maximum += vector.total(sums.at_maximum)
-    row.added += vector.total(sums.added) * 2.0**-SHIFT
+    row.at_maximum += np.float64(vector.narrow_total(sums.at_maximum))
+    row.added += np.float64(vector.narrow_total(sums.added)) * 2.0**-SHIFT
     if average.wanted:
         row.away_added += vector.total(sums.away) * 2.0**-SHIFT
     rest = max_block(next_v + read * size_of(tau), next_n - read, tau)

@@ -28,6 +28,7 @@ LANES = 16  # of float64
 
 _LOG2E = 1 / math.log(2)
 _UNSHIFT = 2.0**-SHIFT
+_WHOLE = 1.5 * 2.0**52  # with it, a number is rounded to a whole one
 
 #: The columns of a table.
 COLUMNS = (
@@ -135,7 +136,7 @@ def where_usable(maximum, x, otherwise):
 @inline
 def reference_of(maximum):
     """The exponent of the reference for a maximum; 0 where that is not usable."""
-    return where_usable(maximum, vector.round_down(maximum * _LOG2E + 0.5), 0.0)
+    return where_usable(maximum, (maximum * _LOG2E + _WHOLE) - _WHOLE, 0.0)
 
 
 @inline
