@@ -80,7 +80,7 @@ CHUNK = 1 << 15
 #: Rows that are finished together on the CPU.
 GROUP = 64
 
-#: Below this many classes, neighbouring rows fill vectors better than a row does, and a row is one lane.
+#: Below this many classes, neighbouring rows fill vectors better than one does, and a row is one lane.
 SHORT = 64
 
 #: Minimum output size in bytes for non-temporal stores, and minimum number of classes of its rows.
