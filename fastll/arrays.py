@@ -200,8 +200,9 @@ def broadcast(x: Array, shape: tuple[int, ...], name: str) -> Array:
 
 def check_unmasked(x: Any, name: str) -> None:
     """`TypeError` for a masked array with masked elements: the mask would be ignored."""
-    ma = sys.modules.get("numpy.ma")  # if it is not imported, there are no masked arrays
-    if ma is not None and isinstance(x, ma.MaskedArray) and ma.is_masked(x):
+    # if it is not imported, there are no masked arrays; another thread may be about to import it
+    ma = sys.modules.get("numpy.ma")
+    if ma is not None and isinstance(x, getattr(ma, "MaskedArray", ())) and ma.is_masked(x):
         raise TypeError(f"{name} is a masked array with masked elements; expected one without a mask")
 
 

@@ -1,6 +1,8 @@
 """Arguments that are nearly right: the error says what is wrong and what would be right."""
 
 import inspect
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -55,6 +57,11 @@ def test_masks_are_not_ignored(call):
 
 def test_masked_arrays_without_masked_elements():
     np.testing.assert_array_equal(fastll.softmax(np.ma.array(X)), fastll.softmax(X))
+
+
+def test_masked_arrays_that_another_thread_is_importing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy.ma", types.ModuleType("numpy.ma"))
+    assert fastll.logsumexp([0.0]) == 0.0
 
 
 @pytest.mark.parametrize("axis", [True, np.True_, (True,), (0, False)], ids=repr)
