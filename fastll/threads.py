@@ -11,9 +11,10 @@ import math
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastll.contract import Kernel
 
@@ -32,13 +33,15 @@ _threads: int | None = None
 
 def run(kernel: Kernel, units: int, elements: int) -> None:
     """Run `kernel` over units 0 to `units`, which have `elements` elements in total."""
-    parts = parts_of(units, elements)
+    threads = get_num_threads()  # once: another thread may set it
+    parts = parts_of(units, elements, threads)
     if parts < 2:
         if units:
             kernel(0, units)
         return
     bounds = [units * i // parts for i in range(parts + 1)]
     todo = deque(pairwise(bounds))
+    helpers: list[Future[None]] = []
 
     def work() -> None:
         while True:
@@ -48,35 +51,51 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
                 return
             kernel(start, stop)
 
-    helpers = _start(work, min(parts, get_num_threads()) - 1)
     try:
+        _start(work, min(parts, threads) - 1, threads, helpers)
         work()
     finally:
         todo.clear()  # after an error, no thread starts another part
-        for helper in helpers:
-            if not helper.cancel():  # one that has not started yet has nothing left to do
-                helper.result()
+        # one that has not started yet has nothing left to do; the others are waited for
+        errors = [helper.exception() for helper in helpers if not helper.cancel()]
+    for error in filter(None, errors):
+        raise error
 
 
-def parts_of(units: int, elements: int) -> int:
+def parts_of(units: int, elements: int, threads: int) -> int:
     """The number of parts of a call; fewer than 2 if it stays on the caller's thread."""
-    threads = get_num_threads()
     if elements < SHARE_FROM or threads == 1:
         return 1
     return min(units, _PARTS * threads, max(2, 2 * elements // SHARE_FROM))
 
 
-def _start(work: Any, count: int) -> list[Future[None]]:
+def _start(work: Callable[[], None], count: int, threads: int, helpers: list[Future[None]]) -> None:
+    """Have others do `work` too: up to `count` of them, which are added to `helpers`."""
     global _pool
-    from concurrent.futures import ThreadPoolExecutor  # takes 5 ms, which small calls can save
+    from concurrent.futures import Future, ThreadPoolExecutor  # takes 5 ms, which small calls can save
 
+    # no new threads: at interpreter shutdown, at the system's limit, without memory
+    with suppress(RuntimeError, MemoryError), _lock:
+        if _pool is None and threads == get_num_threads():
+            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="fastll")
+        if _pool is None:  # the count was set a moment ago
+            return
+        for _ in range(count):
+            helper: Future[None] = Future()
+            helpers.append(helper)  # first: `submit` may queue the work and then raise
+            _pool.submit(_help, helper, work)
+
+
+def _help(helper: Future[None], work: Callable[[], None]) -> None:
+    """Do `work` unless its future was cancelled."""
+    if not helper.set_running_or_notify_cancel():
+        return
     try:
-        with _lock:
-            if _pool is None:
-                _pool = ThreadPoolExecutor(get_num_threads() - 1, thread_name_prefix="fastll")
-            return [_pool.submit(work) for _ in range(count)]
-    except RuntimeError:  # no new threads: at interpreter shutdown, or at the system's limit
-        return []
+        work()
+    except BaseException as error:
+        helper.set_exception(error)
+    else:
+        helper.set_result(None)
 
 
 def get_num_threads() -> int:

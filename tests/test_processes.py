@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -260,6 +262,67 @@ def test_an_error_in_a_part_reaches_the_caller(threads):
     with pytest.raises(MemoryError, match="no memory"):
         pool.run(kernel, 1000, 1000)
     assert len(done) <= 3
+
+
+def test_an_error_in_a_part_waits_for_the_others(threads):
+    threads(3, share_from=1)
+    caller, at_work = threading.current_thread(), []
+
+    def kernel(start, stop):
+        if threading.current_thread() is caller:
+            time.sleep(0.05)  # until the others have begun
+            return
+        at_work.append(start)
+        time.sleep(0.1 * len(at_work))
+        at_work.remove(start)
+        raise MemoryError("no memory")
+
+    with pytest.raises(MemoryError, match="no memory"):
+        pool.run(kernel, 3, 1000)
+    assert not at_work
+
+
+def test_the_number_of_threads_is_read_once(threads, monkeypatch):
+    """Another thread may set it at any moment of a call."""
+    read, hits = pool.get_num_threads, np.zeros(100, int)
+
+    def read_before_it_is_set():
+        count = read()
+        monkeypatch.setattr(pool, "get_num_threads", read)
+        fastll.set_num_threads(1)
+        return count
+
+    def kernel(start, stop):
+        hits[start:stop] += 1
+
+    threads(4, share_from=1)
+    monkeypatch.setattr(pool, "get_num_threads", read_before_it_is_set)
+    pool.run(kernel, 100, 10**6)
+    assert (hits == 1).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_threads_that_do_not_start(threads, monkeypatch, limit, error):
+    """The others and the caller do the work, all of it before the call returns."""
+    start, started, hits = threading.Thread.start, [], np.zeros(100, int)
+
+    def start_some(thread):
+        if len(started) == limit:
+            raise error("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def kernel(start, stop):
+        if threading.current_thread() in started:  # still at work when the caller has none left
+            time.sleep(0.05)
+        hits[start:stop] += 1
+
+    threads(4, share_from=1)
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    pool.run(kernel, 100, 10**6)
+    assert (hits == 1).all()
+    assert len(started) == limit
 
 
 def test_parts_cover_all_rows_once(threads):

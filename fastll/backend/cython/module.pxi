@@ -252,13 +252,15 @@ class Backend(_Host):
     @staticmethod
     def run(kernel, Py_ssize_t units, Py_ssize_t elements):
         cdef Py_ssize_t parts = 1
+        cdef int threads = 1
         if not isinstance(kernel, Kernel):  # of another backend that took over
             _threads.run(kernel, units, elements)
             return
         if units > 1 and elements >= <Py_ssize_t> _threads.SHARE_FROM:
-            parts = _threads.parts_of(units, elements)
+            threads = _threads.get_num_threads()
+            parts = _threads.parts_of(units, elements, threads)
         if parts > 1:
-            (<Kernel> kernel).share(units, parts, _threads.get_num_threads())
+            (<Kernel> kernel).share(units, parts, threads)
         elif units:
             kernel(0, units)
 
