@@ -234,7 +234,7 @@ def plot(results: Path, output: Path | None) -> None:
 
 @main.command()
 def crossover() -> None:
-    """Show from which size Numba beats Cython, and when its compilation pays for itself."""
+    """Show where Numba is faster than Cython, and from which size on."""
     reason = dispatch.why_not("cython")
     if reason is not None:
         raise _Failure(f"no cython backend: {reason}")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
+from fastll import takeover
 from fastll.array_libraries import NEEDS_NUMBA_CUDA
 from fastll.arrays import Place
-from fastll.contract import Backend
+from fastll.backend.host import crosses
+from fastll.contract import Array, Backend, Fold, Kernel, Map
+from fastll.dtypes import FORMATS, kind_of
 from fastll.formulas import OWN
+
+#: Kernels of the CPU: along rows, across rows that are neighbours or short, or element-wise.
+Family = Literal["rows", "columns", "maps"]
 
 #: Candidates by device: the first available one does the call.
 TABLE = {
@@ -22,33 +29,37 @@ TABLE = {
     "cuda": ("cuda",),
 }
 
-#: The same once Numba pays, and for users' formulas, which Cython cannot know.
-NUMBA_FIRST = ("numba", *TABLE["cpu"])
+#: The same for users' formulas, which Cython cannot know.
 FOR_FORMULAS = ("numba", "numpy")
 
 #: The package that each backend is built on.
 _PACKAGES = {"numba": "numba", "cython": "fastll", "numpy": "numpy", "cuda": "numba-cuda"}
 NAMES = tuple(_PACKAGES)
 
-#: Elements of a call from which Numba's launch cost (10 us) is negligible.
-NUMBA_FROM = 1 << 20
-#: Elements that an operation must have handled before compiling its Numba kernel pays: that takes 2 to
-#: 4 s and gains at most 0.2 ns per element. Both are measured by `python -m bench crossover`.
-NUMBA_PAYS_AFTER = 1 << 34
+#: Where Numba was measured to be faster than Cython, by `python -m bench crossover`: the number of
+#: elements of a call from which it is, by the family of kernels and the dtype.
+NUMBA_FROM: dict[tuple[Family, str], int] = {
+    ("maps", "float16"): 1 << 22,
+    ("maps", "bfloat16"): 1 << 22,
+}
+_LOOK_FROM = min(NUMBA_FROM.values(), default=sys.maxsize)
+#: Elements that an operation must have handled there before Numba's kernel is made: seconds of work, as
+#: long as to compile it takes.
+NUMBA_PAYS_AFTER = 1 << 32
 
 _forced: ContextVar[str | None] = ContextVar("fastll_backend", default=None)
 _environment = os.environ.get("FASTLL_BACKEND") or None
 _debugging: ContextVar[bool] = ContextVar(
     "fastll_debug_labels", default=os.environ.get("FASTLL_DEBUG_LABELS", "0") not in ("", "0")
 )
-_handled: dict[tuple[str, Hashable], int] = {}
+_handled: dict[tuple[str, Family, str], int] = {}
 
 
 class Status(NamedTuple):
     """Availability of a backend."""
 
     available: bool
-    reason: str | None  # why it is not available
+    reason: str | None  # why it is not available, or what of it failed
     version: str | None  # of the package it is built on
 
 
@@ -61,8 +72,7 @@ def choose(operation: str, dtype: Hashable, elements: int, place: Place) -> Back
         return _load_forced(name)
     if operation in OWN:
         return _first(FOR_FORMULAS)
-    pays = elements >= NUMBA_FROM and _numba_pays(operation, dtype, elements)
-    return _first(NUMBA_FIRST if pays else TABLE["cpu"])
+    return _first(TABLE["cpu"]) if elements < _LOOK_FROM else _first_of_large_calls()
 
 
 @cache
@@ -75,11 +85,47 @@ def _first(names: tuple[str, ...]) -> Backend:
     raise RuntimeError("no backend is available")  # unreachable: numpy is a dependency
 
 
-def _numba_pays(operation: str, dtype: Hashable, elements: int) -> bool:
-    """Whether Numba is worth its launch, and by now its compilation, against Cython."""
-    handled = _handled.get((operation, dtype), 0) + elements
-    _handled[operation, dtype] = handled
-    return handled >= NUMBA_PAYS_AFTER
+@cache
+def _first_of_large_calls() -> Backend:
+    first = _first(TABLE["cpu"])
+    return cast(Backend, _Faster(first)) if first.name == "cython" else first
+
+
+class _Faster:
+    """Cython's backend, except for the kernels that are faster, and already there, in Numba's: they
+    give the same bits."""
+
+    def __init__(self, cython: Backend) -> None:
+        self._cython = cython
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cython, name)
+
+    def map(self, call: Map) -> Kernel:
+        return self._numba("maps", call.inputs[0], call) or self._cython.map(call)
+
+    def fold(self, call: Fold) -> Kernel:
+        family: Family = "columns" if crosses(call.x)[1] else "rows"
+        return self._numba(family, call.x, call) or self._cython.fold(call)
+
+    def _numba(self, family: Family, x: Array, call: Map | Fold) -> Kernel | None:
+        """Numba's kernel where it is faster. If it is not there, it is requested once that pays."""
+        dtype = FORMATS[kind_of(x.dtype).code]
+        if x.size < NUMBA_FROM.get((family, dtype), sys.maxsize):
+            return None
+        missing: list[takeover.Need] = []
+        numba = takeover.loaded()
+        if numba is None:
+            missing.append(takeover.MODULE)
+        else:
+            kernel: Kernel = (numba.map if family == "maps" else numba.fold)(call, missing)
+            if not missing:
+                return kernel
+        work = call.operation, family, dtype
+        _handled[work] = handled = _handled.get(work, 0) + x.size
+        if handled >= NUMBA_PAYS_AFTER:
+            takeover.request(missing)
+        return None
 
 
 def _bind(forced: str | None, place: Place) -> Backend:
@@ -216,8 +262,9 @@ def backends() -> dict[str, Status]:
     Returns
     -------
     dict
-        Name to `Status`: ``available``, ``reason`` (None where available) and the ``version`` of the
-        package the backend is built on (None where that is missing).
+        Name to `Status`: ``available``, ``reason`` (why it is not; None where it is, unless Numba could
+        not compile beside the work) and the ``version`` of the package the backend is built on (None
+        where that is missing).
 
     Examples
     --------
@@ -236,4 +283,7 @@ def _status(name: str) -> Status:
     except PackageNotFoundError:
         package_version = None
     reason = why_not(name)
-    return Status(reason is None, reason, package_version)
+    available = reason is None
+    if available and name == "numba" and (failed := takeover.why_not()) is not None:
+        reason = f"nothing more is compiled beside the work after {failed}"
+    return Status(available, reason, package_version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import require_numba_cuda
 from source_tree import make_tree, run_in
 
 import fastll
-from bench import card, cases, families, gpu, gpu_report, jobs, peers, report
+from bench import card, cases, crossover, families, gpu, gpu_report, jobs, peers, report
 from bench.__main__ import main
 from fastll import dispatch
 from fastll.operations import OPERATIONS
@@ -257,6 +258,30 @@ def test_cases_name_operations() -> None:
         assert everything >= quick
         assert set(cases.LOGITS).issuperset(case.logits)
         assert 4 * np.prod(case.shape, dtype=float) <= cases.MAX_BYTES
+
+
+def test_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba is fast on rows of float32 that are large, and on columns that are not the largest."""
+    made = []
+
+    def workload(job: jobs.Job) -> Any:
+        made.append(job.case.shape)
+        return SimpleNamespace(call=job)
+
+    def compare(job: jobs.Job) -> float:
+        size, short = np.prod(job.case.shape), job.case.shape[-1] == 10
+        fast = 1 << 19 < size < 1 << 23 if short else size > 1 << 19
+        return 0.9 if fast and job.dtype == "float32" else 1.1
+
+    monkeypatch.setattr(crossover, "workload", workload)
+    monkeypatch.setattr(crossover, "_compare", compare)
+    monkeypatch.setattr(crossover, "CLASSES", ((10, 1), (1000, 1)))
+    *_, rows = (line for line in invoke("crossover").output.splitlines() if "rows float32: " in line)
+    assert rows == 'rows float32: 1.10 1.10 0.90 0.90 0.90; ("rows", "float32"): 1 << 20'
+    lines = invoke("crossover").output.splitlines()
+    assert "columns float32: 1.10 1.10 0.90 0.90 1.10; never" in lines
+    assert "maps float64: 1.10 1.10 1.10 1.10 1.10; never" in lines
+    assert {len(shape) for shape in made} == {1, 2}
 
 
 def test_full_covers_every_operation() -> None:

@@ -336,21 +336,3 @@ def test_parts_cover_all_rows_once(threads):
 
             pool.run(kernel, units, 10**6)
             assert (hits == 1).all()
-
-
-def test_dispatch_prefers_cython_until_numba_pays(monkeypatch):
-    require("numba")
-    require("cython")
-    from fastll import dispatch
-    from fastll.arrays import HOST
-
-    def chosen(dtype, elements):
-        return dispatch.choose("logsumexp", dtype, elements, HOST).name
-
-    monkeypatch.setattr(dispatch, "_handled", {})
-    small, large = dispatch.NUMBA_FROM - 1, dispatch.NUMBA_PAYS_AFTER // 2
-    assert chosen("f", small) == "cython"
-    assert chosen("f", large) == "cython"
-    assert chosen("f", large) == "numba"
-    assert chosen("d", large) == "cython"
-    assert chosen("f", small) == "cython"

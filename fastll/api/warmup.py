@@ -26,6 +26,10 @@ def warmup(
 ) -> None:
     """Compile kernels ahead of their first use.
 
+    On the CPU most calls never wait for compilation: where Numba is faster, it takes over from Cython
+    when its kernels have been compiled beside the work. After `warmup` it does from the first call on.
+    Calls do wait with ``use_backend("numba")``, without fastll's compiled extension, and on a GPU.
+
     Parameters
     ----------
     operations : str or iterable of str, optional

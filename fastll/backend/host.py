@@ -10,10 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import CHUNK, Array, Floats, Kept, add_sums, bad_label
+from fastll.contract import CHUNK, SHORT, Array, Floats, Kept, add_sums, bad_label
 
 _INT64, _FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
+
+
+def crosses(x: Array) -> tuple[bool, bool]:
+    """The family of kernels that suits the strides of rows (outer, classes, inner): whether outer and
+    inner change places, and whether vectors go across neighbouring rows, not along one."""
+    outer, classes, inner = x.shape
+    far, step, near = (abs(s) for s in x.strides)
+    swap = inner == 1 or (outer > 1 and far < near)
+    if swap:
+        inner, near = outer, far
+    return swap, (step > near and inner > 1) or classes < SHORT
 
 
 class Host:

@@ -1,51 +1,74 @@
-"""Numba kernels, compiled when first used, run over rows on the package's threads."""
+"""Numba kernels, compiled when first used, run over rows on the package's threads.
+
+A call's code is its kernel, compiled for one compute dtype, and the conversions of its arrays. Each has
+a name, a `Need`, by which `fastll.takeover` has those made that are missing: calls need not wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.core import config
 
-import fastll.backend.numba.cache  # noqa: F401  before the kernels: see its end
-from fastll.backend.host import Host
-from fastll.backend.numba import columns, folds, maps, rows
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and interpreted kernels have no vectors")
+
+from fastll.backend.host import Host, crosses
+from fastll.backend.numba import (
+    cache,  # before the kernels: see its end
+    columns,
+    convert,
+    folds,
+    maps,
+    rows,
+)
 from fastll.backend.numba.calls import NO_ROWS, NOTHING, Operand, RowOperand
-from fastll.backend.numba.convert import reader, writer
-from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
+from fastll.contract import STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
+
+#: ("rows", "columns" or "maps", operation, compute dtype), or ("reader" or "writer", *its arguments).
+Need = tuple[Any, ...]
+#: Where it is noted what code of a call is not there; None: then it is compiled.
+Missing = list[Need] | None
 
 
 class Backend(Host):
-    """See `fastll.contract.Backend`."""
+    """See `fastll.contract.Backend`.
+
+    With `missing`, `map` and `fold` note there what they would have to compile; if anything is noted,
+    the kernel is of no use.
+    """
 
     name = "numba"
 
-    def map(self, call: Map) -> Kernel:
+    def map(self, call: Map, missing: Missing = None) -> Kernel:
         x = call.inputs[0]
         like = _like(x)
-        value = _operand(call.value, like, 1)
+        value = _operand(call.value, like, 1, missing)
         if call.value is not None and call.partial is None and call.slope is None:
             value = _streamed(value, call.value.ctypes.data != x.ctypes.data, call.value)
         mapped = maps.Call(
-            tuple(_operand(a, like, 1) for a in call.inputs),
+            tuple(_operand(a, like, 1, missing) for a in call.inputs),
             call.parameters,
-            _operand(call.weight, like, 1),
+            _operand(call.weight, like, 1, missing),
             value,
-            _operand(call.partial, None, 1),
-            _operand(call.slope, like, 1),
+            _operand(call.partial, None, 1, missing),
+            _operand(call.slope, like, 1, missing),
             call.scale,
             x.shape[1],
             units_of(x.shape[1]),
             like,
         )
         kernel, layout = maps.kernel(call.operation)
+        _note(("maps", call.operation, type(like).__name__), missing)
         return partial(kernel, layout.pack(mapped), like)
 
-    def fold(self, call: Fold) -> Kernel:
+    def fold(self, call: Fold, missing: Missing = None) -> Kernel:
         weights = call.second if call.operation == "logsumexp" else None
-        layout = _Layout(call.x, weights)
+        layout = _Layout(call.x, weights, missing)
         options = call.options
         simple = call.second is None and options.label_smoothing == options.softcap == 0.0
         folded = folds.Call(
@@ -66,7 +89,9 @@ class Backend(Host):
             layout.inner,
             layout.like,
         )
-        return partial(layout.kernel(call.operation), folds.LAYOUT.pack(folded), layout.like)
+        family = "columns" if layout.across else "rows"
+        _note((family, call.operation, type(layout.like).__name__), missing)
+        return partial(_kernel(family, call.operation), folds.LAYOUT.pack(folded), layout.like)
 
     def scan_labels(
         self, labels: Array, classes: int, ignore_index: int, weight: Array | None
@@ -81,26 +106,20 @@ class Backend(Host):
 class _Layout:
     """The family of kernels that suits an array's strides, and operands as it takes them."""
 
-    kernel: Callable[[str], Callable[..., object]]
-
-    def __init__(self, x: Array, weights: Array | None) -> None:
-        outer, self.classes, self.inner = x.shape
-        steps = [abs(s) for s in x.strides]
+    def __init__(self, x: Array, weights: Array | None, missing: Missing) -> None:
+        self.missing = missing
         self.like = _like(x)
         if weights is not None:  # they lose nothing
             self.like = self.like + _like(weights)
-        self.swap = self.inner == 1 or (outer > 1 and steps[0] < steps[2])
-        if self.swap:
-            outer, self.inner = self.inner, outer
-            steps.reverse()
-        self.across = (steps[1] > steps[2] and self.inner > 1) or self.classes < SHORT
-        self.kernel = columns.kernel if self.across else rows.kernel
+        self.swap, self.across = crosses(x)
+        outer, self.classes, inner = x.shape
+        self.inner = outer if self.swap else inner
 
     def full(self, a: Array | None) -> Operand:
         if a is None:
             return NOTHING
         a = a.transpose(2, 1, 0) if self.swap else a
-        return _operand(a, self.like, 2 if self.across else 1)
+        return _operand(a, self.like, 2 if self.across else 1, self.missing)
 
     def output(self, a: Array | None, x: Array, simple: bool) -> Operand:
         """An operand that is written in the shape of x, by non-temporal stores where that pays.
@@ -130,7 +149,7 @@ def _like(x: Array) -> Any:
     return kind_of(x.dtype).compute.type(0)
 
 
-def _operand(a: Array | None, like: Any, axis: int) -> Operand:
+def _operand(a: Array | None, like: Any, axis: int, missing: Missing) -> Operand:
     """An array as an `Operand`; `axis` is the one that is contiguous where no conversion is needed."""
     if a is None:
         return NOTHING
@@ -138,9 +157,9 @@ def _operand(a: Array | None, like: Any, axis: int) -> Operand:
     if like is None or (a.dtype == like.dtype and a.strides[axis] == a.itemsize and a.flags.aligned):
         return Operand(address, outer, step, inner, 0, 0, False)
     kind = kind_of(a.dtype)
-    read, write = reader(kind.code, kind.swapped, like.dtype.name).address, 0
+    read, write = _conversion(("reader", kind.code, kind.swapped, type(like).__name__), missing), 0
     if a.flags.writeable and kind.element == a.dtype:
-        write = writer(kind.code).address
+        write = _conversion(("writer", kind.code), missing)
     return Operand(address, outer, step, inner, read, write, False)
 
 
@@ -149,4 +168,67 @@ def _streamed(out: Operand, pays: bool, a: Array) -> Operand:
     return out._replace(streamed=pays and out.write == 0 and a.nbytes >= STREAM_FROM)
 
 
-backend = Backend()
+# Code by its names. A kernel is also compiled by a call to it.
+
+_kernels: set[Need] = set()  # compiled
+_conversions: dict[Need, int] = {}  # addresses
+
+
+def _kernel(family: str, operation: str) -> Any:
+    if family == "maps":
+        return maps.kernel(operation)[0]
+    return (columns if family == "columns" else rows).kernel(operation)
+
+
+def _signature(dtype: str) -> tuple[Any, ...]:
+    """What a kernel is called with: the words of a call, a scalar, start and stop."""
+    return types.int64[::1], getattr(types, dtype), types.int64, types.int64
+
+
+def _note(need: Need, missing: Missing) -> None:
+    """Note a kernel that is not compiled."""
+    if missing is None or need in _kernels:
+        return
+    family, operation, dtype = need
+    if _signature(dtype) in _kernel(family, operation).overloads:
+        _kernels.add(need)
+    else:
+        missing.append(need)
+
+
+def _conversion(need: Need, missing: Missing) -> int:
+    """Address of a conversion, compiled here unless that is to be noted."""
+    address = _conversions.get(need, 0)
+    if address == 0:
+        if missing is None:
+            make(need)
+            return _conversions[need]
+        missing.append(need)
+    return address
+
+
+def make(need: Need) -> None:
+    """Compile code, or load it from disk."""
+    what, *of = need
+    if what == "reader":
+        _conversions[need] = convert.reader(*of).address
+    elif what == "writer":
+        _conversions[need] = convert.writer(*of).address
+    else:
+        operation, dtype = of
+        _kernel(what, operation).compile(_signature(dtype))
+        _kernels.add(need)
+
+
+def stored(need: Need) -> bool:
+    """Whether code is compiled, here or on disk. `OSError` where none is kept on disk."""
+    if need in _kernels or need in _conversions:
+        return True
+    what, *of = need
+    if what in ("reader", "writer"):
+        return cache.holds(f"{convert.__name__}.{'_'.join(map(str, need))}", convert.SIGNATURE)
+    operation, dtype = of
+    return cache.holds(_kernel(what, operation)._cache.name, _signature(dtype))
+
+
+backend = Backend()  # at the end: a call may look for it while another thread imports this module

@@ -19,6 +19,7 @@ from numba.core import config, sigutils
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
@@ -54,11 +55,11 @@ class _Cache(NullCache):  # type: ignore[misc]  # of a package without types
     """The entries of one function, as Numba asks for them."""
 
     def __init__(self, function: Any) -> None:
-        self._name = f"{function.__module__}.{function.__qualname__}"
+        self.name = f"{function.__module__}.{function.__qualname__}"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            code = disk.read(self._path(sig, target_context))
+            code = disk.read(_path(self.name, sig, target_context))
             # `target_context.refresh()` would do this, and spend 0.4 s on what only compiling needs
             rtsys.initialize(target_context)
             return CompileResult._rebuild(target_context, *pickle.loads(code))
@@ -68,22 +69,43 @@ class _Cache(NullCache):  # type: ignore[misc]  # of a package without types
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             if not data.lifted and not data.library.has_dynamic_globals:
-                disk.write(self._path(sig, data.target_context), dumps(data._reduce()))
+                disk.write(_path(self.name, sig, data.target_context), dumps(data._reduce()))
         except Exception:
             pass
 
-    def _path(self, sig: Any, target_context: Any) -> Path:
-        settings = (
-            target_context.codegen().magic_tuple(),  # system, CPU and its features
-            config.OPT,
-            config.BOUNDSCHECK,
-            config.DEBUGINFO_DEFAULT,
-            config.LOOP_VECTORIZE,
-            config.SLP_VECTORIZE,
-        )
-        if _IMPORTED is None or _version() != _IMPORTED:  # the files are no longer what was imported
-            raise OSError
-        return disk.root() / _IMPORTED / digest(repr((self._name, str(sig), settings)).encode()).hex()
+
+def _path(name: str, sig: Any, target_context: Any) -> Path:
+    """The entry of a function, by its dotted name, for a signature."""
+    settings = (
+        target_context.codegen().magic_tuple(),  # system, CPU and its features
+        config.OPT,
+        config.BOUNDSCHECK,
+        config.DEBUGINFO_DEFAULT,
+        config.LOOP_VECTORIZE,
+        config.SLP_VECTORIZE,
+    )
+    return folder() / digest(repr((name, str(sig), settings)).encode()).hex()
+
+
+def folder() -> Path:
+    """Where entries are; `OSError` where none are kept."""
+    if _IMPORTED is None:
+        raise OSError("no compiled kernels are kept on disk")
+    if _version() != _IMPORTED:
+        raise OSError("the source files are no longer what was imported")
+    return disk.root() / _IMPORTED
+
+
+def holds(name: str, sig: Any) -> bool:
+    """Whether there is an entry of a function, by its dotted name, for a signature."""
+    return _path(name, sig, cpu_target.target_context).exists()
+
+
+def probe() -> None:
+    """`OSError` where no entry can be written."""
+    entry = folder() / "probe"
+    disk.write(entry, b"")
+    entry.unlink(missing_ok=True)
 
 
 def _version() -> str | None:

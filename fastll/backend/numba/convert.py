@@ -151,7 +151,7 @@ def _vectors(name):
     return emitted(lambda address: Vector(types.float32))(load_vector), emitted(None)(store_vector)
 
 
-_SIGNATURE = types.void(*(types.int64,) * 5)
+SIGNATURE = types.void(*(types.int64,) * 5)
 
 
 @functools.cache
@@ -164,7 +164,7 @@ def reader(code, swapped, compute):
     by_vectors = name in _EMITTED and not swapped and compute == "float32"
     load_vector, _ = _vectors(name)
 
-    @cached_cfunc(_SIGNATURE, f"reader_{code}_{swapped}_{compute}")
+    @cached_cfunc(SIGNATURE, f"reader_{code}_{swapped}_{compute}")
     def convert(source, source_stride, destination, destination_stride, count):
         done = 0
         if by_vectors and source_stride == 2 and destination_stride == 4:
@@ -189,7 +189,7 @@ def writer(code):
     by_vectors = name in _EMITTED
     _, store_vector = _vectors(name)
 
-    @cached_cfunc(_SIGNATURE, f"writer_{code}")
+    @cached_cfunc(SIGNATURE, f"writer_{code}")
     def convert(source, source_stride, destination, destination_stride, count):
         done = 0
         if by_vectors and source_stride == 4 and destination_stride == 2:
