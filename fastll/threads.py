@@ -21,7 +21,8 @@ from fastll.contract import Kernel
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-#: A call with fewer elements stays on the caller's thread: handing over costs as much as this many.
+#: A call with fewer elements stays on the caller's thread: handing over costs as much as this many. The
+#: threads of Cython take half as long.
 SHARE_FROM = 1 << 17
 #: Parts per thread: enough for the other threads to take over from one that is held up.
 _PARTS = 4
@@ -34,7 +35,7 @@ _threads: int | None = None
 def run(kernel: Kernel, units: int, elements: int) -> None:
     """Run `kernel` over units 0 to `units`, which have `elements` elements in total."""
     threads = get_num_threads()  # once: another thread may set it
-    parts = parts_of(units, elements, threads)
+    parts = parts_of(units, elements, threads, SHARE_FROM)
     if parts < 2:
         if units:
             kernel(0, units)
@@ -62,11 +63,11 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
         raise error
 
 
-def parts_of(units: int, elements: int, threads: int) -> int:
+def parts_of(units: int, elements: int, threads: int, share_from: int) -> int:
     """The number of parts of a call; fewer than 2 if it stays on the caller's thread."""
-    if elements < SHARE_FROM or threads == 1:
+    if elements < share_from or threads == 1:
         return 1
-    return min(units, _PARTS * threads, max(2, 2 * elements // SHARE_FROM))
+    return min(units, _PARTS * threads, max(2, 2 * elements // share_from))
 
 
 def _start(work: Callable[[], None], count: int, threads: int, helpers: list[Future[None]]) -> None:

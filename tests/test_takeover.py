@@ -16,7 +16,7 @@ from test_processes import run
 import fastll
 from fastll import dispatch, takeover
 
-X = np.random.default_rng(0).standard_normal((64, 50), np.float32)
+X = np.random.default_rng(0).standard_normal((64, 100), np.float32)
 
 
 class Fake(ModuleType):

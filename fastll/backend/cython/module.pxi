@@ -251,14 +251,14 @@ class Backend(_Host):
 
     @staticmethod
     def run(kernel, Py_ssize_t units, Py_ssize_t elements):
-        cdef Py_ssize_t parts = 1
+        cdef Py_ssize_t parts = 1, share_from = (_threads.SHARE_FROM + 1) // 2
         cdef int threads = 1
         if not isinstance(kernel, Kernel):  # of another backend that took over
             _threads.run(kernel, units, elements)
             return
-        if units > 1 and elements >= <Py_ssize_t> _threads.SHARE_FROM:
+        if units > 1 and elements >= share_from:
             threads = _threads.get_num_threads()
-            parts = _threads.parts_of(units, elements, threads)
+            parts = _threads.parts_of(units, elements, threads, share_from)
         if parts > 1:
             (<Kernel> kernel).share(units, parts, threads)
         elif units:
