@@ -39,9 +39,9 @@ struct Operand {
 
     // Write the buffer out, if that is where they were left.
     template <class T>
-    void deliver(char *start, Index j, Index n, const T *buffer) const {
+    void deliver(char *start, Index j, Index n, const T *buffer, bool plain = false) const {
         if (address && format != IN_PLACE)
-            write_block(format, buffer, start + j * classes, classes, n);
+            write_block(format, buffer, start + j * classes, classes, n, plain);
     }
 };
 

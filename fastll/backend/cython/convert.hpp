@@ -68,6 +68,12 @@ INLINE uint32_t to_bfloat(float value) {
     return value != value ? quiet : (bits + 0x7FFF + odd) >> 16;
 }
 
+// The same of a number, or the NaN that the CPU makes: no other one.
+INLINE uint32_t to_bfloat_plainly(float value) {
+    const uint32_t bits = bits_as<uint32_t>(value);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
 // By the CPU where it can, from float32 that is not contiguous, and from and to float16. These return
 // how many numbers they did.
 INLINE Index from_strided(const char *source, Index step, float *to, Index n) {
@@ -113,8 +119,7 @@ INLINE Index to_halves(const float *source, char *to, Index n) {
 template <class S, class F>
 INLINE void for_numbers(Index done, Index n, Index step, bool swapped, F f) {
     if (step == sizeof(S) && !swapped)
-        for (Index i = done; i < n; i++)
-            f(i, i * (Index) sizeof(S), false);
+        UNROLLED for (Index i = done; i < n; i++) f(i, i * (Index) sizeof(S), false);
     else
         for (Index i = done; i < n; i++)
             f(i, i * step, swapped);
@@ -176,16 +181,18 @@ INLINE void read_block(Format format, bool swapped, const char *source, Index st
         read_rest(format, swapped, source, step, n, out, done);
 }
 
-// n numbers of the compute dtype to floating ones, `step` bytes apart.
+// n numbers of the compute dtype to floating ones, `step` bytes apart; `plain` ones are not NaN but for the
+// one that the CPU makes.
 template <class T>
-void write_block(Format format, const T *numbers, char *out, Index step, Index n) {
+void write_block(Format format, const T *numbers, char *out, Index step, Index n, bool plain = false) {
     if constexpr (sizeof(T) == 4) {
         if (format == FLOAT16) {
             Index done = step == 2 ? to_halves(numbers, out, n) : 0;
             return write_numbers<uint16_t>(numbers, out, step, n, to_half, done);
         }
         if (format == BFLOAT16)
-            return write_numbers<uint16_t>(numbers, out, step, n, to_bfloat);
+            return plain ? write_numbers<uint16_t>(numbers, out, step, n, to_bfloat_plainly)
+                         : write_numbers<uint16_t>(numbers, out, step, n, to_bfloat);
     }
     if (step == sizeof(T))
         memcpy(out, numbers, n * sizeof(T));

@@ -147,7 +147,7 @@ struct ShortRows {
                     return false;
             rows.put_values();
             if (kind != READS)
-                columns.deliver(call.out, 0, call.classes, columns.out);
+                columns.deliver(call.out, 0, call.classes, columns.out, true);
             return true;
         });
     }
@@ -332,7 +332,7 @@ struct MiddleRows {
             if (call.out.streamed)
                 stream_block(out, call.classes, (T *) start);
             else
-                call.out.deliver(start, 0, call.classes, out);
+                call.out.deliver(start, 0, call.classes, out, true);
         }
         return true;
     }

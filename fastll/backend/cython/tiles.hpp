@@ -92,7 +92,7 @@ struct Tiles {
     }
 
     // A tile of classes j to j + n to where it belongs.
-    void deliver(const Operand &to, Index j, Index n, const T *tile) const {
+    void deliver(const Operand &to, Index j, Index n, const T *tile, bool plain = false) const {
         if (!by_rows(to))
             return scatter(to, group, j, n, tile);
         char *at = to.row(group.outer, group.inner);
@@ -100,7 +100,7 @@ struct Tiles {
         if (to.streamed)
             stream_block(rows, group.count * n, (T *) at);
         else if (to.inner == n * to.classes)
-            write_block(to.format, rows, at, to.classes, group.count * n);
+            write_block(to.format, rows, at, to.classes, group.count * n, plain);
         else
             for (Index i = 0; i < group.count; i++)
                 write_block(to.format, rows + i * n, at + i * to.inner, to.classes, n);
