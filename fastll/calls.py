@@ -14,7 +14,7 @@ import numpy as np
 
 from fastll import dispatch, layout
 from fastll.arrays import HOST, Array, Place, axis_of, broadcast, kept_shape, place_of
-from fastll.contract import Backend, Floats, Fold, Kept, Map, new, units_of
+from fastll.contract import LONG, Backend, Floats, Fold, Kept, Map, new, units_of
 from fastll.dtypes import as_floats, kind_of
 
 
@@ -139,10 +139,50 @@ def fold(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> N
             fold(backend, place, call, axes)
         return
     for piece in pieces:
-        outer, classes, inner = piece.x.shape
-        rows = outer * inner
-        # a row without classes is work too: it has a result
-        backend.run(backend.fold(piece), rows, rows * (classes or 1))
+        long = piece.x.shape[1] > LONG and piece.operation == "logsumexp" and place.on_cpu
+        if long and piece.state is None and piece.selected is None:
+            _fold_long(backend, place, piece)
+        else:
+            _run(backend, piece)
+
+
+def _run(backend: Backend, piece: Fold) -> None:
+    outer, classes, inner = piece.x.shape
+    rows = outer * inner
+    # a row without classes is work too: it has a result
+    backend.run(backend.fold(piece), rows, rows * (classes or 1))
+
+
+def _fold_long(backend: Backend, place: Place, call: Fold) -> None:
+    """Fold rows in pieces of `LONG` elements, by a state for each, and merge these as a tree."""
+    x, second = call.x, call.second
+    outer, classes, inner = x.shape
+    if outer > 1 and inner > 1:
+        for i in range(outer):
+            row = slice(i, i + 1)
+            fields = {name: getattr(call, name) for name in ("x", "second", "lse", "sign")}
+            parts = {name: None if a is None else a[row] for name, a in fields.items()}
+            _fold_long(backend, place, call._replace(**parts))
+        return
+    axis = 0 if inner > 1 else 1  # of the pieces, among the states
+    whole = classes // LONG
+    count = whole + (classes % LONG > 0)
+    states = new_state(backend, place, (count, inner) if axis == 0 else (outer, count))
+    views = (None if a is None else layout.pieces(a, LONG, axis) for a in (x, second))
+    fold_states = Fold("logsumexp", *views, state=states[:whole] if axis == 0 else states[:, :whole])
+    _run(backend, fold_states)
+    if count > whole:
+        rest = (None if a is None else a[:, whole * LONG :] for a in (x, second))
+        last = states[whole:] if axis == 0 else states[:, whole:]
+        _run(backend, Fold("logsumexp", *rest, state=last))
+    tree = states if axis == 0 else states.swapaxes(0, 1)
+    while count > 1:
+        half = count - count // 2
+        backend.merge(tree[: count // 2], tree[half:count])
+        count = half
+    nothing = x[:, :0], None if second is None else second[:, :0]
+    state = states[:1] if axis == 0 else states[:, :1]
+    _run(backend, call._replace(x=nothing[0], second=nothing[1], state=state))
 
 
 def _sum_axis_by_axis(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:

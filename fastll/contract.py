@@ -54,9 +54,10 @@ i and lane i + half): those of exponentials in the compute dtype, others in floa
 be larger than it holds; blocks add in float64, in order. So a sum is off by at most 69 roundoffs of
 float32, relative to the sum of magnitudes: 64 terms of a lane and five additions of lanes (128 and
 4 in float64); as roundoffs of both signs occur, by about 4. It does not grow with the length of the
-row. Sums of a unit of an element-wise operation (`CHUNK` elements) are formed as the others, and
-units add in float64. On a GPU the order depends on the number of classes alone, and warps and
-thread blocks add in two float32 (`fastll.backend.cuda.geometry`).
+row. A log-sum-exp of more than `LONG` elements is that of pieces of as many, whose states merge as
+a binary tree. Sums of a unit of an element-wise operation (`CHUNK` elements) are formed as the
+others, and units add in float64. On a GPU the order depends on the number of classes alone, and
+warps and thread blocks add in two float32 (`fastll.backend.cuda.geometry`).
 """
 
 from collections.abc import Callable
@@ -82,6 +83,10 @@ GROUP = 64
 
 #: Below this many classes, neighbouring rows fill vectors better than one does, and a row is one lane.
 SHORT = 64
+
+#: Elements of a log-sum-exp beyond which it is folded in pieces, so that threads share a row. No
+#: vocabulary is that large.
+LONG = 1 << 18
 
 #: Minimum output size in bytes for non-temporal stores, and minimum number of classes of its rows.
 STREAM_FROM = 1 << 25

@@ -128,6 +128,19 @@ def _strided_rows(axes: Sequence[int], full: Operands, row: Operands) -> tuple[I
     return _pieces(views, rest), prod(g.size for g in reduced_rest)
 
 
+def pieces(a: Array, length: int, axis: int) -> Array:
+    """Pieces of so many classes of (outer, classes, inner) as rows of their own, without what is left.
+
+    They take the place of the outer axis (0) or of the inner one (1), which has one entry.
+    """
+    outer, classes, inner = a.shape
+    far, step, near = a.strides
+    count = classes // length
+    if axis == 0:
+        return as_strided(a, (count, length, inner), (length * step, step, near), subok=True)
+    return as_strided(a, (outer, length, count), (far, step, length * step), subok=True)
+
+
 def elements(
     inputs: tuple[Array, ...], value: Array | None, slope: Array | None, weight: Array | None
 ) -> Sequence[Elements]:

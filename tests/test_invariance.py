@@ -10,6 +10,7 @@ from table import DTYPES, LAYOUTS, Call, assert_same_bits, eps, inputs, parts
 
 import fastll
 from fastll import dispatch
+from fastll.contract import LONG
 from fastll.operations import OPERATIONS
 
 ROWS = 70
@@ -210,3 +211,38 @@ def test_instruction_sets(monkeypatch, module, name):
                     rtol=50 * eps(dtype) + 2 * float(ml_dtypes.finfo(actual.dtype).eps),
                     atol=1e-9,
                 )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_long_row_is_shared(compiled, threads, monkeypatch, weighted, rng):
+    """A log-sum-exp of several pieces, the last of which is not full."""
+    x = rng.standard_normal((3, 3 * LONG + 77), np.float32)
+    x[1, 2 * LONG] = 50  # the maximum at the edge of a piece
+    x[2] = -np.inf
+    options = {"b": rng.standard_normal(x.shape), "return_sign": True} if weighted else {}
+    found, shares = [], []
+    run = type(fastll.dispatch._load(compiled)).run
+
+    def watched(kernel, units, elements):
+        shares.append(units)
+        run(kernel, units, elements)
+
+    monkeypatch.setattr(type(fastll.dispatch._load(compiled)), "run", staticmethod(watched))
+    for n in (1, 2, 7):
+        threads(n, share_from=1)
+        found.append(parts(fastll.logsumexp(x, axis=1, **options)))
+    assert 9 in shares  # three pieces of three rows
+    turned_options = {k: turned(v) if k == "b" else v for k, v in options.items()}
+    found.append(parts(fastll.logsumexp(turned(x), axis=0, **turned_options)))
+    for i, row in enumerate(x):
+        own = {k: v[i] if k == "b" else v for k, v in options.items()}
+        assert_same_bits(
+            [np.array(p) for p in parts(fastll.logsumexp(row, **own))], [f[i] for f in found[0]]
+        )
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+    terms = np.exp(x.astype(float)) * options.get("b", 1)
+    # terms of both signs cancel: 69 roundoffs of a sum, relative to that of magnitudes
+    error = 69 * np.finfo(np.float32).eps / 2 * np.abs(terms).sum(1)[:2] / np.abs(terms.sum(1)[:2])
+    expected = np.log(np.abs(terms.sum(1)[:2]))
+    assert (np.abs(found[0][0][:2] - expected) <= error + np.spacing(np.float32(20))).all()
