@@ -155,34 +155,42 @@ def _run(backend: Backend, piece: Fold) -> None:
 
 def _fold_long(backend: Backend, place: Place, call: Fold) -> None:
     """Fold rows in pieces of `LONG` elements, by a state for each, and merge these as a tree."""
-    x, second = call.x, call.second
-    outer, classes, inner = x.shape
+    outer, classes, inner = call.x.shape
     if outer > 1 and inner > 1:
         for i in range(outer):
-            row = slice(i, i + 1)
-            fields = {name: getattr(call, name) for name in ("x", "second", "lse", "sign")}
-            parts = {name: None if a is None else a[row] for name, a in fields.items()}
-            _fold_long(backend, place, call._replace(**parts))
+            part = _some(call, slice(i, i + 1))
+            _fold_long(backend, place, part._replace(lse=_of(call.lse, i), sign=_of(call.sign, i)))
         return
     axis = 0 if inner > 1 else 1  # of the pieces, among the states
     whole = classes // LONG
     count = whole + (classes % LONG > 0)
     states = new_state(backend, place, (count, inner) if axis == 0 else (outer, count))
-    views = (None if a is None else layout.pieces(a, LONG, axis) for a in (x, second))
-    fold_states = Fold("logsumexp", *views, state=states[:whole] if axis == 0 else states[:, :whole])
-    _run(backend, fold_states)
-    if count > whole:
-        rest = (None if a is None else a[:, whole * LONG :] for a in (x, second))
-        last = states[whole:] if axis == 0 else states[:, whole:]
-        _run(backend, Fold("logsumexp", *rest, state=last))
     tree = states if axis == 0 else states.swapaxes(0, 1)
+
+    def run(part: Fold, start: int, stop: int) -> None:
+        state = states[start:stop] if axis == 0 else states[:, start:stop]
+        _run(backend, part._replace(state=state))
+
+    alone = call._replace(lse=None, sign=None)
+    second = None if call.second is None else layout.pieces(call.second, LONG, axis)
+    run(alone._replace(x=layout.pieces(call.x, LONG, axis), second=second), 0, whole)
+    if count > whole:
+        run(_some(alone, slice(None), slice(whole * LONG, None)), whole, count)
     while count > 1:
         half = count - count // 2
         backend.merge(tree[: count // 2], tree[half:count])
         count = half
-    nothing = x[:, :0], None if second is None else second[:, :0]
-    state = states[:1] if axis == 0 else states[:, :1]
-    _run(backend, call._replace(x=nothing[0], second=nothing[1], state=state))
+    run(_some(call, slice(None), slice(0, 0)), 0, 1)
+
+
+def _some(call: Fold, *at: slice) -> Fold:
+    """A call for some of its elements."""
+    return call._replace(x=call.x[at], second=None if call.second is None else call.second[at])
+
+
+def _of(a: Array | None, i: int) -> Array | None:
+    """The part of a row operand for one outer row."""
+    return None if a is None else a[i : i + 1]
 
 
 def _sum_axis_by_axis(backend: Backend, place: Place, call: Fold, axes: tuple[int, ...]) -> None:
