@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "direct.hpp"
+#include "one_block.hpp"
 #include "map.hpp"
 
 namespace {
@@ -191,7 +191,7 @@ int fold_groups(const Call &call, Index start, Index stop) {
 
 // Rows without options, but for groups that are not as usual, which are what `Pass` is for.
 template <class T, class Pass, class Rows>
-int fold_directly(const Call &call, Index start, Index stop) {
+int fold_one_block(const Call &call, Index start, Index stop) {
     Rows pass(call);
     if (!pass.has_memory())
         return -1;
@@ -211,9 +211,9 @@ int run_typed(const Call &call, Index start, Index stop) {
         return with_element(call.operation - ELEMENTS, [&](auto element) {
             return map_units<decltype(element), T>(call, start, stop);
         });
-    if (Direct<T>::takes(call))
-        return call.across ? fold_directly<T, Columns<T>, ShortRows<T>>(call, start, stop)
-                           : fold_directly<T, Rows<T>, MiddleRows<T>>(call, start, stop);
+    if (OneBlock<T>::takes(call))
+        return call.across ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
+                           : fold_one_block<T, Rows<T>, MiddleRows<T>>(call, start, stop);
     return call.across ? fold_groups<T, Columns<T>>(call, start, stop)
                        : fold_groups<T, Rows<T>>(call, start, stop);
 }

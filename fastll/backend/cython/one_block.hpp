@@ -14,7 +14,7 @@ constexpr Index TILE_SIZE = 1 << 13;  // bytes of a tile of short rows
 enum Kind { READS, WRITES, LOGS };  // what is left in `out`: nothing, exponentials by a factor, logarithms
 
 template <class T>
-struct Direct {
+struct OneBlock {
     typedef Register<T> V;
     typedef Doubles<T> W;
     static constexpr Index width = V::count;  // rows at a time
@@ -30,7 +30,7 @@ struct Direct {
     T value[GROUP], lse[GROUP], label[GROUP];  // -1: none
     double sample[GROUP], w_y[GROUP];
 
-    Direct(const Call &call_, Group &group_) : call(call_), group(group_) {}
+    OneBlock(const Call &call_, Group &group_) : call(call_), group(group_) {}
 
     static bool takes(const Call &call) {
         const bool usual = call.operation == LOGSUMEXP || call.operation == SOFTMAX ||
@@ -128,7 +128,7 @@ struct ShortRows {
 
     const Call &call;
     Columns<T> columns{call};
-    Direct<T> rows{call, columns.group};
+    OneBlock<T> rows{call, columns.group};
     // rows in a group: as many as leave room in the first-level cache
     const Index most = least(GROUP, round_up(1 + TILE_SIZE / (call.classes * (Index) sizeof(T)), V::count));
 
@@ -174,7 +174,7 @@ struct ShortRows {
             counts = counts + at_maximum(x_j, m, (T) 1);
             sum = sum + below_maximum(x_j, m, e);
         }
-        typename Direct<T>::Results results;
+        typename OneBlock<T>::Results results;
         if (!rows.template finish<LABELS, KIND>(i, m, n, window, sum, counts, x_y, results))
             return false;
         j_of_lanes = V();
@@ -207,7 +207,7 @@ struct MiddleRows {
     // a register of each row, twice
     T *first = memory.take<T>(width * width), *second = memory.take<T>(width * width);
     Group group;
-    Direct<T> rows{call, group};
+    OneBlock<T> rows{call, group};
     const T *logits[width];  // of the rows at hand
     static constexpr Index most = GROUP;
 
@@ -308,7 +308,7 @@ struct MiddleRows {
         }
         std::fill(second + count * width, second + width * width, (T) 1);
         const V sum = fold_registers(first, plus), counts = fold_registers(second, plus);
-        typename Direct<T>::Results results;
+        typename OneBlock<T>::Results results;
         if (!rows.template finish<LABELS, KIND>(i, m, n, window, sum, counts, load_vector<V>(x_y), results))
             return false;
         T factor[width], scale[width], peak[width], at_label[width], log_s[width];
