@@ -7,7 +7,7 @@ when it is measured, its arrays are made before anything is timed, and it has as
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pkgutil import resolve_name
@@ -35,7 +35,7 @@ def formula(library: str, name: str) -> Callable[..., Any] | None:
     if peer is None:
         return None
     module = import_module(MODULES.get(library, library))
-    return lambda *arguments: peer(module, *arguments)
+    return partial(peer, module)
 
 
 def ordered(name: str, x: Any, axis: int, others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -54,6 +54,19 @@ def plain(
 def torch(
     name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...], compiled: bool = False
 ) -> Call | None:
+    return _bind_arrays(torch_binder(name, gradient, compiled), x, axis, arguments)
+
+
+def torch_of_rows(
+    name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, ...]
+) -> Call | None:
+    """Compiled once per number of classes, for any number of rows."""
+    return _bind_arrays(_binder_of_rows(name, gradient), x, axis, arguments)
+
+
+def _bind_arrays(
+    binder: Callable[..., Call] | None, x: Array, axis: int, arguments: tuple[Array, ...]
+) -> Call | None:
     import torch
 
     def tensor(a: Array) -> Any:
@@ -62,8 +75,7 @@ def torch(
         return torch.from_numpy(a)
 
     torch.set_num_threads(fastll.get_num_threads())
-    bind = torch_binder(name, gradient, compiled)
-    return bind and bind(*(tensor(a) for a in (x, *arguments)), axis=axis)
+    return binder and binder(*(tensor(a) for a in (x, *arguments)), axis=axis)
 
 
 def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[..., Call] | None:
@@ -79,15 +91,39 @@ def torch_binder(name: str, gradient: bool, compiled: bool = False) -> Callable[
     return partial(_bind_tensors, function, name, gradient)
 
 
+@cache
+def _binder_of_rows(name: str, gradient: bool) -> Callable[..., Call] | None:
+    """The same, but only the axis of the classes is static: PyTorch recompiles for other sizes of it.
+
+    A compiler that does not know the number of rows guesses whether threads pay: it shall use them.
+    """
+    import torch
+
+    function = formula("torch", name)
+    if function is None:
+        return None
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    function = torch.compile(function, options={"cpp.dynamic_threads": True})
+    return partial(_bind_tensors, function, name, gradient, mark=torch._dynamo.mark_static)
+
+
 def _bind_tensors(
-    function: Callable[..., Any], name: str, gradient: bool, x: Any, *others: Any, axis: int
+    function: Callable[..., Any],
+    name: str,
+    gradient: bool,
+    x: Any,
+    *others: Any,
+    axis: int,
+    mark: Callable[[Any, int], None] | None = None,
 ) -> Call:
     import torch
 
-    if not gradient:
-        return partial(function, *ordered(name, x, axis, others))
-    first = x.detach().requires_grad_()
+    first = x.detach().requires_grad_() if gradient else x
+    if mark is not None:
+        mark(first, axis)
     arguments = ordered(name, first, axis, others)
+    if not gradient:
+        return partial(function, *arguments)
 
     def loss_and_gradient() -> Any:
         loss = function(*arguments)
@@ -109,11 +145,20 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
     function = formula("jax", name)
     if function is None:
         return None
-    static = () if OPERATIONS[name].elementwise else (1,)
-    compiled = jax.jit(jax.value_and_grad(function) if gradient else function, static_argnums=static)
     first, *others = map(jax.numpy.asarray, (x, *arguments))
-    given = ordered(name, first, axis, tuple(others))
-    return lambda: jax.block_until_ready(compiled(*given))
+
+    def value(first: Any, *others: Any) -> Any:
+        return function(*ordered(name, first, axis, others))
+
+    compiled = jax.jit(jax.value_and_grad(value) if gradient else value)
+
+    def call() -> Any:
+        result = compiled(first, *others)
+        # cheaper than jax.block_until_ready; value and gradient are ready together
+        (result[1] if gradient else result).block_until_ready()
+        return result
+
+    return call
 
 
 class Peer(NamedTuple):
@@ -163,7 +208,9 @@ def disagreement(ours: Any, theirs: Any) -> float:
 def _parts(result: Any) -> list[Array]:
     """The results as float64; of large ones, only the beginning."""
     parts = result if isinstance(result, tuple) else (result,)
-    return [_numpy(part.reshape(-1)[: 1 << 20]).astype(np.float64) for part in parts]
+    # PyTorch's are cut before they are copied; JAX would compile the cut
+    cut = (p if type(p).__module__ == "torch" else np.asarray(p) for p in parts)
+    return [_numpy(part.reshape(-1)[: 1 << 20]).astype(np.float64) for part in cut]
 
 
 def _numpy(a: Any) -> Array:

@@ -144,6 +144,11 @@ def _focal(np: Any, p: Any, t: Any) -> Any:
     return (t / 4 + (1 - t) * 3 / 4) * ce * (1 - p * t - (1 - p) * (1 - t)) ** 2
 
 
+def _second(x: Any, axis: int) -> Any:
+    """A tensor with its classes on the axis that torch's losses take; moving an axis costs time."""
+    return x if axis == 1 else x.movedim(axis, 1)
+
+
 def _sparse(np: Any, lse: Any, x: Any, axis: int, labels: Any) -> Any:
     """The mean loss over the rows with a label, for any library with NumPy's functions."""
     return np.mean(lse - _select(np, x, axis, labels), where=labels >= 0)
@@ -288,7 +293,7 @@ OPERATIONS = {
         (Argument("logits", "logits"), Argument("target", "labels", "rows")),
         peers={
             "numpy": lambda np, x, axis, t: _sparse(np, _logsumexp(np, x, axis), x, axis, t),
-            "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(x.movedim(axis, 1), t),
+            "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(_second(x, axis), t),
             "jax": lambda jax, x, axis, t: _sparse(jax.numpy, jax.nn.logsumexp(x, axis), x, axis, t),
             "liger": lambda liger, x, axis, t: liger.LigerCrossEntropyFunction.apply(x, t, None)[0],
         },
@@ -300,7 +305,7 @@ OPERATIONS = {
         peers={
             "numpy": lambda np, x, axis, t: -(t * _log_softmax(np, x, axis)).sum(axis).mean(),
             "torch": lambda torch, x, axis, t: torch.nn.functional.cross_entropy(
-                x.movedim(axis, 1), t.movedim(axis, 1)
+                _second(x, axis), _second(t, axis)
             ),
             "jax": lambda jax, x, axis, t: -(t * jax.nn.log_softmax(x, axis)).sum(axis).mean(),
         },
@@ -309,7 +314,7 @@ OPERATIONS = {
     "sparse_nll_loss": _nll_loss(
         (Argument("log_probs", "logits"), Argument("target", "labels", "rows")),
         peers={
-            "torch": lambda torch, x, axis, t: torch.nn.functional.nll_loss(x.movedim(axis, 1), t),
+            "torch": lambda torch, x, axis, t: torch.nn.functional.nll_loss(_second(x, axis), t),
         },
     ),
     "dense_nll_loss": _nll_loss(
