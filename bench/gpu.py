@@ -28,7 +28,7 @@ from bench.cases import Array, target
 from bench.jobs import Job, Settings, select
 from bench.peers import CUDA_PEERS, disagreement, torch
 from bench.report import ReportError
-from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
+from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, Times, add_times, first_line, ratio
 from fastll.operations import OPERATIONS, Argument
 
 #: Length of a sample in seconds, and the most calls in it: a stream queues about a thousand launches.
@@ -47,7 +47,6 @@ ROW_TOLERANCE = {"float16": 2e-3, "bfloat16": 4e-3, "float32": 1e-5, "float64": 
 CHECKED = 4096
 
 Call = Callable[[], Any]
-Times = dict[str, list[float]]
 
 
 class Set(NamedTuple):
@@ -126,9 +125,7 @@ def measured(card: Card, job: Job, bandwidths: list[float]) -> dict[str, Any]:
     time = in_calls if job.case.group == "calls" else in_rounds
     times, details = time(card, work, rivals)
     ours, copies = times.pop("fastll"), times.pop("copy", None)
-    for name, theirs in times.items():
-        rounds = {"seconds": median(theirs), "rounds": len(theirs)}
-        reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+    add_times(reports, times, ours)
     floors = None
     if copies:
         bandwidths += copies

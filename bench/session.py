@@ -24,20 +24,25 @@ FOLDER = Path(__file__).parent
 SETTINGS = pytest.StashKey[Settings]()
 
 
+def progress_bar(console: Console) -> Progress:
+    """A display that changes only when told to: a refresh would disturb the measurement."""
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(10),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        auto_refresh=False,
+    )
+
+
 class Session:
     """The pytest plugin of a run."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
         self.unmeasured: dict[str, str] = {}
-        self.progress = Progress(
-            MofNCompleteColumn(),
-            BarColumn(10),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            auto_refresh=False,  # a refresh would disturb the measurement
-        )
+        self.progress = progress_bar(console)
         self.task = self.progress.add_task("preparing")
 
     def pytest_configure(self, config: pytest.Config) -> None:

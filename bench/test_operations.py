@@ -6,21 +6,18 @@ import timeit
 import warnings
 from collections import defaultdict
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import pytest
 
 import fastll
 from bench.jobs import Job, Settings, Workload, select, workload
-from bench.peers import PEERS, Call, disagreement
-from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, TOLERANCE, first_line, ratio
+from bench.peers import Call
+from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, Times, add_times, bind_peers, ratio, seconds
 from bench.session import SETTINGS
 
 #: Below this many elements rounds are short and noisy, so there are this many times as many.
 SMALL, MORE_ROUNDS = 1 << 22, 10
-
-Times = dict[str, list[float]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,9 +36,7 @@ def test_operation(benchmark: Any, job: Job) -> None:
         times = measure(benchmark, job, work, rivals)
     ours = benchmark.stats.stats.data
     floors = times.pop("floor", None)
-    for name, theirs in times.items():
-        rounds = {"seconds": median(theirs), "rounds": len(theirs)}
-        reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+    add_times(reports, times, ours)
     fields = ("operation", "variant", "dtype", "logits", "backend")
     benchmark.extra_info |= {name: getattr(job, name) for name in fields} | {
         "case": job.case.name,
@@ -53,29 +48,6 @@ def test_operation(benchmark: Any, job: Job) -> None:
         "times_the_floor": ratio(ours, floors) if floors else None,
         "peers": reports,
     }
-
-
-def bind_peers(
-    job: Job, work: Workload, result: Any
-) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
-    """Make the calls of the peers, warm them up and compare their results; return calls and reports."""
-    calls: dict[str, Call] = {}
-    reports: dict[str, dict[str, Any]] = {}
-    for name in filter(lambda name: PEERS[name].version, job.against):
-        try:
-            call = PEERS[name].bind(
-                job.operation, job.variant == "gradient", work.x, job.case.axis, work.arguments
-            )
-            if call is None:
-                continue
-            off = disagreement(result, call())
-        except Exception as error:  # whatever goes wrong in a peer is a result
-            reports[name] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-        else:
-            calls[name] = call
-            agrees = off <= TOLERANCE[work.x.itemsize]
-            reports[name] = {"off_by": off, "agrees": agrees}
-    return calls, reports
 
 
 def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:
@@ -103,9 +75,3 @@ def in_rounds(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call])
     rounds = job.rounds * (MORE_ROUNDS if work.x.size < SMALL else 1)
     benchmark.pedantic(work.call, setup=before_each, rounds=rounds)
     return times
-
-
-def seconds(call: Call) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
