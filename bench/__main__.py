@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import fastll
-from bench import card, gpu, gpu_report, report
+from bench import card, gpu, gpu_report, grid, report
 from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
 from bench.jobs import Settings, measures, select
@@ -180,6 +180,78 @@ def _share(ctx: Any, option: Any, value: str) -> float:
     return share
 
 
+def _range(ctx: Any, option: Any, value: str | None) -> tuple[int, int] | None:
+    """Callback for an option that takes a number, or a first and a last one."""
+    if value is None:
+        return None
+    first, _, last = value.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise click.BadParameter(f"{value!r} is not a range such as 8-31")
+    return int(first), int(last or first)
+
+
+@main.command("grid")
+@click.option("--quick", is_flag=True, help="A thinned grid in 3 minutes, without torch.compile.")
+@click.option("--minutes", type=click.FloatRange(0), help="Start no cell after this time.")
+@click.option("--resume", is_flag=True, help="Keep the cells in OUTPUT/grid.json and add the others.")
+@click.option("--draw", "drawn", type=Results, help="Measure nothing: show and draw these results.")
+@click.option("--op", "measures", callback=_list_of(grid.MEASURES), help=", ".join(grid.MEASURES))
+@click.option("--dtype", "dtypes", callback=_list_of(grid.DTYPES), help=", ".join(grid.DTYPES))
+@click.option("--against", callback=_list_of(PEERS, "none"), help=f"Default: {', '.join(grid.RIVALS)}.")
+@click.option(
+    "--backend", type=click.Choice(dispatch.TABLE["cpu"]), help="Default: what fastll chooses."
+)
+@click.option("--classes", callback=_range, help="Only these numbers of classes, such as 8-31.")
+@click.option("--exponents", callback=_range, help="Only 2**these numbers of elements, such as 12-22.")
+@click.option("--memory", type=click.FloatRange(0), help="GiB a cell may take; default: what is free.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of fastll and of every peer.")
+@click.option("--output", type=Folder, help="Folder to write to; default: results, or that of --draw.")
+@click.pass_context
+def measure_grid(
+    ctx: click.Context,
+    resume: bool,
+    drawn: Path | None,
+    minutes: float | None,
+    against: tuple[str, ...],
+    memory: float | None,
+    threads: int | None,
+    output: Path | None,
+    **selected: Any,
+) -> None:
+    """Measure rows x classes beside the fastest peer and the floor, and draw heat maps."""
+    if drawn is not None:
+        code, path, output = 0, drawn, output or drawn.parent
+    else:
+        if threads is not None:
+            _limit(threads)
+        if selected["backend"] is None:
+            warn_without_extension()
+        quick = selected["quick"]
+        rivals = [name for name in grid.RIVALS if not (quick and name == "torch.compile")]
+        plan = grid.Plan(
+            against=tuple(name for name in against or rivals if name != "none"),
+            minutes=grid.QUICK_MINUTES if quick and minutes is None else minutes,
+            memory=None if memory is None else memory * 2**30,
+            **{name: value for name, value in selected.items() if value},
+        )
+        output = output or Path("results")
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "grid.json"
+        before = report.load(path) if resume and path.exists() else None
+        code = grid.measure(plan, path, before)
+    results = report.load(path)
+    if not grid.is_grid(results):
+        raise _Failure(f"{path} has no grid")
+    console = Console(highlight=False)
+    for summary in grid.tables(results):
+        console.print(summary, "")
+    for note in grid.notes(results):
+        console.print(note, markup=False)
+    for written in draw(results, output):
+        click.echo(f"Wrote {written}", err=True)
+    ctx.exit(code)
+
+
 @main.command()
 @click.argument("old", type=Results)
 @click.argument("new", type=Results)
@@ -211,7 +283,8 @@ def table(results: Path, device: str) -> None:
         return
     found = report.load(results)
     on_gpu = found["environment"]["device"] == "cuda"
-    click.echo((gpu_report if on_gpu else report).markdown(found))
+    words = gpu_report if on_gpu else grid if grid.is_grid(found) else report
+    click.echo(words.markdown(found))
 
 
 @main.command()

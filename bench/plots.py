@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import cycle
-from math import prod
+from itertools import cycle, product
+from math import inf, log2, prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from bench.report import Record, Results, place, records, title
+from bench.report import Record, Results, beside_the_fastest, exponent, machine, place, records, title
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart, each with its own marker.
 STYLES = {
@@ -49,6 +55,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
     written: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(LOOK):
+        for name, what in HEAT_MAPS.items():
+            if any(map(what.value, by_group["grid"])):
+                about = machine(results)
+                written += _save(_heat_map(by_group["grid"], what, about), folder / name)
         if results["environment"]["device"] == "cuda":
             return _save(_shares(large), folder / "gpu") if large else []
         if compared:
@@ -162,3 +172,92 @@ def _lines(
         color, marker = styles[name]
         look = {"color": color, "marker": marker, "ms": 4, "ls": dashes[backend]}
         axes.plot(*zip(*points, strict=True), label=f"{name} ({backend})", **look)
+
+
+class HeatMap(NamedTuple):
+    """What the colours of a heat map stand for."""
+
+    value: Callable[[Record], float | None]
+    title: str
+    colors: str
+    range: tuple[float, float, float]  # lowest, that of the middle of the colours, highest
+    ticks: tuple[float, ...]
+    outlined: float  # cells above this
+
+
+HEAT_MAPS = {
+    "grid-peers": HeatMap(
+        beside_the_fastest,
+        "Time of fastll over that of the fastest of {peers}: below 1 it is faster, outlined cells lose",
+        "RdBu_r",
+        (0.1, 1, 2),
+        (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2),
+        1,
+    ),
+    "grid-floor": HeatMap(
+        lambda record: record["times_the_floor"],
+        "Time of fastll over the floor, the time of memory access alone; grey: too small for a floor",
+        "viridis_r",
+        (0.8, 3, 30),
+        (0.8, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 30),
+        inf,
+    ),
+}
+#: Width and height of a cell in inches, with and without room for a number; up to so many columns.
+CELL, NARROW, COLUMNS_WITH_NUMBERS = (0.29, 0.17), (0.12, 0.15), 26
+
+
+def _heat_map(cells: list[Record], what: HeatMap, about: str) -> Figure:
+    """A panel per operation and dtype: the classes and sizes that were measured, at equal distances."""
+    classes = sorted({record["shape"][1] for record in cells})
+    sizes = sorted({exponent(record["shape"]) for record in cells})
+    rows = list(dict.fromkeys(map(title, cells)))
+    columns = list(dict.fromkeys(record["dtype"] for record in cells))
+    roomy = len(classes) <= COLUMNS_WITH_NUMBERS
+    width, height = CELL if roomy else NARROW
+    shape = (len(columns) * (width * len(classes) + 0.6), len(rows) * (height * len(sizes) + 0.8))
+    figure = Figure((shape[0] + 1, shape[1] + 0.8), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    low, middle, high = map(log2, what.range)
+    norm = TwoSlopeNorm(middle, low, high)
+    for i, j in product(range(len(rows)), range(len(columns))):
+        values = np.full((len(sizes), len(classes)), np.nan)
+        axes, measured = panels[i, j], np.zeros_like(values)
+        for record in cells:
+            if (title(record), record["dtype"]) == (rows[i], columns[j]):
+                at = sizes.index(exponent(record["shape"])), classes.index(record["shape"][1])
+                measured[at], values[at] = 1, what.value(record) or np.nan
+        look = {"origin": "lower", "aspect": "auto"}
+        axes.imshow(np.where(measured, 1, np.nan), cmap="Greys", vmin=0, vmax=4, **look)
+        image = axes.imshow(np.log2(values), cmap=what.colors, norm=norm, **look)
+        _outline(axes, values > what.outlined)
+        if roomy:
+            _write_numbers(axes, values, image)
+        axes.set_title(f"{rows[i]}, {columns[j]}", fontsize=9)
+        axes.grid(False)
+        axes.set_yticks(range(len(sizes)), [f"$2^{{{size}}}$" for size in sizes], fontsize=7)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6 if roomy else 5)
+    figure.supxlabel("classes", fontsize=9)
+    figure.supylabel("elements", fontsize=9)
+    peers = ", ".join(dict.fromkeys(peer for record in cells for peer in record["peers"]))
+    figure.suptitle(f"{what.title.format(peers=peers)}\n{about}", fontsize=9)
+    bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.5, pad=0.01, aspect=40)
+    bar.set_ticks([log2(tick) for tick in what.ticks], labels=[f"{tick:g}" for tick in what.ticks])
+    return figure
+
+
+def _outline(axes: Axes, chosen: Any) -> None:
+    """Outline cells, just inside their edges."""
+    boxes = [Rectangle((x - 0.42, y - 0.42), 0.84, 0.84) for y, x in np.argwhere(chosen)]
+    axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="black", linewidth=0.9))
+
+
+def _write_numbers(axes: Axes, values: Any, image: AxesImage) -> None:
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(log2(value)))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            digits = 2 if value < 0.995 else 1 if value < 9.95 else 0
+            said = f"{value:.{digits}f}".removeprefix("0")
+            look = {"ha": "center", "va": "center", "fontsize": 5.5}
+            axes.text(x, y, said, color="white" if dark else "black", **look)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def multiple(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if value < 9.995 else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def beside_the_fastest(record: Record) -> float | None:
+    """The time divided by that of the fastest peer: above 1, fastll loses."""
+    ratios = [report["faster"] for report in record["peers"].values() if "faster" in report]
+    return 1 / min(ratios) if ratios else None
+
+
+def exponent(shape: Iterable[int]) -> int:
+    """Of the power of two that the elements of a cell fill as far as whole rows do."""
+    return (prod(shape) - 1).bit_length()
 
 
 def faster(record: Record, peer: str) -> str:
@@ -106,15 +118,22 @@ def table(results: Results) -> Table:
     return result
 
 
-def notes(results: Results) -> Iterator[str]:
-    """The machine and versions, then everything that was not measured or disagrees."""
+def machine(results: Results) -> str:
+    """The machine and versions."""
     environment = results["environment"]
     versions = {"fastll": environment["versions"]["fastll"]} | environment["peers"]
-    yield (
+    return (
         f"{environment['threads']} threads, {environment['cpu']}, "
         f"{environment['instruction_set'] or 'no cython backend'}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f"; medians of at least {environment['rounds']} rounds, or 3 for slow peers. "
+    )
+
+
+def notes(results: Results) -> Iterator[str]:
+    """The machine and versions, then everything that was not measured or disagrees."""
+    environment = results["environment"]
+    yield (
+        f"{machine(results)}; medians of at least {environment['rounds']} rounds, or 3 for slow peers. "
         "A peer's number is its time divided by fastll's (! if its result differs)."
     )
     missing = [name for name, version in environment["peers"].items() if version is None]

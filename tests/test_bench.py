@@ -15,7 +15,7 @@ from conftest import require_numba_cuda
 from source_tree import make_tree, run_in
 
 import fastll
-from bench import card, cases, crossover, families, gpu, gpu_report, jobs, peers, report
+from bench import card, cases, crossover, families, gpu, gpu_report, grid, jobs, peers, plots, report
 from bench.__main__ import main
 from fastll import dispatch
 from fastll.operations import OPERATIONS
@@ -317,6 +317,176 @@ def test_peers_agree(name: str, logits: str) -> None:
         if call is not None:
             with fastll.use_backend("numpy"):
                 assert peers.disagreement(work.call(), call()) < 1e-3, measure
+
+
+GRID_RUN = ("grid", "--against", "numpy", "--backend", "numpy", "--dtype", "float32", "--output")
+
+
+@pytest.fixture
+def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five shapes of two sizes, the larger one with a floor; 5000 classes have only one of them."""
+    monkeypatch.setattr(grid, "CLASSES", ((2, 5000), (31,)))
+    monkeypatch.setattr(grid, "EXPONENTS", ((6, 16),))
+    monkeypatch.setattr(grid, "FULL", grid.Effort(1e-5, 2, 0))
+
+
+def test_grid(small_grid: None, tmp_path: Path) -> None:
+    done = invoke(*GRID_RUN, tmp_path)
+    assert done.exit_code == 0, done.output
+    pictures = {f"grid-{name}.{kind}" for name in ("peers", "floor") for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.json", *pictures}
+    assert "20 cells; 0 more were not reached." in done.stdout
+    assert "Without torch.compile" in done.stdout
+
+    file = tmp_path / "grid.json"
+    found = {record["name"]: record for record in report.records(report.load(file))}
+    large, small = (found[f"softmax-value-{n}x31-float32-randn-numpy"] for n in (2114, 2))
+    assert large["nbytes"] == 2 * 4 * 2114 * 31
+    assert large["times_the_floor"] == pytest.approx(large["seconds"] / large["floor"], rel=0.9)
+    assert small["floor"] is None
+    assert report.beside_the_fastest(small) == 1 / small["peers"]["numpy"]["faster"]
+    assert small["peers"]["numpy"]["agrees"]
+    # NumPy has no gradients
+    assert (
+        report.beside_the_fastest(found["sparse_cross_entropy-gradient-13x5000-float32-randn-numpy"])
+        is None
+    )
+
+    # from the file alone
+    before = {name: (tmp_path / name).read_bytes() for name in pictures if name.endswith("svg")}
+    again = invoke("grid", "--draw", file, "--output", tmp_path / "again")
+    assert again.stdout == done.stdout
+    assert all((tmp_path / "again" / name).read_bytes() == drawn for name, drawn in before.items())
+    assert invoke("compare", file, file).output.count("0 of 20 got slower") == 1
+    assert "| softmax, float32 | 8-31 |" in invoke("table", file).output
+    assert invoke("plot", file).exit_code == 0
+
+
+def test_grid_is_interrupted_and_resumed(
+    small_grid: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured, names = grid.measured, []
+
+    def some(job: jobs.Job, *others: Any) -> dict[str, Any]:
+        names.append(job.name)
+        if len(names) == 4:
+            raise KeyboardInterrupt
+        if len(names) == 2:
+            raise ArithmeticError("wrong")
+        return measured(job, *others)
+
+    monkeypatch.setattr(grid, "measured", some)
+    done = invoke(*GRID_RUN, tmp_path)
+    assert done.exit_code == 130
+    assert "2 cells; 17 more were not reached." in done.stdout
+    assert "Left out in 1 cells: ArithmeticError: wrong" in done.stdout
+    done = invoke(*GRID_RUN, tmp_path, "--resume")
+    assert done.exit_code == 0
+    assert "20 cells; 0 more" in done.stdout
+    assert sorted(names[4:]) == sorted({job.name for job in _grid_jobs()} - {names[0], names[2]})
+
+    done = invoke(*GRID_RUN, tmp_path, "--resume", "--against", "none")
+    assert done.exit_code == 2
+    assert "there are results with other peers" in done.stderr
+
+
+def _grid_jobs() -> list[jobs.Job]:
+    return grid.cells(grid.Plan(dtypes=("float32",), against=("numpy",), backend="numpy"))
+
+
+def test_grid_within_limits(small_grid: None, tmp_path: Path) -> None:
+    done = invoke(*GRID_RUN, tmp_path, "--memory", "1e-4", "--op", "logsumexp/value")
+    assert done.exit_code == 0, done.output
+    assert "2 cells; 0 more were not reached." in done.stdout  # of 2**6 elements
+    assert "Left out in 3 cells: MemoryError: up to 0.0 GiB" in done.stdout
+    assert not (tmp_path / "grid-floor.png").exists()
+    assert "nothing was measured" in invoke(*GRID_RUN, tmp_path, "--minutes", "0").stderr
+    assert "'few' is not a range" in invoke(*GRID_RUN, tmp_path, "--classes", "few").stderr
+
+
+def test_grid_refuses_other_results(run: tuple[Result, Path]) -> None:
+    done = invoke("grid", "--draw", run[1] / "results.json")
+    assert done.exit_code == 2
+    assert "has no grid" in done.stderr
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_order_of_the_grid(quick: bool) -> None:
+    """Each level refines the one before, and the first one has the whole range."""
+    plan = grid.Plan(quick=quick)
+    ordered = list(dict.fromkeys(job.case.shape for job in grid.cells(plan)))
+    assert len(grid.cells(plan)) == 8 * len(ordered) == len({job.name for job in grid.cells(plan)})
+    least, most, top = 2, 1 << 18, 22 if quick else 27
+    sizes = {6, 12, 18, 22, top}
+    first = [(c, e) for c in grid.CLASSES[0] for e in sizes if c <= 1 << e]
+    assert sorted(first) == sorted((c, report.exponent((n, c))) for n, c in ordered[: len(first)])
+    assert {(least, 6), (least, top), (most, 18), (most, top)} <= set(first)
+    if not quick:
+        wanted = {2**k + d for k in range(1, 19) for d in (-1, 0, 1)} - {1, most + 1}
+        wanted |= {10, 100, 1000, 10000, 32000, 50257, 128256}
+        assert {c for _, c in ordered} == wanted
+        assert {report.exponent(shape) for shape in ordered} == set(range(6, 28))
+    assert all(0 <= 2 ** report.exponent((n, c)) - n * c < c for n, c in ordered)
+
+
+def grid_record(classes: int, exponent: int, faster: float | None) -> report.Record:
+    torch = {"failed": "no room"} if faster is None else {"faster": faster}
+    return {
+        "operation": "softmax",
+        "variant": "value",
+        "dtype": "bfloat16",
+        "shape": [2**exponent // classes, classes],
+        "times_the_floor": 1.5 if exponent > 15 else None,
+        "peers": {"jax": {"faster": 9.0}, "torch": torch},
+    }
+
+
+def test_lost_cells_are_outlined_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [grid_record(8, 6, 2), grid_record(8, 20, 0.5), grid_record(16, 6, 0.8)]
+    records += [grid_record(1000, 20, None), grid_record(1000, 21, 1)]
+    figure = plots._heat_map(records, plots.HEAT_MAPS["grid-peers"], "")
+    panel = figure.axes[0]
+    (outlines,) = panel.collections
+    corners = {tuple(path.get_extents().min.round(2)) for path in outlines.get_paths()}
+    assert corners == {(-0.42, 0.58), (0.58, -0.42)}  # 8 classes, 2**20; 16 classes, 2**6
+    assert {text.get_text() for text in panel.texts} == {".50", "2.0", "1.2", ".11", "1.0"}
+    assert figure._suptitle.get_text().startswith(
+        "Time of fastll over that of the fastest of jax, torch"
+    )
+
+    monkeypatch.setattr(report, "records", lambda results: iter(results["benchmarks"]))
+    (_, columns, rows), (_, _, floors) = grid.summaries({"benchmarks": records})
+    assert columns == ["operation, dtype", "classes", "below 2^12", "from 2^17"]
+    assert rows == [
+        ["softmax, bfloat16", "8-31", "0.88 1.25 1/2", "2.00 2.00 1/1"],
+        ["softmax, bfloat16", "1000-9999", "", "0.56 1.00 0/2"],
+    ]
+    assert floors[0] == ["softmax, bfloat16", "8-31", "1.50 1.50"]
+
+
+def test_slow_peers_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first round if they are hopeless, else after three; fastll and the floor do not."""
+    clock = [0.0]
+
+    def takes(duration: float) -> Any:
+        def call() -> None:
+            clock[0] += duration
+
+        return call
+
+    def timed(call: Any, number: int = 1) -> float:
+        start = clock[0]
+        for _ in range(number):
+            call()
+        return clock[0] - start
+
+    monkeypatch.setattr(grid, "timeit", timed)
+    monkeypatch.setattr(grid, "seconds", timed)
+    work = jobs.Workload(np.empty(0), (), takes(1), takes(20), 0)
+    rivals = {"fast": takes(2), "slow": takes(5), "hopeless": takes(9.5)}
+    times = grid.in_turn(rivals, work, grid.Effort(0.5, 5, 9))
+    rounds = {name: len(found) for name, found in times.items()}
+    assert rounds == {"fast": 5, "slow": 3, "hopeless": 1, "floor": 5, "fastll": 5}
 
 
 @pytest.fixture
