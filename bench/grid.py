@@ -56,7 +56,7 @@ CLASSES = (
 )
 EXPONENTS = ((6, 12, 18, 22, 27), (15,), (9, 20, 24), (8, 10, 14, 16, 26), tuple(range(6, 28)))
 #: The quick grid has the first levels and at most 2**22 elements.
-QUICK_LEVELS, QUICK_EXPONENT, QUICK_MINUTES = 2, 22, 2.5
+QUICK_LEVELS, QUICK_EXPONENT, QUICK_MINUTES = 2, 22, 2.25
 #: Below two to this power elements, starting the threads takes longer than reading: no floor.
 FLOOR_FROM = 16
 

@@ -235,6 +235,7 @@ def _heat_map(cells: list[Record], what: HeatMap, about: str) -> Figure:
             _write_numbers(axes, values, image)
         axes.set_title(f"{rows[i]}, {columns[j]}", fontsize=9)
         axes.grid(False)
+        axes.patch.set(hatch="//////", edgecolor="0.85", linewidth=0)  # what was not measured
         axes.set_yticks(range(len(sizes)), [f"$2^{{{size}}}$" for size in sizes], fontsize=7)
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6 if roomy else 5)
     figure.supxlabel("classes", fontsize=9)
