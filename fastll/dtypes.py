@@ -60,6 +60,8 @@ def name_of(dtype: np.dtype[Any]) -> str:
 
 def as_floats(a: NDArray[Any], dtype: np.dtype[Any] = _FLOAT64) -> NDArray[Any]:
     """A contiguous copy (or the array itself) in a floating dtype that NumPy computes with."""
+    if a.dtype is dtype and a.flags.c_contiguous:
+        return a
     if a.dtype == BFLOAT16:  # the upper half of a float32
         a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.ascontiguousarray(a, dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from fastll import direct
 from fastll.api import Reduction, number
 from fastll.api.formula import elementwise_loss
 from fastll.arrays import Array, broadcast
@@ -82,10 +83,15 @@ def binary_cross_entropy_with_logits(
     array([6.93147181e-01, 4.24835426e-18])
     """
     loss = _LOGITS if pos_weight is None else _LOGITS_POS_WEIGHT
+    options = reduction, return_grad, grad_out
+    if weight is None:
+        inputs = (logits, target) if pos_weight is None else (logits, target, pos_weight)
+        if (found := direct.elementwise(loss.operation, inputs, (), options)) is not None:
+            return found
     call = loss.begin(logits, "logits")
     t = _same_shape(call, target, "logits")
     others = (t,) if pos_weight is None else (t, call.take(pos_weight, "pos_weight"))
-    return loss.finish(call, others, (), weight, reduction, return_grad, grad_out)
+    return loss.finish(call, others, (), weight, *options)
 
 
 def binary_cross_entropy(
@@ -145,10 +151,15 @@ def binary_cross_entropy(
     >>> binary_cross_entropy([0.5, 1e-20, 0.0], [1, 0, 1], reduction="none")
     array([6.93147181e-01, 1.00000000e-20, 1.00000000e+02])
     """
+    options = reduction, return_grad, grad_out
+    if weight is None:
+        inputs, domain = (probs, target), (0, 0.0, 1.0)
+        if (found := direct.elementwise(_PROBS.operation, inputs, (), options, domain)) is not None:
+            return found
     call = _PROBS.begin(probs, "probs")
     t = _same_shape(call, target, "probs")
     call.check_domain(call.x, "probs", 0.0, 1.0)
-    return _PROBS.finish(call, (t,), (), weight, reduction, return_grad, grad_out)
+    return _PROBS.finish(call, (t,), (), weight, *options)
 
 
 def gaussian_nll(
@@ -210,15 +221,20 @@ def gaussian_nll(
     >>> gaussian_nll([1.0, 2.0], [0.0, 2.0], [1.0, 4.0], reduction="none")
     array([0.5       , 0.69314718])
     """
+    parameters = number(eps, "eps", 0.0), math.log(2 * math.pi) / 2 if full else 0.0
+    inputs, options = (mean, target, var), (reduction, return_grad, grad_out)
+    domain = 2, 0.0, math.inf
+    if (
+        found := direct.elementwise(_GAUSSIAN.operation, inputs, parameters, options, domain)
+    ) is not None:
+        return found
     call = _GAUSSIAN.begin(mean, "mean")
-    least = number(eps, "eps", 0.0)
     t, v = call.take(target, "target"), call.place.take(var, "var")
     if 0 < v.ndim == call.x.ndim - 1 and v.shape == call.x.shape[:-1]:
         v = v[..., None]
     call.check_domain(v, "var", 0.0)
     others = t, broadcast(v, call.x.shape, "var")
-    parameters = least, math.log(2 * math.pi) / 2 if full else 0.0
-    return _GAUSSIAN.finish(call, others, parameters, None, reduction, return_grad, grad_out)
+    return _GAUSSIAN.finish(call, others, parameters, None, *options)
 
 
 def mse(
@@ -265,9 +281,12 @@ def mse(
     >>> float(loss), grad
     (2.5, array([1., 2.]))
     """
+    inputs, options = (prediction, target), (reduction, return_grad, grad_out)
+    if (found := direct.elementwise(_MSE.operation, inputs, (), options)) is not None:
+        return found
     call = _MSE.begin(prediction, "prediction")
     others = (call.take(target, "target"),)
-    return _MSE.finish(call, others, (), None, reduction, return_grad, grad_out)
+    return _MSE.finish(call, others, (), None, *options)
 
 
 def poisson_nll(
@@ -330,11 +349,14 @@ def poisson_nll(
     array([0.        , 0.61370564])
     """
     loss = _POISSON[bool(log_input), bool(full)]
-    call = loss.begin(prediction, "prediction")
     eps = number(eps, "eps", 0.0)
-    others = (call.take(target, "target"),)
     parameters = () if log_input else (eps,)
-    return loss.finish(call, others, parameters, None, reduction, return_grad, grad_out)
+    inputs, options = (prediction, target), (reduction, return_grad, grad_out)
+    if (found := direct.elementwise(loss.operation, inputs, parameters, options)) is not None:
+        return found
+    call = loss.begin(prediction, "prediction")
+    others = (call.take(target, "target"),)
+    return loss.finish(call, others, parameters, None, *options)
 
 
 def sigmoid_focal_loss(
@@ -394,13 +416,16 @@ def sigmoid_focal_loss(
     >>> sigmoid_focal_loss([0.0, 2.0], [1, 0], reduction="none")
     array([0.0433217 , 1.23755863])
     """
-    call = _FOCAL.begin(logits, "logits")
     alpha = number(alpha, "alpha", -math.inf, 1.0)
     gamma = number(gamma, "gamma", 0.0)
-    others = (_same_shape(call, target, "logits"),)
     weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
     parameters = (*weights, gamma)
-    return _FOCAL.finish(call, others, parameters, None, reduction, return_grad, grad_out)
+    inputs, options = (logits, target), (reduction, return_grad, grad_out)
+    if (found := direct.elementwise(_FOCAL.operation, inputs, parameters, options)) is not None:
+        return found
+    call = _FOCAL.begin(logits, "logits")
+    others = (_same_shape(call, target, "logits"),)
+    return _FOCAL.finish(call, others, parameters, None, *options)
 
 
 def _same_shape(call: Call, target: ArrayLike, name: str) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from fastll import calls, dispatch
+from fastll import calls, direct, dispatch
 from fastll.api import Reduction, check_reduction, number
 from fastll.arrays import Array
 from fastll.calls import Call
@@ -162,8 +162,10 @@ def entropy_from_logits(
     >>> entropy_from_logits([[0.0, 0.0], [40.0, 0.0]])
     array([6.93147181e-01, 1.74182524e-16])
     """
-    call = Call("entropy_from_logits", logits, "logits")
-    return _of_rows(call, None, axis, temperature, sample_weight, reduction, return_grad, grad_out)
+    outputs = False, return_grad, grad_out
+    return _of_rows(
+        "entropy_from_logits", (logits,), axis, temperature, sample_weight, reduction, outputs
+    )
 
 
 def kl_divergence_from_logits(
@@ -227,11 +229,10 @@ def kl_divergence_from_logits(
     >>> float(kl_divergence_from_logits([[0.0, 0.0]], [[1.0, 0.0]]))
     0.110944071671727
     """
-    call = Call("kl_divergence_from_logits", logits, "logits")
-    t = call.place.take(target_logits, "target_logits")
-    if t.shape != call.x.shape:
-        raise ValueError(f"target_logits has shape {t.shape}; expected that of logits, {call.x.shape}")
-    return _of_rows(call, t, axis, temperature, sample_weight, reduction, return_grad, grad_out)
+    inputs, outputs = (logits, target_logits), (False, return_grad, grad_out)
+    return _of_rows(
+        "kl_divergence_from_logits", inputs, axis, temperature, sample_weight, reduction, outputs
+    )
 
 
 def _options(temperature: float) -> Options:
@@ -239,20 +240,33 @@ def _options(temperature: float) -> Options:
 
 
 def _of_rows(
-    call: Call,
-    second: Array | None,
+    operation: str,
+    inputs: tuple[ArrayLike, ...],
     axis: int,
     temperature: float,
     sample_weight: ArrayLike | None,
     reduction: str,
-    return_grad: bool,
-    grad_out: Any,
+    outputs: tuple[bool, bool, Any],
 ) -> Any:
-    """A value of each row, reduced, and its gradient."""
+    """A value of each row of logits, or of these and those of a target, reduced, and its gradient."""
+    if sample_weight is None:
+        scalars = (-100, 0.0, 0.0, None), temperature
+        found = direct.loss(operation, "dense", inputs, axis, *scalars, reduction, outputs)
+        if found is not None:
+            return found
+    call = Call(operation, inputs[0], "logits")
+    second = None
+    if len(inputs) == 2:
+        second = call.place.take(inputs[1], "target_logits")
+        if second.shape != call.x.shape:
+            raise ValueError(
+                f"target_logits has shape {second.shape}; expected that of logits, {call.x.shape}"
+            )
     axis, rows = call.rows(axis)
     sample = call.sample_weight(sample_weight, rows)
     each, mean = check_reduction(reduction) == "none", reduction == "mean"
     options = _options(temperature)
+    _, return_grad, grad_out = outputs
     grad = None
     if return_grad or grad_out is not None:
         grad = call.output(grad_out, "grad_out", (second, sample))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastll import calls, dispatch
+from fastll import calls, direct, dispatch
 from fastll.api import Reduction, check_reduction, integer, number
 from fastll.arrays import Array
 from fastll.calls import Call
@@ -123,10 +123,10 @@ def cross_entropy(
     array([[-0.213,  0.107,  0.107],
            [ 0.   ,  0.   ,  0.   ]])
     """
-    call = Call("cross_entropy", logits, "logits")
+    first = "cross_entropy", logits, "logits"
     options = (ignore_index, label_smoothing, z_loss, softcap)
     weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
-    return _row_loss("any", call, target, axis, weights, options, reduction, outputs)
+    return _row_loss("any", first, target, axis, weights, options, reduction, outputs)
 
 
 def sparse_cross_entropy(
@@ -165,10 +165,10 @@ def sparse_cross_entropy(
     >>> float(sparse_cross_entropy([[0.0, 0.0]], [1]))
     0.6931471805599453
     """
-    call = Call("cross_entropy", logits, "logits")
+    first = "cross_entropy", logits, "logits"
     options = (ignore_index, label_smoothing, z_loss, softcap)
     weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
-    return _row_loss("sparse", call, target, axis, weights, options, reduction, outputs)
+    return _row_loss("sparse", first, target, axis, weights, options, reduction, outputs)
 
 
 def dense_cross_entropy(
@@ -206,10 +206,10 @@ def dense_cross_entropy(
     >>> float(dense_cross_entropy([[0.0, 0.0]], [[0.5, 0.5]]))
     0.6931471805599453
     """
-    call = Call("cross_entropy", logits, "logits")
+    first = "cross_entropy", logits, "logits"
     options = (-100, label_smoothing, z_loss, softcap)
     weights, outputs = (weight, sample_weight), (return_lse, return_grad, grad_out)
-    return _row_loss("dense", call, target, axis, weights, options, reduction, outputs)
+    return _row_loss("dense", first, target, axis, weights, options, reduction, outputs)
 
 
 def nll_loss(
@@ -263,10 +263,10 @@ def nll_loss(
     >>> nll_loss(log_softmax([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), [0, 1], reduction="none")
     array([0.23954477, 1.09861229])
     """
-    call = Call("nll_loss", log_probs, "log_probs")
+    first = "nll_loss", log_probs, "log_probs"
     options = (ignore_index, label_smoothing, 0.0, None)
     weights, outputs = (weight, sample_weight), (False, return_grad, grad_out)
-    return _row_loss("any", call, target, axis, weights, options, reduction, outputs)
+    return _row_loss("any", first, target, axis, weights, options, reduction, outputs)
 
 
 class RowLosses(NamedTuple):
@@ -281,7 +281,7 @@ class RowLosses(NamedTuple):
 
 def _row_loss(
     kind: str,
-    call: Call,
+    first: tuple[str, ArrayLike, str],
     target: ArrayLike,
     axis: int,
     weights: tuple[ArrayLike | None, ArrayLike | None],
@@ -290,6 +290,13 @@ def _row_loss(
     outputs: tuple[bool, bool, Any],
 ) -> Any:
     """A loss of rows and their targets; see `losses_of_rows`."""
+    operation, x, _ = first
+    if weights[0] is None and weights[1] is None:
+        inputs = x, target
+        done = direct.loss(operation, kind, inputs, axis, options, 1.0, reduction, outputs)
+        if done is not None:
+            return done
+    call = Call(*first)
     found = losses_of_rows(kind, call, target, axis, weights, options, reduction, outputs)
     loss = found.losses
     if reduction != "none":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastll import calls
+from fastll import calls, direct
 from fastll.api import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
@@ -89,6 +89,10 @@ def logsumexp(
     >>> float(log_difference), float(sign)
     (1.541324854612918, -1.0)
     """
+    if b is None and out is None and not (keepdims or return_sign):
+        found = direct.fold("logsumexp", (a,), axis)
+        if found is not None:
+            return found
     call = Call("logsumexp", a, "a")
     x, place = call.x, call.place
     weights = None
@@ -201,6 +205,8 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> A
 
 
 def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any:
+    if (found := direct.fold(operation, (x,), axis, 1.0, out)) is not None:
+        return found
     call = Call(operation, x, "x")
     result = call.output(out, "out")
     full, target = (call.x, result) if call.x.ndim else (call.x.reshape(1), result.reshape(1))
@@ -247,7 +253,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     >>> entropy([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], base=2)
     array([1. , 1.5])
     """
-    return _sum_of_terms(Call("entropy", p, "p"), None, axis, base)
+    return _sum_of_terms("entropy", (p,), axis, base)
 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
@@ -282,8 +288,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, axis: Axis = -1, base: float | Non
     >>> kl_divergence([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], [[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]], base=2)
     array([ 1., inf])
     """
-    call = Call("kl_divergence", p, "p")
-    return _sum_of_terms(call, call.take(q, "q"), axis, base)
+    return _sum_of_terms("kl_divergence", (p, q), axis, base)
 
 
 def distribution_cross_entropy(
@@ -317,18 +322,20 @@ def distribution_cross_entropy(
     >>> distribution_cross_entropy([0.5, 0.5, 0.0], [0.25, 0.25, 0.5], base=2)
     np.float64(2.0)
     """
-    call = Call("distribution_cross_entropy", p, "p")
-    return _sum_of_terms(call, call.take(q, "q"), axis, base)
+    return _sum_of_terms("distribution_cross_entropy", (p, q), axis, base)
 
 
-def _sum_of_terms(call: Call, second: Array | None, axis: Axis, base: float | None) -> Any:
-    x = call.x
-    if x.ndim == 0:
-        x, second = x.reshape(1), None if second is None else second.reshape(1)
-    axes = axes_of(axis, x.ndim)
+def _sum_of_terms(operation: str, inputs: tuple[ArrayLike, ...], axis: Axis, base: float | None) -> Any:
     scale = 1.0 if base is None else math.log(number(base, "base", 0.0, above=True))
     if scale == 0.0:
         raise ValueError("base is 1; expected a positive number other than 1")
+    if (found := direct.fold(operation, inputs, axis, 1 / scale)) is not None:
+        return found
+    call = Call(operation, inputs[0], "p")
+    x, second = call.x, call.take(inputs[1], "q") if len(inputs) == 2 else None
+    if x.ndim == 0:
+        x, second = x.reshape(1), None if second is None else second.reshape(1)
+    axes = axes_of(axis, x.ndim)
     value = call.place.empty(kept_shape(x.shape, axes), call.compute)
     fold = Fold(call.operation, x, second, options=Options(scale=1 / scale), value=value)
     calls.fold(call.backend, call.place, fold, axes)
@@ -392,6 +399,8 @@ def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
 
 
 def _elementwise(operation: str, x: ArrayLike, out: Array | None) -> Any:
+    if (found := direct.elementwise(operation, (x,), (), (out,))) is not None:
+        return found
     call = Call(operation, x, "x")
     result = call.output(out, "out")
     call.map(call.backend, (call.x,), result)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastll import threads
-from fastll.contract import CHUNK, SHORT, Array, Floats, Kept, add_sums, bad_label
+from fastll.contract import CHUNK, IN_ORDER, SHORT, Array, Floats, Kept, add_sums, bad_label
 
 _INT64, _FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
@@ -51,7 +51,7 @@ class Host:
         """As contiguous int64; always checked."""
         if labels is None:
             assert sample is not None
-            rows = float(np.sum(sample))
+            rows = float(np.add.reduce(sample, axis=None))
             return None, Kept(rows, rows)
         y = labels
         ignored = _INT64_MIN if ignore_index is None else ignore_index
@@ -69,10 +69,12 @@ class Host:
             raise bad_label(name, classes, ignore_index, labels[at], at)
         if sample is None:
             return y, Kept(kept, rows)
-        at = (y != ignored) & (sample != 0)
-        sample = sample[at]
-        rows = float(np.sum(sample))
-        return y, Kept(rows if weight is None else float(np.sum(sample * weight[y[at]])), rows)
+        sample, of = sample.ravel(), y.ravel()
+        if rows < of.size or np.count_nonzero(sample) < of.size:
+            at = (of != ignored) & (sample != 0)
+            sample, of = sample[at], of[at]
+        rows = float(np.add.reduce(sample))
+        return y, Kept(rows if weight is None else float(np.add.reduce(sample * weight[of])), rows)
 
     def averaged(self, kept: Kept, z_loss: float) -> tuple[float, float]:
         if z_loss and kept.rows != kept.weight:
@@ -86,8 +88,10 @@ class Host:
         dtype: np.dtype[Any],
         exponential: bool = False,
     ) -> Array:
-        if values.size == 1:  # NumPy's reductions take a microsecond
-            summed = values.item()
+        if 0 < values.size <= IN_ORDER:
+            summed, *others = values.ravel().tolist()
+            for value in others:
+                summed += value
         else:
             summed = np.add.reduce(values, axis=None, dtype=np.float64)
         if isinstance(denominator, Kept):

@@ -34,4 +34,6 @@ def _remedy(error: ImportError) -> str:
     return f"{where} {what}; {command} (needs a C++ compiler; FASTLL_REQUIRE_EXT=1 shows its errors)"
 
 
-backend: Backend = _best().backend
+_module = _best()
+backend: Backend = _module.backend
+Direct = _module.Direct

@@ -12,7 +12,7 @@ from fastll.dtypes import kind_of
 cnp.import_array()
 
 cdef extern from "pool.hpp" nogil:
-    const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
+    const Py_ssize_t CHUNK, IN_ORDER, SHORT, STREAM_FROM, STREAM_CLASSES
 
     enum Format:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
@@ -102,11 +102,19 @@ cdef class Kernel:
     cdef bint swap  # the outer axis is the faster one of the two row axes: they change places
 
     def __call__(self, Py_ssize_t start, Py_ssize_t stop):
+        self.handle(start, stop, True)
+
+    cdef int handle(self, Py_ssize_t start, Py_ssize_t stop, bint release) except -1:
+        """Do the work, and let other Python threads run meanwhile if it is worth their while."""
         cdef int status
-        with nogil:
+        if release:
+            with nogil:
+                status = run(self.call, start, stop)
+        else:
             status = run(self.call, start, stop)
         if status < 0:
             raise MemoryError("fastll: no memory for the buffers of a kernel")
+        return 0
 
     cdef int share(self, Py_ssize_t units, Py_ssize_t parts, int threads) except -1:
         """Run all units on several threads."""
@@ -118,27 +126,36 @@ cdef class Kernel:
         return 0
 
     cdef int walk_rows(self, cnp.ndarray x) except -1:
+        self.call.single = is_single(x)
+        self.walk(cnp.PyArray_DIMS(x), cnp.PyArray_STRIDES(x))
+        return 0
+
+    cdef void walk(self, const cnp.npy_intp* shape, const cnp.npy_intp* strides) noexcept:
         """Choose the kernels that suit an array's strides, and the order of its row axes."""
-        cdef cnp.npy_intp* shape = cnp.PyArray_DIMS(x)
-        cdef cnp.npy_intp* strides = cnp.PyArray_STRIDES(x)
         self.swap = shape[2] == 1 or (shape[0] > 1 and abs(strides[0]) < abs(strides[2]))
         cdef int inner = 0 if self.swap else 2
         cdef bint across = abs(strides[1]) > abs(strides[inner]) and shape[inner] > 1
-        self.call.single = is_single(x)
         self.call.classes, self.call.inner = shape[1], shape[inner]
         self.call.across = across or shape[1] < SHORT
-        return 0
 
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
         """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
-        cdef Py_ssize_t step
+        cdef cnp.npy_intp[3] strides
         if a is None:
             return 0
+        strides[0], strides[1] = cnp.PyArray_STRIDE(a, 0), cnp.PyArray_STRIDE(a, 1)
+        strides[2] = cnp.PyArray_STRIDE(a, 2) if cnp.PyArray_NDIM(a) == 3 else 0
+        return self.bind_strided(operand, a, strides)
+
+    cdef int bind_strided(
+        self, Operand* operand, cnp.ndarray a, const cnp.npy_intp* strides
+    ) except -1:
+        """An array of any shape as one of these strides."""
+        cdef Py_ssize_t step
         operand.address = cnp.PyArray_BYTES(a)
-        operand.outer = cnp.PyArray_STRIDE(a, 2 * self.swap)
-        operand.classes = cnp.PyArray_STRIDE(a, 1)
-        if cnp.PyArray_NDIM(a) == 3:
-            operand.inner = cnp.PyArray_STRIDE(a, 2 - 2 * self.swap)
+        operand.outer = strides[2 * self.swap]
+        operand.classes = strides[1]
+        operand.inner = strides[2 - 2 * self.swap]
         # the stride of the axis that must be contiguous to be read in place
         step = operand.inner if self.call.across else operand.classes
         operand.format = <Format> format_of(a)
@@ -278,3 +295,5 @@ class Backend(_Host):
 
 
 backend = Backend()
+
+include "direct.pxi"

@@ -1,0 +1,405 @@
+# The direct way of a small call: from the arguments of a public function to its results in one step.
+#
+# It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over the last
+# axis, on the default backend, with too few elements to be shared among threads. Everything else, and above
+# all what is wrong, it declines: it returns None before anything is written, and the call goes by
+# `fastll.calls`, where every error is raised. Both ways tell the same kernels the same, so that no bit depends
+# on the way.
+
+from cpython.contextvars cimport get_value
+from cpython.long cimport PyLong_AsLongLongAndOverflow
+from cpython.ref cimport Py_INCREF
+from libc.math cimport INFINITY, NAN, isinf
+
+import numpy as _np
+
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Empty(int, cnp.npy_intp*, cnp.dtype, int)  # takes over a reference to the dtype
+    object PyArray_Scalar(void*, cnp.dtype, object)
+
+cdef enum:
+    RELEASE_FROM = 1 << 12  # elements of a call that lets other Python threads run, which takes 0.1 us
+
+cdef enum Reduction:
+    MEAN, SUM, NONE, UNKNOWN
+
+cdef cnp.dtype SINGLE = _np.dtype(_np.float32), DOUBLE = _np.dtype(_np.float64)
+cdef object add_up = _np.add.reduce
+cdef dict SHARING = vars(_threads)  # whose SHARE_FROM may change
+
+
+cdef bint is_plain(a) noexcept:
+    return cnp.PyArray_CheckExact(a) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
+
+
+cdef bint is_known(cnp.ndarray a) except -1:
+    """Whether the dtype is one that kernels read."""
+    try:
+        return format_of(a) >= 0
+    except TypeError:
+        return False
+
+
+cdef bint is_like(a, cnp.ndarray x) except -1:
+    """Whether another operand is plain too, and has the shape of the first one."""
+    return is_plain(a) and cnp.PyArray_SAMESHAPE(<cnp.ndarray> a, x) and is_known(a)
+
+
+cdef bint are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether contiguous arrays share no memory."""
+    cdef char* first = cnp.PyArray_BYTES(a)
+    cdef char* second = cnp.PyArray_BYTES(b)
+    return first + cnp.PyArray_NBYTES(a) <= second or second + cnp.PyArray_NBYTES(b) <= first
+
+
+cdef bint read_number(value, double* to) except -1:
+    """A float or an int, but none of a subclass."""
+    cdef int overflow = 0
+    if type(value) is float:
+        to[0] = <double> value
+    elif type(value) is int:
+        to[0] = <double> PyLong_AsLongLongAndOverflow(value, &overflow)
+    else:
+        return False
+    return not overflow
+
+
+cdef bint read_options(tuple options, temperature, Options* to) except -1:
+    """Those of a loss of rows: ignore_index, label_smoothing, z_loss and softcap; and the temperature."""
+    cdef int overflow = 0
+    cdef double divisor
+    ignore_index, smoothing, z_loss, softcap = options
+    if type(ignore_index) is not int:
+        return False
+    to.ignore_index = PyLong_AsLongLongAndOverflow(ignore_index, &overflow)
+    if overflow or not read_number(temperature, &divisor) or not 0 < divisor < INFINITY:
+        return False
+    to.inverse_temperature = 1 / divisor
+    if not read_number(smoothing, &to.label_smoothing) or not 0 <= to.label_smoothing <= 1:
+        return False
+    if not read_number(z_loss, &to.z_loss) or not 0 <= to.z_loss < INFINITY:
+        return False
+    return softcap is None or (read_number(softcap, &to.softcap) and 0 < to.softcap < INFINITY)
+
+
+cdef Reduction reduction_of(value) except? UNKNOWN:
+    if type(value) is not str:
+        return UNKNOWN
+    return MEAN if value == "mean" else SUM if value == "sum" else NONE if value == "none" else UNKNOWN
+
+
+cdef cnp.ndarray labels_of(cnp.ndarray target, cnp.ndarray x):
+    """Labels as int64, or None."""
+    cdef int ndim = cnp.PyArray_NDIM(target), number = cnp.PyArray_TYPE(target)
+    if ndim != cnp.PyArray_NDIM(x) - 1 or not cnp.PyArray_CompareLists(
+        cnp.PyArray_DIMS(target), cnp.PyArray_DIMS(x), ndim
+    ):
+        return None
+    if cnp.PyArray_ITEMSIZE(target) < 8:
+        return cnp.PyArray_Cast(target, cnp.NPY_INT64)
+    return target if cnp.PyTypeNum_ISSIGNED(number) else None
+
+
+cdef object scalar(double value, bint single):
+    cdef float rounded = <float> value
+    if not single:
+        return PyArray_Scalar(&value, DOUBLE, None)
+    if isinf(rounded) and not isinf(value):
+        return _np.float32(value)  # which warns
+    return PyArray_Scalar(&rounded, SINGLE, None)
+
+
+cdef double sum_of(cnp.ndarray values) except? -1:
+    """As `fastll.backend.host` has it."""
+    cdef Py_ssize_t i, count = cnp.PyArray_SIZE(values)
+    cdef char* at = cnp.PyArray_BYTES(values)
+    cdef bint single = cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT
+    cdef double summed = (<float*> at)[0] if single else (<double*> at)[0]
+    if count > IN_ORDER:
+        return add_up(values, None, DOUBLE)
+    for i in range(1, count):
+        summed += (<float*> at)[i] if single else (<double*> at)[i]
+    return summed
+
+
+cdef object total(cnp.ndarray values, double number, double divisor, bint single):
+    """The sum of values, or if there are none the number, over a divisor."""
+    if values is not None:
+        number = sum_of(values)
+    return scalar(number / divisor if divisor else NAN, single)
+
+
+cdef class Small(Kernel):
+    """A call on its direct way."""
+
+    cdef cnp.ndarray x
+    cdef Py_ssize_t length, units  # elements of a row, and the number of rows; or of all, and units of a map
+
+    cdef bint reduce_over(self, axis) except -1:
+        """Take the last axis, or with None all elements as one row; choose the kernels."""
+        cdef int ndim = cnp.PyArray_NDIM(self.x)
+        cdef cnp.npy_intp[3] shape
+        cdef cnp.npy_intp[3] strides
+        if axis is None:
+            self.length = cnp.PyArray_SIZE(self.x)
+        elif type(axis) is int and (axis == -1 or axis == ndim - 1):
+            self.length = cnp.PyArray_DIM(self.x, ndim - 1)
+        else:
+            return False
+        self.units = cnp.PyArray_SIZE(self.x) // self.length
+        shape[0], shape[1], shape[2] = self.units, self.length, 1
+        self.find_strides(self.x, strides)
+        self.walk(shape, strides)
+        self.bind_like(&self.call.inputs[0], self.x)
+        return True
+
+    cdef bint map_over(self, tuple inputs, tuple parameters) except -1:
+        """Take all elements of inputs in the shape of x."""
+        cdef int i
+        self.length = self.call.classes = cnp.PyArray_SIZE(self.x)
+        self.units = self.call.inner = (self.length + CHUNK - 1) // CHUNK
+        for i, a in enumerate(inputs):
+            if not is_like(a, self.x):
+                return False
+            self.bind_like(&self.call.inputs[i], a)
+        for i, parameter in enumerate(parameters):
+            self.call.parameters[i] = parameter
+        return True
+
+    cdef void find_strides(self, cnp.ndarray a, cnp.npy_intp* strides) noexcept:
+        strides[1] = strides[2] = cnp.PyArray_ITEMSIZE(a)
+        strides[0] = self.length * strides[1]
+
+    cdef int bind_like(self, Operand* operand, cnp.ndarray a) except -1:
+        """Bind a contiguous array in the shape of x."""
+        cdef cnp.npy_intp[3] strides
+        self.find_strides(a, strides)
+        return self.bind_strided(operand, a, strides)
+
+    cdef cnp.ndarray bind_output(self, Operand* operand, out, tuple others):
+        """The same of an output: x itself, or apart from all inputs, or a new one; None declines."""
+        cdef cnp.dtype dtype = self.x.dtype
+        cdef cnp.ndarray a
+        if out is None:
+            Py_INCREF(dtype)
+            a = PyArray_Empty(cnp.PyArray_NDIM(self.x), cnp.PyArray_DIMS(self.x), dtype, 0)
+        elif not is_plain(out) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray> out):
+            return None
+        else:
+            a = out
+            if a is not self.x and not (
+                cnp.PyArray_SAMESHAPE(a, self.x) and a.dtype == dtype and are_apart(a, self.x)
+            ):
+                return None
+            for other in others:
+                if other is not None and not are_apart(a, other):
+                    return None
+        self.bind_like(operand, a)
+        return a
+
+    cdef cnp.ndarray bind_values(self, Operand* operand, double* number, int ndim):
+        """Bind values in the shape of the first axes of x: in a new array, or in a number if that is none."""
+        cdef cnp.ndarray a = None
+        operand.outer = operand.inner = sizeof(float) if self.call.single else sizeof(double)
+        operand.address = <char*> number
+        if ndim:
+            dtype = cnp.NPY_FLOAT if self.call.single else cnp.NPY_DOUBLE
+            a = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(self.x), dtype, 0)
+            operand.address = cnp.PyArray_BYTES(a)
+        return a
+
+    cdef bint bind_labels(self, cnp.ndarray labels, double* kept) noexcept:
+        """Bind labels, and count those that are not ignored; False if one is out of range."""
+        cdef double rows
+        self.call.labels.address = cnp.PyArray_BYTES(labels)
+        self.call.labels.outer = self.call.labels.inner = 8
+        return 0 > scan_labels(
+            self.call.labels.address,
+            self.units,
+            self.length,
+            self.call.options.ignore_index,
+            NULL,
+            True,
+            kept,
+            &rows,
+        )
+
+    cdef cnp.ndarray bind_sums(self, double* number):
+        """Bind the sum of each unit of a map: in a new array, or if there is one, in a number."""
+        cdef cnp.ndarray a = None
+        cdef cnp.npy_intp[2] shape
+        self.call.partial.classes = sizeof(double)
+        self.call.partial.address = <char*> number
+        if self.units > 1:
+            shape[0], shape[1] = 1, self.units
+            a = cnp.PyArray_EMPTY(2, shape, cnp.NPY_DOUBLE, 0)
+            self.call.partial.address = cnp.PyArray_BYTES(a)
+        return a
+
+    cdef double read(self, double* number) noexcept:
+        return (<float*> number)[0] if self.call.single else number[0]
+
+    cdef object give(self, cnp.ndarray a, double* number):
+        """What `bind_values` bound, as a result."""
+        return scalar(self.read(number), self.call.single) if a is None else a
+
+    cdef int work(self) except -1:
+        return self.handle(0, self.units, cnp.PyArray_SIZE(self.x) >= RELEASE_FROM)
+
+
+cdef class Direct:
+    """The direct way, where `chosen`, a context variable, or else `environment` does not say otherwise."""
+
+    cdef object chosen
+    cdef bint by_default
+
+    def __cinit__(self, chosen, environment):
+        self.chosen, self.by_default = chosen, environment is None or environment == "cython"
+
+    cdef Small begin(self, dict codes, str operation, x):
+        """A call of a first array, or None."""
+        cdef Small call
+        name, code = get_value(self.chosen), codes.get(operation)
+        if code is None or not (self.by_default if name is None else name == "cython"):
+            return None
+        if not is_plain(x) or not is_known(x) or format_of(x) > BFLOAT16:
+            return None
+        if cnp.PyArray_NDIM(x) == 0 or not 0 < cnp.PyArray_SIZE(x) < (SHARING["SHARE_FROM"] + 1) // 2:
+            return None
+        call = Small.__new__(Small)
+        call.x = x
+        call.call.operation = code
+        call.call.single = is_single(x)
+        call.call.options.scale = call.call.options.inverse_temperature = 1
+        return call
+
+    def fold(self, str operation, tuple inputs, axis, double scale=1, out=None):
+        """What is made of each row: a value, or for "softmax" and "log_softmax" something of its shape."""
+        cdef Small call = self.begin(FOLDS, operation, inputs[0])
+        cdef Operand* to
+        cdef double number
+        cdef cnp.ndarray result
+        if call is None or not call.reduce_over(axis):
+            return None
+        if len(inputs) == 2:
+            if not is_like(inputs[1], call.x):
+                return None
+            call.bind_like(&call.call.inputs[1], inputs[1])
+        call.call.options.scale = scale
+        if call.call.operation == SOFTMAX or call.call.operation == LOG_SOFTMAX:
+            result = call.bind_output(&call.call.out, out, ())
+            if result is not None:
+                call.work()
+            return result
+        to = &call.call.lse if call.call.operation == LOGSUMEXP else &call.call.value
+        result = call.bind_values(to, &number, 0 if axis is None else cnp.PyArray_NDIM(call.x) - 1)
+        call.work()
+        return call.give(result, &number)
+
+    def loss(
+        self,
+        str operation,
+        str kind,
+        tuple inputs,
+        axis,
+        tuple options,
+        temperature,
+        reduction,
+        tuple outputs,
+    ):
+        """A loss of rows, or of rows and a target that is "sparse", "dense" or of "any" of these kinds.
+
+        `outputs` are return_lse, return_grad and grad_out.
+        """
+        cdef Small call = self.begin(FOLDS, operation, inputs[0])
+        cdef Reduction how = reduction_of(reduction)
+        cdef bint return_lse = outputs[0], return_grad = outputs[1]
+        cdef int ndim
+        cdef double value, lse_value, kept
+        cdef cnp.ndarray labels, values, lse = None, grad = None
+        if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis):
+            return None
+        if not read_options(options, temperature, &call.call.options):
+            return None
+        kept = call.units
+        if len(inputs) == 2:
+            target = inputs[1]
+            if not is_plain(target):
+                return None
+            if kind != "dense" and cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(<cnp.ndarray> target)):
+                labels = labels_of(target, call.x)
+                if labels is None or not call.bind_labels(labels, &kept):
+                    return None
+            elif kind == "sparse" or call.call.options.ignore_index >= 0 or not is_like(target, call.x):
+                return None
+            elif kind == "any" and format_of(target) > BFLOAT16:
+                return None
+            else:
+                call.bind_like(&call.call.inputs[1], target)
+        if how == MEAN:
+            call.call.options.scale = 1 / kept if kept else NAN
+        if return_grad or outputs[2] is not None:
+            grad = call.bind_output(&call.call.out, outputs[2], inputs[1:])
+            if grad is None:
+                return None
+        ndim = cnp.PyArray_NDIM(call.x) - 1
+        values = call.bind_values(&call.call.value, &value, ndim if how == NONE or call.units > 1 else 0)
+        if return_lse:
+            lse = call.bind_values(&call.call.lse, &lse_value, ndim)
+        call.work()
+        if how == NONE:
+            loss = call.give(values, &value)
+        else:
+            loss = total(values, call.read(&value), kept if how == MEAN else 1, call.call.single)
+        if not return_grad:
+            return (loss, call.give(lse, &lse_value)) if return_lse else loss
+        return (loss, call.give(lse, &lse_value), grad) if return_lse else (loss, grad)
+
+    def elementwise(
+        self, str operation, tuple inputs, tuple parameters, tuple options, tuple domain=None
+    ):
+        """An element-wise operation; `domain` is (i, low, high) for an input i that must be in [low, high].
+
+        `options` are reduction, return_grad and grad_out; or of an operation without a gradient, `out` alone.
+        """
+        cdef Small call = self.begin(MAPS, operation, inputs[0])
+        cdef bint is_loss = len(options) == 3, return_grad = is_loss and options[1]
+        cdef Reduction how = reduction_of(options[0]) if is_loss else NONE
+        cdef double value
+        cdef cnp.ndarray values, grad = None
+        if how == UNKNOWN or call is None or not call.map_over(inputs, parameters):
+            return None
+        if domain is not None and not self.is_within(inputs[domain[0]], domain[1:]):
+            return None
+        out = options[2] if is_loss else options[0]
+        if not is_loss:
+            values = call.bind_output(&call.call.value, out, inputs[1:])
+            if values is not None:
+                call.work()
+            return values
+        if return_grad or out is not None:
+            call.call.options.scale = 1 / <double> call.length if how == MEAN else 1
+            grad = call.bind_output(&call.call.out, out, inputs[1:])
+            if grad is None:
+                return None
+        if how == NONE:
+            values = loss = call.bind_values(&call.call.value, &value, cnp.PyArray_NDIM(call.x))
+            call.bind_like(&call.call.value, values)
+            call.work()
+        else:
+            values = call.bind_sums(&value)
+            call.work()
+            loss = total(values, value, call.length if how == MEAN else 1, call.call.single)
+        return (loss, grad) if return_grad else loss
+
+    cdef bint is_within(self, x, tuple limits) except -1:
+        """Whether no number is outside the limits."""
+        cdef Small call = self.begin(MAPS, "outside", x)
+        cdef double count
+        cdef cnp.ndarray counts
+        if call is None or not call.map_over((x,), limits):
+            return False
+        counts = call.bind_sums(&count)
+        call.work()
+        return count == 0 if counts is None else not counts.any()
