@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -152,10 +153,11 @@ def measure(plan: Plan, path: Path, before: Results | None = None) -> int:
     jobs = cells(plan)
     settings = Settings(against=plan.against, rounds=plan.effort.rounds)
     results: Results = {"benchmarks": [], "unmeasured": {}, "environment": environment(settings)}
-    about = results["environment"]["grid"] = {"load": os.getloadavg()[0]}
+    about = results["environment"]["grid"] = {"seconds": 0.0, "others": 0.0}
     if before is not None:
         _check_same_machine(before, results)
         results["benchmarks"] = before["benchmarks"]
+        about |= before["environment"]["grid"]
     done = {benchmark["param"] for benchmark in results["benchmarks"]}
     left = [job for job in jobs if job.name not in done]
     peers = PEERS | {"torch.compile": Peer("torch", torch_of_rows)}
@@ -176,12 +178,15 @@ def measure(plan: Plan, path: Path, before: Results | None = None) -> int:
                     break
                 said = f"{job.operation}, {job.variant}, {job.case.name}, {job.dtype}"
                 progress.update(task, description=escape(said), refresh=True)
+                began, others = perf_counter(), seconds_of_others()
                 try:
                     _check_memory(job, plan.memory)
                     results["benchmarks"].append(measured(job, plan.effort, peers))
                 except Exception as error:  # the next cell may work
                     results["unmeasured"][job.name] = f"{type(error).__name__}: {first_line(error)}"
                     code = code or int(not isinstance(error, MemoryError))
+                about["seconds"] += perf_counter() - began
+                about["others"] += seconds_of_others() - others
                 progress.update(task, advance=1)
                 if perf_counter() - saved > SAVED_EVERY:
                     save()
@@ -219,6 +224,24 @@ def free_memory() -> float:
         return 1024 * int(kibibytes)
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+def seconds_of_others() -> float:
+    """CPU time that other processes have taken on our CPUs, except for an offset; 0 if unknown."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return 0.0
+    taken = 0
+    for name, *ticks in map(str.split, lines):
+        if name in ours:
+            taken += (
+                sum(map(int, ticks[:8])) - int(ticks[3]) - int(ticks[4])
+            )  # not idle, no wait for disks
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    return taken / os.sysconf("SC_CLK_TCK") - own
 
 
 def measured(job: Job, effort: Effort, peers: Mapping[str, Peer] = PEERS) -> dict[str, Any]:
@@ -307,22 +330,18 @@ def is_grid(results: Results) -> bool:
     return "grid" in results["environment"]
 
 
-def tables(results: Results) -> Iterator[Table]:
-    """The summaries for the terminal."""
+def tables(results: Results) -> Iterator[Table | str]:
+    """The summaries for the terminal: what they show, and a table per operation and dtype."""
     for title, columns, rows in summaries(results):
-        result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        result.show_edge = False
-        result.add_column(columns[1], max_width=22)
-        for column in columns[2:]:
-            result.add_column(column, justify="right", no_wrap=True)
-        heading = None
-        for row in rows:
-            if row[0] != heading:
-                result.add_section()
-                result.add_row(f"[bold]{row[0]}")
-                heading = row[0]
-            result.add_row(*row[1:])
-        yield result
+        yield f"[bold]{title}"
+        for heading, some in groupby(rows, lambda row: row[0]):
+            result = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+            result.title = heading
+            for column in columns[1:]:
+                result.add_column(column, no_wrap=True, min_width=9 if column == "classes" else 15)
+            for row in some:
+                result.add_row(*row[1:])
+            yield result
 
 
 def markdown(results: Results) -> str:
@@ -382,8 +401,11 @@ def notes(results: Results) -> Iterator[str]:
     missing = [name for name, version in results["environment"]["peers"].items() if version is None]
     if missing:
         yield f"Not installed: {', '.join(missing)}."
-    if about["load"] > 0.5:
-        yield f"The machine was not idle when this began: a load of {about['load']:.1f}."
+    if report.taken_by_others(results) > report.IDLE and results["environment"]["threads"] > 1:
+        yield (
+            "Threads that wait for each other, those of PyTorch most, wait for other processes too: "
+            "measure again on an idle machine, or with --threads 1."
+        )
     if "torch.compile" not in results["environment"]["peers"]:
         yield "Without torch.compile, which takes seconds to compile for each number of classes."
     yield f"{len(records)} cells; {about['not_reached']} more were not reached."

@@ -118,14 +118,26 @@ def table(results: Results) -> Table:
     return result
 
 
+#: A machine is idle if other processes take less than this many CPUs.
+IDLE = 0.1
+
+
+def taken_by_others(results: Results) -> float:
+    """The number of CPUs that other processes took on average, where that was measured."""
+    about = results["environment"].get("grid", {})
+    return float(about["others"] / about["seconds"]) if about.get("seconds") else 0.0
+
+
 def machine(results: Results) -> str:
     """The machine and versions."""
     environment = results["environment"]
     versions = {"fastll": environment["versions"]["fastll"]} | environment["peers"]
+    others = taken_by_others(results)
     return (
         f"{environment['threads']} threads, {environment['cpu']}, "
         f"{environment['instruction_set'] or 'no cython backend'}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + (f"; not idle, other processes took {others:.1f} CPUs" if others > IDLE else "")
     )
 
 

@@ -56,9 +56,9 @@ float32, relative to the sum of magnitudes: 64 terms of a lane and five addition
 4 in float64); as roundoffs of both signs occur, by about 4. It does not grow with the length of the
 row. A log-sum-exp of more than `LONG` elements is that of pieces of as many, whose states merge as
 a binary tree. Sums of a unit of an element-wise operation (`CHUNK` elements) are formed as the
-others. Values of rows, and sums of units, add in float64: up to `IN_ORDER` of them one after the
-other, more as NumPy adds them. On a GPU the order depends on the number of classes alone, and warps
-and thread blocks add in two float32 (`fastll.backend.cuda.geometry`).
+others; values of rows, and sums of units, add in float64, as NumPy does it. On a GPU the order
+depends on the number of classes alone, and warps and thread blocks add in two float32
+(`fastll.backend.cuda.geometry`).
 """
 
 from collections.abc import Callable
@@ -79,8 +79,6 @@ BLOCK = 2048
 VECTOR_BYTES = 128
 #: Elements of one unit of an element-wise operation on the CPU, and of one partial sum.
 CHUNK = 1 << 15
-#: Numbers up to which a total is their sum in order, which NumPy's reductions take 2 us for.
-IN_ORDER = 64
 #: Rows that are finished together on the CPU.
 GROUP = 64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,6 +361,32 @@ def test_grid(small_grid: None, tmp_path: Path) -> None:
     assert invoke("compare", file, file).output.count("0 of 20 got slower") == 1
     assert "| softmax, float32 | 8-31 |" in invoke("table", file).output
     assert invoke("plot", file).exit_code == 0
+
+
+def test_grid_says_that_the_machine_was_not_idle(run: tuple[Result, Path], tmp_path: Path) -> None:
+    results = json.loads((run[1] / "results.json").read_text())
+    results["benchmarks"] = []
+    results["environment"] |= {"threads": 2, "grid": {"seconds": 10, "others": 15, "not_reached": 3}}
+    file = tmp_path / "grid.json"
+    file.write_text(json.dumps(results))
+    said = " ".join(invoke("grid", "--draw", file).stdout.split())
+    assert "not idle, other processes took 1.5 CPUs" in said
+    assert "or with --threads 1" in said
+    results["environment"]["grid"]["others"] = 0.1
+    file.write_text(json.dumps(results))
+    assert "idle" not in invoke("grid", "--draw", file).stdout
+
+
+def test_cpu_time_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPUs of this process: not idle, not waiting for disks, and not its own."""
+    lines = (
+        "cpu 900 9 9 9 9 9 9 9 0 0\ncpu0 800 9 9 9 9 9 9 9 0 0\ncpu1 100 50 30 900 7 2 1 10 0 0\nintr 5"
+    )
+    monkeypatch.setattr(grid.Path, "read_text", lambda path, encoding: lines)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(os, "times", lambda: os.times_result((1.0, 0.3, 0.2, 0.0, 99.0)))
+    assert grid.seconds_of_others() == pytest.approx(1.93 - 1.5)
 
 
 def test_grid_is_interrupted_and_resumed(

@@ -349,14 +349,26 @@ def test_outputs_over_other_inputs(ways, name):
 
 def test_size(ways, threads):
     """What threads would share is declined."""
-    n = pool.SHARE_FROM
+    n = pool.SHARE_FROM // 2
     for function in (fastll.logsumexp, fastll.softmax, fastll.sigmoid):
         for count, shared in ((n - 1, False), (n, True)):
             assert ways(function, np.ones(count)) != shared
     threads(2, share_from=10)
-    assert ways(fastll.softmax, np.ones(9))
-    assert not ways(fastll.softmax, np.ones(10))
-    assert n <= dispatch.NUMBA_FROM  # below which Cython is the default
+    assert ways(fastll.softmax, np.ones(4))
+    assert not ways(fastll.softmax, np.ones(5))
+    assert n <= dispatch._LOOK_FROM  # below which Cython is the default
+
+
+def test_totals(ways, rng):
+    """Values of up to 128 rows are added here, in NumPy's order."""
+    for n, dtype in itertools.product([*range(1, 140), 1000], ("float32", "float64")):
+        x = (rng.standard_normal((n, 2)) * 10.0 ** rng.uniform(-9, 9, (n, 1))).astype(dtype)
+        assert ways(fastll.nll_loss, x, np.zeros(n, int), reduction="sum")
+    x[:3, 0] = [np.inf, -np.inf, 0]
+    for n in (3, 10, 1000):
+        assert not ways(fastll.nll_loss, x[:n], np.zeros(n, int), reduction="sum")  # but raises
+        with np.errstate(invalid="ignore"):
+            assert ways(fastll.nll_loss, x[:n], np.zeros(n, int), reduction="sum")
 
 
 def test_overflow_of_a_sum(ways):

@@ -12,7 +12,7 @@ from fastll.dtypes import kind_of
 cnp.import_array()
 
 cdef extern from "pool.hpp" nogil:
-    const Py_ssize_t CHUNK, IN_ORDER, SHORT, STREAM_FROM, STREAM_CLASSES
+    const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
 
     enum Format:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
