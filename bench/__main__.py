@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import fastll
-from bench import card, gpu, gpu_report, grid, report
+from bench import card, gpu, gpu_report, grid, grid_report, report
 from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
 from bench.jobs import Settings, measures, select
@@ -237,15 +237,13 @@ def measure_grid(
         output = output or Path("results")
         output.mkdir(parents=True, exist_ok=True)
         path = output / "grid.json"
-        before = report.load(path) if resume and path.exists() else None
+        before = grid_report.load(path) if resume and path.exists() else None
         code = grid.measure(plan, path, before)
-    results = report.load(path)
-    if not grid.is_grid(results):
-        raise _Failure(f"{path} has no grid")
+    results = grid_report.load(path)
     console = Console(highlight=False)
-    for summary in grid.tables(results):
+    for summary in grid_report.tables(results):
         console.print(summary, "")
-    for note in grid.notes(results):
+    for note in grid_report.notes(results):
         console.print(note, markup=False)
     for written in draw(results, output):
         click.echo(f"Wrote {written}", err=True)
@@ -283,7 +281,7 @@ def table(results: Path, device: str) -> None:
         return
     found = report.load(results)
     on_gpu = found["environment"]["device"] == "cuda"
-    words = gpu_report if on_gpu else grid if grid.is_grid(found) else report
+    words = gpu_report if on_gpu else grid_report if grid_report.is_grid(found) else report
     click.echo(words.markdown(found))
 
 

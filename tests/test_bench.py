@@ -16,7 +16,20 @@ from conftest import require_numba_cuda
 from source_tree import make_tree, run_in
 
 import fastll
-from bench import card, cases, crossover, families, gpu, gpu_report, grid, jobs, peers, plots, report
+from bench import (
+    card,
+    cases,
+    crossover,
+    families,
+    gpu,
+    gpu_report,
+    grid,
+    grid_report,
+    jobs,
+    peers,
+    plots,
+    report,
+)
 from bench.__main__ import main
 from fastll import dispatch
 from fastll.operations import OPERATIONS
@@ -482,7 +495,7 @@ def test_lost_cells_are_outlined_and_counted(monkeypatch: pytest.MonkeyPatch) ->
     )
 
     monkeypatch.setattr(report, "records", lambda results: iter(results["benchmarks"]))
-    (_, columns, rows), (_, _, floors) = grid.summaries({"benchmarks": records})
+    (_, columns, rows), (_, _, floors) = grid_report.summaries({"benchmarks": records})
     assert columns == ["operation, dtype", "classes", "below 2^12", "from 2^17"]
     assert rows == [
         ["softmax, bfloat16", "8-31", "0.88 1.25 1/2", "2.00 2.00 1/1"],
@@ -514,6 +527,20 @@ def test_slow_peers_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     times = grid.in_turn(rivals, work, grid.Effort(0.5, 5, 9))
     rounds = {name: len(found) for name, found in times.items()}
     assert rounds == {"fast": 5, "slow": 3, "hopeless": 1, "floor": 5, "fastll": 5}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_for_any_number_of_rows() -> None:
+    """One compilation for the first shape, one for any number of rows."""
+    torch = pytest.importorskip("torch")
+    counters = torch._dynamo.utils.counters["stats"]
+    compiled = []
+    for rows in (3, 5, 8, 300):
+        x = np.random.default_rng(rows).standard_normal((rows, 7), np.float32)
+        call = peers.torch_of_rows("logsumexp", False, x, 1, ())
+        assert peers.disagreement(fastll.logsumexp(x, axis=1), call()) < 1e-6  # some roundings of 6e-8
+        compiled.append(counters["unique_graphs"])
+    assert compiled[1] == compiled[3]
 
 
 @pytest.fixture
