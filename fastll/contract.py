@@ -49,16 +49,16 @@ where ``exp(t_j - n) = 0`` annuls an infinite factor, and x and t are the logits
 **The order of sums** is part of the contract among the backends of the CPU, in every layout: it is
 why they agree to the bit. A row is summed in blocks of `BLOCK` elements. Element j of a block goes
 to lane j modulo the lanes of a vector of `VECTOR_BYTES` (32 float32 or 16 float64), in order, in
-the compute dtype; a row of fewer than `SHORT` elements is one lane. The lanes fold by halves (lane
-i and lane i + half): those of exponentials in the compute dtype, others in float64, where they may
-be larger than it holds; blocks add in float64, in order. So a sum is off by at most 69 roundoffs of
-float32, relative to the sum of magnitudes: 64 terms of a lane and five additions of lanes (128 and
-4 in float64); as roundoffs of both signs occur, by about 4. It does not grow with the length of the
-row. A log-sum-exp of more than `LONG` elements is that of pieces of as many, whose states merge as
-a binary tree. Sums of a unit of an element-wise operation (`CHUNK` elements) are formed as the
-others; values of rows, and sums of units, add in float64, as NumPy does it. On a GPU the order
-depends on the number of classes alone, and warps and thread blocks add in two float32
-(`fastll.backend.cuda.geometry`).
+the compute dtype; the exponentials of a row of fewer than `SHORT` elements are one lane. The lanes
+fold by halves (lane i and lane i + half): those of exponentials in the compute dtype, others in
+float64, where they may be larger than it holds; blocks add in float64, in order. So a sum is off by
+at most 69 roundoffs of float32, relative to the sum of magnitudes: 64 terms of a lane and five
+additions of lanes (128 and 4 in float64); as roundoffs of both signs occur, by about 4. It does not
+grow with the length of the row. A log-sum-exp of more than `LONG` elements is that of pieces of as
+many, whose states merge as a binary tree. Sums of a unit of an element-wise operation (`CHUNK`
+elements) are formed as the others; values of rows, and sums of units, add in float64, as NumPy does
+it. On a GPU the order depends on the number of classes alone, and warps and thread blocks add in
+two float32 (`fastll.backend.cuda.geometry`).
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ CHUNK = 1 << 15
 #: Rows that are finished together on the CPU.
 GROUP = 64
 
-#: Below this many classes, neighbouring rows fill vectors better than one does, and a row is one lane.
+#: Below this many classes, neighbouring rows fill vectors better than one does.
 SHORT = 64
 
 #: Elements of a log-sum-exp beyond which it is folded in pieces, so that threads share a row. No

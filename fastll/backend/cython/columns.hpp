@@ -67,12 +67,12 @@ struct Columns : Tiles<T> {
 
     // ---- Sums, in the order of the contract ----
 
-    // The sums of terms(j), a register of rows or two, over n classes of a tile, in float64. A short row is one
-    // lane. Of others, the lanes of the first term are folded in its own type if NARROW.
-    template <bool NARROW = false, class F>
+    // The sums of terms(j), a register of rows or two, over n classes of a tile, in float64. Those of
+    // EXPONENTIALS are one lane in a short row. The lanes of the first term are folded in its own type if NARROW.
+    template <bool EXPONENTIALS, bool NARROW, class F>
     FORCED auto sum_tile(Index n, F terms) {
         decltype(terms(n)) sums = {};
-        if (are_short()) {
+        if (EXPONENTIALS && are_short()) {
             UNROLLED for (Index j = 0; j < n; j++) sums = sums + terms(j);
             return widened(sums);
         }
@@ -324,9 +324,9 @@ struct Columns : Tiles<T> {
             };
             Doubles<T> below, away = {};
             if constexpr (AWAY == NOWHERE)
-                below = sum_tile<true>(n, term) * unshift;
+                below = sum_tile<true, true>(n, term) * unshift;
             else {
-                auto [sum, other] = sum_tile<true>(n, term);
+                auto [sum, other] = sum_tile<true, true>(n, term);
                 below = sum * unshift, away = other * unshift;
             }
             Doubles<T> equal = widen(counts);
@@ -356,7 +356,7 @@ struct Columns : Tiles<T> {
             const auto window = windows_of<T>(load_doubles<T>(&group.n[w]));
             const V m = load_as<T>(&group.m[w]);
             const T *from = v + w, *weights = u + w;
-            auto [below, equal] = sum_tile(n, [&](Index j) FORCED {
+            auto [below, equal] = sum_tile<true, false>(n, [&](Index j) FORCED {
                 V x = load_vector<V>(from + j * GROUP);
                 return weighted_terms(x, load_vector<V>(weights + j * GROUP), m, window.terms(x));
             });
@@ -378,7 +378,7 @@ struct Columns : Tiles<T> {
             const V m = load_as<T>(&group.m[w]);
             const V tops = where_gt(m, -(T) INFINITY, m, (T) 0);
             const T *from = v + w, *targets = u + w;
-            auto [sums, mass] = sum_tile(n, [&](Index j) FORCED {
+            auto [sums, mass] = sum_tile<false, false>(n, [&](Index j) FORCED {
                 V target = load_vector<V>(targets + j * GROUP);
                 return pack(distance(load_vector<V>(from + j * GROUP), target, tops), target);
             });
@@ -400,7 +400,7 @@ struct Columns : Tiles<T> {
             for (int k = 0; k < F::inputs; k++)
                 fetch(call.inputs[k], j, n, tiles[k]);
             for (Index w = 0; w < group.count; w += V::count)
-                add_to(group.value + w, sum_tile(n, [&](Index i) FORCED {
+                add_to(group.value + w, sum_tile<false, false>(n, [&](Index i) FORCED {
                     auto input = [&](int k) FORCED {
                         return load_vector<V>(tiles[k] + i * GROUP + w);
                     };

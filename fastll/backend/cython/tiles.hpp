@@ -78,15 +78,17 @@ struct Tiles {
     // behind them.
     const T *rows_of(const Operand &of) const {
         const char *at = of.row(group.outer, group.inner);
-        const Index n = call.classes, size = size_of(of.format);
+        // in place would be said of the rows' axis
+        const Format format = of.format == IN_PLACE ? format_of<T>() : of.format;
+        const Index n = call.classes, size = size_of(format);
         const bool packed = of.classes == size && of.inner == n * size;
-        if (packed && of.format == format_of<T>() && !of.swapped && group.inner + GROUP < call.inner)
+        if (packed && format == format_of<T>() && !of.swapped && group.inner + GROUP < call.inner)
             return (const T *) at;
         if (packed)
-            read_block(of.format, of.swapped, at, size, group.count * n, rows);
+            read_block(format, of.swapped, at, size, group.count * n, rows);
         else
             for (Index i = 0; i < group.count; i++)
-                read_block(of.format, of.swapped, at + i * of.inner, of.classes, n, rows + i * n);
+                read_block(format, of.swapped, at + i * of.inner, of.classes, n, rows + i * n);
         std::fill(rows + group.count * n, rows + round_up(group.count, V::count) * n, T());  // harmless
         return rows;
     }

@@ -120,7 +120,7 @@ def where_finite(maxima):
 
 @inline
 def lanes_in(call):
-    """The number of lanes that a row is summed in: a short one is one lane."""
+    """The number of lanes that exponentials are summed in: those of a short row are one lane."""
     return 1 if call.classes < SHORT else lanes_of(call.like)
 
 
@@ -368,7 +368,7 @@ def add_targets(call, tile, group, j, n):
         rows = rows_of(group.table, w, like)
         m, zero = rows.maximum, zeros(like)
         maxima = (cast(where_finite(m), like),)
-        distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, lanes_in(call), like)
+        distance, mass = _sum_distances(tile, tile.second, w, n, zero, maxima, lanes_of(like), like)
         rows.distance = rows.distance + (formulas.distance(rows.before, rows.mass, m) + distance)
         rows.mass = rows.mass + mass
 
@@ -417,7 +417,8 @@ def _fold_nll_group(call, tile, group):
         fetch_target(call, group, j, n, tile.second)
         for w in range(0, group.count, lanes_of(like)):
             rows = rows_of(group.table, w, like)
-            distance = _sum_distances(tile, tile.second, w, n, zero, (zero,), lanes_in(call), like)[0]
+            found = _sum_distances(tile, tile.second, w, n, zero, (zero,), lanes_of(like), like)
+            distance = found[0]
             rows.distance = rows.distance + distance
     for i in range(group.count):
         row = row_of(group.table, i)
@@ -597,7 +598,7 @@ def _walk_terms(operation):
                 gather(call.second, group, j, n, second, like)
             for w in range(0, group.count, lanes_of(like)):
                 rows = rows_of(group.table, w, like)
-                found = sum_rows(tile, second, w, n, zeros(like), (), lanes_in(call), like)
+                found = sum_rows(tile, second, w, n, zeros(like), (), lanes_of(like), like)
                 rows.value = rows.value + found[0]
 
     return vector.phase(walk)
