@@ -325,7 +325,7 @@ cdef class Direct:
         cdef Reduction how = reduction_of(reduction)
         cdef bint return_lse = outputs[0], return_grad = outputs[1]
         cdef int ndim
-        cdef double value, lse_value, kept
+        cdef double value = 0, lse_value, kept
         cdef cnp.ndarray labels, values, lse = None, grad = None
         if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis):
             return None
