@@ -9,6 +9,7 @@ from table import inputs
 from test_processes import run
 
 import fastll
+from fastll.contract import STREAM_FROM
 from fastll.operations import OPERATIONS
 
 ROWS, CLASSES = 66_000, 33_000  # 2.18e9 elements
@@ -41,6 +42,16 @@ def test_offsets_beyond_2_to_the_31(compiled, layout):
     np.testing.assert_allclose(
         fastll.logsumexp(x, axis=axis), np.array([1, 2, 3]) + np.log(40), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_large_output_that_is_not_aligned(compiled, rng, classes):
+    """It cannot be written past the caches."""
+    x = rng.standard_normal((STREAM_FROM // 4 // classes + 1, classes), np.float32)
+    out = np.empty(x.nbytes + 2, np.uint8)[2:].view(np.float32).reshape(x.shape)
+    assert not out.flags.aligned
+    fastll.softmax(x, out=out)
+    np.testing.assert_array_equal(out, fastll.softmax(x))
 
 
 def call_of(name, rng, shape, out):

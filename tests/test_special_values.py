@@ -502,3 +502,21 @@ def test_cross_entropy_is_entropy_and_divergence(backend, rng):
     assert fastll.kl_divergence(np.float32(0.5), 0.25).dtype == np.float32
     with pytest.raises(ValueError, match="q has shape"):
         fastll.kl_divergence(row, p)
+
+
+@pytest.mark.parametrize("classes", [10, 63, 64, 1000, 5000])
+@pytest.mark.parametrize("value", [NAN, INF, 1e30])
+def test_rows_that_are_not_usual_in_place(compiled, rng, classes, value):
+    """One row among others is computed in another way: no logits are overwritten before."""
+    x = rng.standard_normal((70, classes), np.float32)
+    x[20, classes // 2] = value
+    y = rng.integers(0, classes, 70)
+
+    def gradient(x, out):
+        fastll.cross_entropy(x, y, reduction="sum", grad_out=out)
+
+    for function in (fastll.softmax, fastll.log_softmax, gradient):
+        expected, own = np.empty_like(x), x.copy()
+        function(x, out=expected)
+        function(own, out=own)
+        np.testing.assert_array_equal(own, expected)

@@ -160,14 +160,14 @@ cdef class Kernel:
         step = operand.inner if self.call.across else operand.classes
         operand.format = <Format> format_of(a)
         operand.swapped = cnp.PyArray_ISBYTESWAPPED(a)
-        if (
-            operand.format == (FLOAT32 if self.call.single else FLOAT64)
-            and step == cnp.PyArray_ITEMSIZE(a)
-            and not operand.swapped
-            and cnp.PyArray_ISALIGNED(a)
-        ):
+        if step == cnp.PyArray_ITEMSIZE(a) and self.is_native(operand, a):
             operand.format = IN_PLACE
         return 0
+
+    cdef bint is_native(self, Operand* operand, cnp.ndarray a) noexcept:
+        """Whether numbers are as they are computed with, and aligned."""
+        cdef Format native = FLOAT32 if self.call.single else FLOAT64
+        return operand.format == native and not operand.swapped and cnp.PyArray_ISALIGNED(a)
 
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
         """An array with one entry per row, or several."""
@@ -188,7 +188,7 @@ cdef class Kernel:
         if self.call.across and self.call.classes < SHORT and operand.classes < operand.inner:
             size = cnp.PyArray_ITEMSIZE(a)  # short rows are written as one piece
             operand.streamed = (
-                operand.format == (FLOAT32 if self.call.single else FLOAT64)
+                self.is_native(operand, a)
                 and operand.classes == size
                 and operand.inner == self.call.classes * size
                 and operand.address != self.call.inputs[0].address

@@ -208,8 +208,9 @@ struct MiddleRows {
     T *first = memory.take<T>(width * width), *second = memory.take<T>(width * width);
     Group group;
     OneBlock<T> rows{call, group};
-    const T *logits[width];  // of the rows at hand
-    static constexpr Index most = GROUP;
+    const T *logits[width];
+    // rows in a group: so that none is written, perhaps over its own logits, before all are known to be usual
+    static constexpr Index most = width;
 
     explicit MiddleRows(const Call &call_) : call(call_) {}
 
@@ -219,9 +220,8 @@ struct MiddleRows {
         return with_kind(call, [&](auto labels, auto kind) {
             if (labels)
                 rows.load_labels();
-            for (Index i = 0; i < group.count; i += width)
-                if (!run_register<labels, kind>(i))
-                    return false;
+            if (!run_register<labels, kind>())
+                return false;
             rows.put_values();
             return true;
         });
@@ -254,10 +254,10 @@ struct MiddleRows {
         return r[0];
     }
 
-    // Logits of row k from the register of rows at i, and their maximum in lanes.
-    void read_row(Index i, Index k) {
+    // Logits of row k, and their maximum in lanes.
+    void read_row(Index k) {
         const Operand &of = call.x();
-        const T *x = of.fetch(of.row(group.outer, group.inner + i + k), 0, call.classes, buffers + k * pitch);
+        const T *x = of.fetch(of.row(group.outer, group.inner + k), 0, call.classes, buffers + k * pitch);
         V top = spread<V>(-(T) INFINITY);
         for_parts(call.classes, [&](Index j, Index, Index left) FORCED {
             top = maximum(load_part(x + j, left, -(T) INFINITY), top);
@@ -268,11 +268,11 @@ struct MiddleRows {
 
     // The sum of the row's exponentials below the maximum, and how many elements are equal to it, in lanes.
     template <bool KEEPS>
-    void fold_row(Index i, Index k, T m, Window<T, T> window) {
+    void fold_row(Index k, T m, Window<T, T> window) {
         const T *x = logits[k];
         T *to = kept + k * pitch;
         const Index size = size_of(call.x().format == IN_PLACE ? format_of<T>() : call.x().format);
-        const char *ahead = call.x().row(group.outer, group.inner + i + k + width);
+        const char *ahead = call.x().row(group.outer, group.inner + k + width);
         V sums[parts] = {}, counts = {};
         for_parts(call.classes, [&](Index j, Index part, Index left) FORCED {
             if (part == 0)
@@ -290,32 +290,32 @@ struct MiddleRows {
     }
 
     template <bool LABELS, Kind KIND>
-    bool run_register(Index i) {
-        const Index count = least(width, group.count - i);
+    bool run_register() {
+        const Index count = group.count;
         auto plus = [](V a, V b) FORCED { return a + b; };
         T floor[width], magic[width], tops[width], x_y[width] = {};
         for (Index k = 0; k < count; k++)
-            read_row(i, k);
+            read_row(k);
         std::fill(first + count * width, first + width * width, (T) 0);  // idle ones: harmless numbers
         const V m = fold_registers(first, [](V a, V b) FORCED { return maximum(a, b); });
         const Doubles<T> n = exponents_of(widen(m));
         const auto window = windows_of<T>(n);
         store_all(floor, window.floor), store_all(magic, window.magic), store_all(tops, m);
         for (Index k = 0; k < count; k++) {
-            fold_row<KIND == WRITES>(i, k, tops[k], {floor[k], magic[k]});
-            if (LABELS && rows.label[i + k] >= 0)
-                x_y[k] = logits[k][(Index) rows.label[i + k]];
+            fold_row<KIND == WRITES>(k, tops[k], {floor[k], magic[k]});
+            if (LABELS && rows.label[k] >= 0)
+                x_y[k] = logits[k][(Index) rows.label[k]];
         }
         std::fill(second + count * width, second + width * width, (T) 1);
         const V sum = fold_registers(first, plus), counts = fold_registers(second, plus);
         typename OneBlock<T>::Results results;
-        if (!rows.template finish<LABELS, KIND>(i, m, n, window, sum, counts, load_vector<V>(x_y), results))
+        if (!rows.template finish<LABELS, KIND>(0, m, n, window, sum, counts, load_vector<V>(x_y), results))
             return false;
         T factor[width], scale[width], peak[width], at_label[width], log_s[width];
         store_all(factor, results.factor), store_all(scale, results.scale), store_all(peak, results.peak);
         store_all(at_label, results.at_label), store_all(log_s, results.log_s);
         for (Index k = 0; k < count && KIND != READS; k++) {
-            char *start = call.out.row(group.outer, group.inner + i + k);
+            char *start = call.out.row(group.outer, group.inner + k);
             T *to = call.out.streamed ? out : call.out.place(start, 0, out);
             const T *from = KIND == LOGS ? logits[k] : kept + k * pitch;
             for_parts(call.classes, [&](Index j, Index, Index left) FORCED {
@@ -327,8 +327,8 @@ struct MiddleRows {
                 else
                     on_register::store_some(to + j, (int) left, x);
             });
-            if (LABELS && rows.label[i + k] >= 0)
-                to[(Index) rows.label[i + k]] = at_label[k];
+            if (LABELS && rows.label[k] >= 0)
+                to[(Index) rows.label[k]] = at_label[k];
             if (call.out.streamed)
                 stream_block(out, call.classes, (T *) start);
             else
