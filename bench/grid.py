@@ -29,7 +29,7 @@ from bench.cases import Case
 from bench.jobs import Job, Settings, Workload, workload
 from bench.peers import PEERS, Call, Peer, torch_of_rows
 from bench.report import ReportError, Results
-from bench.rounds import LEAST_ROUNDS, Times, add_times, bind_peers, first_line, ratio, seconds
+from bench.rounds import LEAST_ROUNDS, Times, bind_peers, first_line, record, seconds
 from bench.session import environment, progress_bar
 
 MEASURES = (
@@ -242,19 +242,8 @@ def measured(job: Job, effort: Effort, peers: Mapping[str, Peer] = PEERS) -> dic
     with backend, _autograd(job, peers), warnings.catch_warnings(action="ignore"):
         rivals, reports = bind_peers(job, work, work.call(), peers)
         times = in_turn(rivals, work, effort)
-    ours, floors = times.pop("fastll"), times.pop("floor", None)
-    add_times(reports, times, ours)
-    info = {name: getattr(job, name) for name in ("operation", "variant", "dtype", "logits", "backend")}
-    info |= {
-        "case": job.case.name,
-        "group": "grid",
-        "shape": job.case.shape,
-        "axis": job.case.axis,
-        "nbytes": work.nbytes,
-        "floor": median(floors) if floors else None,
-        "times_the_floor": ratio(ours, floors) if floors else None,
-        "peers": reports,
-    }
+    ours = times.pop("fastll")
+    info = record(job, work, ours, times, reports) | {"group": "grid"}
     stats = {"median": median(ours), "rounds": len(ours)}
     return {"name": job.name, "param": job.name, "stats": _rounded(stats), "extra_info": _rounded(info)}
 

@@ -69,3 +69,22 @@ def add_times(reports: Reports, times: Times, ours: list[float]) -> None:
     for name, theirs in times.items():
         rounds = {"seconds": median(theirs), "rounds": len(theirs)}
         reports[name] |= rounds | {"faster": ratio(theirs, ours)}
+
+
+def record(
+    job: Job, work: Workload, ours: list[float], times: Times, reports: Reports
+) -> dict[str, Any]:
+    """What a file of results says of a measurement beside its own times; `times` has the others'."""
+    floors = times.pop("floor", None)
+    add_times(reports, times, ours)
+    fields = ("operation", "variant", "dtype", "logits", "backend")
+    return {name: getattr(job, name) for name in fields} | {
+        "case": job.case.name,
+        "group": job.case.group,
+        "shape": job.case.shape,
+        "axis": job.case.axis,
+        "nbytes": work.nbytes,
+        "floor": median(floors) if floors else None,
+        "times_the_floor": ratio(ours, floors) if floors else None,
+        "peers": reports,
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import timeit
 import warnings
 from collections import defaultdict
-from statistics import median
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 import fastll
 from bench.jobs import Job, Settings, Workload, select, workload
 from bench.peers import Call
-from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, Times, add_times, bind_peers, ratio, seconds
+from bench.rounds import CALLS, LEAST_ROUNDS, PATIENCE, Times, bind_peers, record, seconds
 from bench.session import SETTINGS
 
 #: Below this many elements rounds are short and noisy, so there are this many times as many.
@@ -34,20 +33,7 @@ def test_operation(benchmark: Any, job: Job) -> None:
         rivals, reports = bind_peers(job, work, work.call())
         measure = in_calls if work.floor is None else in_rounds
         times = measure(benchmark, job, work, rivals)
-    ours = benchmark.stats.stats.data
-    floors = times.pop("floor", None)
-    add_times(reports, times, ours)
-    fields = ("operation", "variant", "dtype", "logits", "backend")
-    benchmark.extra_info |= {name: getattr(job, name) for name in fields} | {
-        "case": job.case.name,
-        "group": job.case.group,
-        "shape": job.case.shape,
-        "axis": job.case.axis,
-        "nbytes": work.nbytes,
-        "floor": median(floors) if floors else None,
-        "times_the_floor": ratio(ours, floors) if floors else None,
-        "peers": reports,
-    }
+    benchmark.extra_info |= record(job, work, benchmark.stats.stats.data, times, reports)
 
 
 def in_calls(benchmark: Any, job: Job, work: Workload, rivals: dict[str, Call]) -> Times:

@@ -36,7 +36,7 @@ class Call:
     @property
     def backend(self) -> Backend:
         """The backend for this call."""
-        return dispatch.choose(self.operation, self.compute, self.x.size, self.place)
+        return dispatch.choose(self.operation, self.x.size, self.place)
 
     def take(self, a: Any, name: str) -> Array:
         """Another argument, broadcast to the shape of the first array."""

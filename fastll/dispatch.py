@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -63,7 +63,7 @@ class Status(NamedTuple):
     version: str | None  # of the package it is built on
 
 
-def choose(operation: str, dtype: Hashable, elements: int, place: Place) -> Backend:
+def choose(operation: str, elements: int, place: Place) -> Backend:
     """The backend for a call; `RuntimeError` where the one asked for is not available."""
     name = _forced.get() or _environment
     if not place.on_cpu:

@@ -126,7 +126,7 @@ def test_calls_at_once_make_a_kernel_once(fake):
 def test_small_and_first_calls_ask_for_nothing(fake, monkeypatch):
     cython = dispatch._first(dispatch.TABLE["cpu"])
     monkeypatch.setattr(dispatch, "_LOOK_FROM", X.size + 1)
-    assert dispatch.choose("softmax", X.dtype, X.size, fastll.arrays.HOST) is cython
+    assert dispatch.choose("softmax", X.size, fastll.arrays.HOST) is cython
     fastll.softmax(X)
     monkeypatch.setattr(dispatch, "_LOOK_FROM", 1)
     monkeypatch.setattr(dispatch, "NUMBA_FROM", {("rows", "float32"): X.size + 1})
@@ -219,6 +219,11 @@ def finish():
 """
 
 
+def run_preferring(code, dtype="float32", beside="", **environment):
+    """What code prints in a process that prefers Numba."""
+    return run(PREFER.format(dtype=dtype) + beside + textwrap.dedent(code), **environment)
+
+
 def test_real_kernels_take_over(tmp_path):
     """Compiled by another process, conversions too, and loaded here: to the same bits."""
     require("numba")
@@ -236,7 +241,7 @@ def test_real_kernels_take_over(tmp_path):
     print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()), end=" ")
     print(reader.cache_hits)
     """
-    printed = run(PREFER.format(dtype="float16") + textwrap.dedent(code), NUMBA_CACHE_DIR=str(tmp_path))
+    printed = run_preferring(code, "float16", NUMBA_CACHE_DIR=str(tmp_path))
     # requested: the module, the kernel, a reader and a writer
     assert printed.split("\n") == ["1 None 4", "1 0 1"]
 
@@ -251,7 +256,7 @@ def test_nowhere_to_keep_code(environment):
         finish()
     print(fastll.backends()["numba"].reason)
     """
-    printed = run(PREFER.format(dtype="float32") + textwrap.dedent(code), **environment)
+    printed = run_preferring(code, **environment)
     assert printed.startswith("nothing more is compiled beside the work after maps mse float32: ")
     assert "no compiled kernels are kept" in printed or "NotADirectoryError" in printed
 
@@ -265,7 +270,7 @@ def test_numba_is_missing():
         finish()
     print(fastll.backends()["numba"].available, takeover.why_not())
     """
-    printed = run(PREFER.format(dtype="float32") + textwrap.dedent(code))
+    printed = run_preferring(code)
     assert printed.startswith("False import: ")
 
 
@@ -317,7 +322,7 @@ def test_fork_beside_the_work(loading):
         os._exit(0)
     print(time.perf_counter() - start < 5, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    printed = run(PREFER.format(dtype="float32") + SLOW + textwrap.dedent(code)).split("\n")
+    printed = run_preferring(code, beside=SLOW).split("\n")
     expected = ["making", "made"] if loading else ["compiling"]
     assert [line for line in printed if line[:4] != "True"] == [*expected, "making", "made"]
     assert "True 0" in printed
@@ -333,7 +338,7 @@ def test_the_end_beside_the_work(loading):
     time.sleep(0.1)
     """
     start = time.perf_counter()
-    printed = run(PREFER.format(dtype="float32") + SLOW + textwrap.dedent(code)).split("\n")
+    printed = run_preferring(code, beside=SLOW).split("\n")
     assert time.perf_counter() - start < 30
     assert printed == (["making", "made"] if loading else ["compiling"])
 

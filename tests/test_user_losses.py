@@ -333,12 +333,12 @@ def test_backends(monkeypatch):
     dispatch_first.cache_clear()
     try:
         if fastll.backends()["numba"].available:
-            assert dispatch.choose(loss.operation, None, 10, place).name == "numba"
+            assert dispatch.choose(loss.operation, 10, place).name == "numba"
         dispatch_first.cache_clear()
         monkeypatch.setattr(
             dispatch, "_load", lambda name: "missing" if name == "numba" else loads(name)
         )
-        assert dispatch.choose(loss.operation, None, 10, place).name == "numpy"
+        assert dispatch.choose(loss.operation, 10, place).name == "numpy"
         assert loss([3.0], [0.0]) == 2.5
     finally:
         dispatch_first.cache_clear()

@@ -162,7 +162,7 @@ class LogSumExp:
         return self
 
     def _backend(self, place: Place) -> Backend:
-        return dispatch.choose("logsumexp", self._dtype, self._state.size // 3, place)
+        return dispatch.choose("logsumexp", self._state.size // 3, place)
 
     @property
     def value(self) -> Any:
@@ -361,7 +361,7 @@ class NegativeLogLikelihood:
         totals = np.zeros((2, 2))
         for place, sums in self._sums.values():
             if not place.on_cpu:
-                sums = dispatch.choose("cross_entropy", sums.dtype, sums.size, place).read(sums)
+                sums = dispatch.choose("cross_entropy", sums.size, place).read(sums)
             add_sums(totals, sums)
         return totals
 

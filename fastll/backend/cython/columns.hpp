@@ -19,8 +19,8 @@ template <class T>
 struct Scalars {
     typedef Register<T> V;
 
-    Window<T, Register<T>> window;
-    Register<T> m, log_s, factor, scale, rest, peak;
+    Window<T, V> window;
+    V m, log_s, factor, scale, rest, peak;
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
@@ -45,9 +45,7 @@ struct Columns : Tiles<T> {
 
     const Index tile = GROUP * round_up(least(BLOCK, call.classes), piece<T>);
     const Index few = GROUP * round_up(least(FEW, call.classes), piece<T>);
-    Memory memory{
-        (2 * tile + 4 * few) * (Index) sizeof(T) + 2 * ACCUMULATORS
-    };
+    Memory memory{(2 * tile + 4 * few) * (Index) sizeof(T) + 2 * ACCUMULATORS};
     T *v = memory.take<T>(tile), *u = memory.take<T>(tile);  // logits, capped; weights or targets
     // of FEW classes: derivatives of the soft cap, and what is written
     T *slope = memory.take<T>(few), *out = memory.take<T>(few);

@@ -33,28 +33,6 @@ INLINE int64_t label_at(const Call &call, const Group &group, Index i, Index cho
     return element<int64_t>(at + choice * call.labels.classes, false);
 }
 
-// Sample weights, labels, and their class weights. A label that is out of range, as another thread changed
-// it after the check, makes the row NaN.
-template <class T>
-void load_labels(const Call &call, Group &group) {
-    const T *weight = (const T *) call.weight.address;
-    const char *at = call.labels.row(group.outer, group.inner);
-    const Index count = group.count, classes = call.classes, step = call.labels.inner;
-    const int64_t ignored = call.options.ignore_index;
-    for (Index i = 0; i < count; i++)
-        group.label[i] = (Index) element<int64_t>(at + i * step, false);
-    for (Index i = 0; i < count; i++) {
-        const Index y = group.label[i];
-        const bool kept = y != ignored, valid = kept & (y >= 0) & (y < classes);
-        group.sample[i] = kept ? group.sample[i] : 0.0;
-        group.label[i] = valid ? y : -1;
-        group.w_y[i] = kept & !valid ? (double) NAN : 1.0;
-    }
-    for (Index i = 0; i < group.count && weight; i++)
-        if (group.label[i] >= 0)
-            group.w_y[i] = weight[group.label[i]];
-}
-
 // The place of a new group, from `row` on.
 template <class T>
 void place_group(const Call &call, Group &group, Index row, Index most) {
@@ -73,10 +51,10 @@ void load_group(const Call &call, Group &group) {
     begin(call, group);
     if (call.state)
         for_states(call.state, group, [](const char *at, double *x) { memcpy(x, at, sizeof *x); });
-    for (Index i = 0; i < group.count && call.sample; i++)
-        group.sample[i] = element<double>(call.sample.row(group.outer, group.inner + i), false);
     if (call.labels && call.targeted())
-        load_labels<T>(call, group);
+        load_labels<T>(call, group, group.label, group.sample, group.w_y);
+    else
+        load_samples(call, group, group.sample);
 }
 
 // The element of class y, from memory.

@@ -94,6 +94,12 @@ cdef int is_single(cnp.ndarray x) except -1:
     return format_of(x) in (FLOAT32, FLOAT16, BFLOAT16)
 
 
+cdef int check_memory(int status) except -1:
+    if status < 0:
+        raise MemoryError("fastll: no memory for the buffers of a kernel")
+    return 0
+
+
 cdef class Kernel:
     """An operation bound to its arrays: see `fastll.contract.Kernel`."""
 
@@ -112,18 +118,14 @@ cdef class Kernel:
                 status = run(self.call, start, stop)
         else:
             status = run(self.call, start, stop)
-        if status < 0:
-            raise MemoryError("fastll: no memory for the buffers of a kernel")
-        return 0
+        return check_memory(status)
 
     cdef int share(self, Py_ssize_t units, Py_ssize_t parts, int threads) except -1:
         """Run all units on several threads."""
         cdef int status
         with nogil:
             status = share(self.call, units, parts, threads)
-        if status < 0:
-            raise MemoryError("fastll: no memory for the buffers of a kernel")
-        return 0
+        return check_memory(status)
 
     cdef int walk_rows(self, cnp.ndarray x) except -1:
         self.call.single = is_single(x)

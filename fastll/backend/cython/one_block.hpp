@@ -40,32 +40,6 @@ struct OneBlock {
         return usual && !more && call.classes > 0 && call.classes <= (call.across ? SHORT - 1 : BLOCK);
     }
 
-    // Labels and weights, as `load_labels` of all rows has them.
-    void load_labels() {
-        const T *weight = (const T *) call.weight.address;
-        const char *at = call.labels.row(group.outer, group.inner);
-        int64_t labels[GROUP] = {};
-        if (call.labels.inner == 8)
-            memcpy(labels, at, group.count * 8);
-        else
-            for (Index i = 0; i < group.count; i++)
-                labels[i] = element<int64_t>(at + i * call.labels.inner, false);
-        for (Index i = 0; i < group.count; i += width) {
-            auto [y, kept, factor] = classified<W>(labels + i, call.options.ignore_index, call.classes);
-            store_all(label + i, narrow<T>(y));
-            store_all(sample + i, kept);
-            store_all(w_y + i, factor);
-        }
-        for (Index i = 0; i < group.count && call.sample; i++) {
-            sample[i] *= element<double>(call.sample.row(group.outer, group.inner + i), false);
-            if (sample[i] == 0)
-                label[i] = -1, w_y[i] = 1;
-        }
-        for (Index i = 0; i < group.count && weight; i++)
-            if (label[i] >= 0)
-                w_y[i] = weight[(Index) label[i]];
-    }
-
     // Values of rows from i on, whose exponentials are those of `window`, from their sum, and what writing
     // takes; false for rows that are not usual.
     template <bool LABELS, Kind KIND>
@@ -141,7 +115,7 @@ struct ShortRows {
         return with_kind(call, [&](auto labels, auto kind) {
             columns.fetch(call.x(), 0, call.classes, columns.v);
             if (labels)
-                rows.load_labels();
+                load_labels<T>(call, rows.group, rows.label, rows.sample, rows.w_y);
             for (Index i = 0; i < rows.group.count; i += V::count)
                 if (!run_register<labels, kind>(i))
                     return false;
@@ -219,7 +193,7 @@ struct MiddleRows {
     bool run() {
         return with_kind(call, [&](auto labels, auto kind) {
             if (labels)
-                rows.load_labels();
+                load_labels<T>(call, rows.group, rows.label, rows.sample, rows.w_y);
             if (!run_register<labels, kind>())
                 return false;
             rows.put_values();

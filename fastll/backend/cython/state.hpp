@@ -51,8 +51,8 @@ INLINE bool usable(double m) {
 // The exponent n of the reference for a maximum m; 0 where it is not usable.
 template <class V>
 INLINE V exponents_of(V m) {
-    constexpr double whole = 1.5 * ((int64_t) 1 << 52);
-    return where_gt(LARGEST, absolute(m), (m * Constants<double>::log2e + whole) - whole, 0.0);
+    const V n = (m * Constants<double>::log2e + whole_at<double>) - whole_at<double>;
+    return where_gt(LARGEST, absolute(m), n, 0.0);
 }
 
 INLINE double exponent_of(double m) {
@@ -144,6 +144,47 @@ INLINE Three<W, W, W> classified(const int64_t *labels, int64_t ignored, int64_t
             {(kept & ~inside) != none ? zero.v + (double) NAN : one.v},
         };
     }
+}
+
+// What sample weights multiply.
+INLINE void load_samples(const Call &call, const Group &group, double *sample) {
+    for (Index i = 0; i < group.count && call.sample; i++)
+        sample[i] *= element<double>(call.sample.row(group.outer, group.inner + i), false);
+}
+
+// Labels, -1 where there is none that counts; sample weights, 0 of rows that are dropped; and class weights. A
+// label that is out of range, as another thread changed it after the check, makes the row NaN.
+template <class T, class Label>
+void load_labels(const Call &call, const Group &group, Label *label, double *sample, double *w_y) {
+    const T *weight = (const T *) call.weight.address;
+    const char *at = call.labels.row(group.outer, group.inner);
+    int64_t labels[GROUP];
+    if (call.labels.inner == 8)
+        memcpy(labels, at, group.count * 8);
+    else
+        for (Index i = 0; i < group.count; i++)
+            labels[i] = element<int64_t>(at + i * call.labels.inner, false);
+    std::fill(labels + group.count, labels + round_up(group.count, Wide::count), 0);
+    for (Index i = 0; i < group.count; i += Wide::count) {
+        auto [y, kept, factor] =
+            classified<Wide>(labels + i, call.options.ignore_index, call.classes);
+        if constexpr (std::is_same_v<Label, float>)
+            store_all(label + i, narrow<float>(y));
+        else {
+            double numbers[Wide::count];
+            store_all(numbers, y);
+            std::transform(numbers, numbers + Wide::count, label + i, [](double number) { return (Label) number; });
+        }
+        store_all(sample + i, kept);
+        store_all(w_y + i, factor);
+    }
+    load_samples(call, group, sample);
+    for (Index i = 0; i < group.count && call.sample; i++)
+        if (sample[i] == 0)
+            label[i] = -1, w_y[i] = 1;
+    for (Index i = 0; i < group.count && weight; i++)
+        if (label[i] >= 0)
+            w_y[i] = weight[(Index) label[i]];
 }
 
 INLINE State state_of(const Group &group, Index i) {

@@ -78,6 +78,10 @@ template <> struct Bits<double> {
     static constexpr int64_t SPLIT = 0x3fe6a09e667f3bcd, WHOLE = 0x4338000000000000;
 };
 
+// Added to a number, this rounds it to a whole one, which is then in the low bits.
+template <class T>
+constexpr T whole_at = (T) (1.5 * ((int64_t) 1 << Bits<T>::mantissa));
+
 template <class T, int BYTES, bool FITS = (BYTES <= REGISTER(T))>
 struct Lanes {
     static constexpr bool fits = false;
@@ -386,7 +390,7 @@ BITWISE(
 
 template <class T, int B>
 INLINE Lanes<T, B> exponent(Lanes<T, B> x) {
-    return whole(x) - (T) (1.5 * ((int64_t) 1 << Bits<T>::mantissa));
+    return whole(x) - whole_at<T>;
 }
 
 template <class T> struct Constants;  // see formulas.hpp

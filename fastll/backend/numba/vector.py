@@ -218,8 +218,6 @@ maximum = elementwise(_larger)
 
 absolute = elementwise(lambda builder, a: _llvm(builder, f"llvm.fabs.{_code(a)}", a.type, a))
 
-round_down = elementwise(lambda builder, a: _llvm(builder, f"llvm.floor.{_code(a)}", a.type, a))
-
 
 @emitted(lambda coefficients, x: x)
 def horner(builder, coefficients, x):
