@@ -31,13 +31,19 @@ void fill_block(T *out, Index n, T number, bool streamed) {
         stream(out + j, n - j, splat(number));
 }
 
-// A block of numbers; whole lines of it non-temporally.
-template <class T>
-void stream_block(const T *v, Index n, T *out) {
-    const Index head = least(n, until_line(out));
-    std::copy(v, v + head, out);
-    for (Index j = head; j < n; j += lanes<T>)
-        stream(out + j, n - j, load(v + j, n - j, T()));
+// A block of numbers of any kind; whole lines of it non-temporally.
+template <class S>
+void stream_block(const S *v, Index n, S *out) {
+    constexpr Index line = 64 / (Index) sizeof(S);
+    Index j = least(n, until_line(out));
+    std::copy(v, v + j, out);
+    for (; j + line <= n; j += line) {
+        auto bits = load_vector<Lanes<float, 64>>((const float *) (v + j));
+        for_registers(bits, [=](auto part, int lane) FORCED {
+            on_register::stream((float *) (out + j) + lane, part);
+        });
+    }
+    std::copy(v + j, v + n, out + j);
 }
 
 // The soft cap of v into `out`; its derivative into `slope` unless that is NULL.

@@ -22,10 +22,16 @@ struct Operand {
     // The first element of a row.
     char *row(Index outer_, Index inner_) const { return address + outer_ * outer + inner_ * inner; }
 
+    // Whether a row's elements lie one after the other as T.
+    template <class T>
+    bool lies_as() const {
+        return is_half<T> ? format == format_of<T>() && classes == sizeof(T) && !swapped : format == IN_PLACE;
+    }
+
     // Elements j to j + n of the row at `start`, in place or in the buffer; NULL without operand.
     template <class T>
     const T *fetch(const char *start, Index j, Index n, T *buffer) const {
-        if (!address || format == IN_PLACE)
+        if (!address || lies_as<T>())
             return address ? (const T *) (start + j * classes) : nullptr;
         read_block(format, swapped, start + j * classes, classes, n, buffer);
         return buffer;
@@ -34,14 +40,14 @@ struct Operand {
     // Where to leave elements from j on: in place, or in the buffer for `deliver`; NULL without operand.
     template <class T>
     T *place(char *start, Index j, T *buffer) const {
-        return !address ? nullptr : format == IN_PLACE ? (T *) (start + j * classes) : buffer;
+        return !address ? nullptr : lies_as<T>() ? (T *) (start + j * classes) : buffer;
     }
 
     // Write the buffer out, if that is where they were left.
     template <class T>
-    void deliver(char *start, Index j, Index n, const T *buffer, bool plain = false) const {
-        if (address && format != IN_PLACE)
-            write_block(format, buffer, start + j * classes, classes, n, plain);
+    void deliver(char *start, Index j, Index n, const T *buffer) const {
+        if (address && !lies_as<T>())
+            write_block(format, buffer, start + j * classes, classes, n);
     }
 };
 

@@ -12,9 +12,18 @@ enum Format {
     FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64
 };
 
-template <class T>
+struct Float16 { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+template <class S>
+constexpr bool is_half = sizeof(S) == 2;
+
+template <class S>
 constexpr Format format_of() {
-    return sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+    if constexpr (is_half<S>)
+        return std::is_same_v<S, Float16> ? FLOAT16 : BFLOAT16;
+    else
+        return sizeof(S) == 4 ? FLOAT32 : FLOAT64;
 }
 
 INLINE Index size_of(Format format) {
@@ -68,10 +77,14 @@ INLINE uint32_t to_bfloat(float value) {
     return value != value ? quiet : (bits + 0x7FFF + odd) >> 16;
 }
 
-// The same of a number, or the NaN that the CPU makes: no other one.
-INLINE uint32_t to_bfloat_plainly(float value) {
-    const uint32_t bits = bits_as<uint32_t>(value);
+// The same of the bits of numbers, of which none is NaN, but for the one that the CPU makes.
+template <class B>
+INLINE B bfloat_of(B bits) {
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE uint32_t to_bfloat_plainly(float value) {
+    return bfloat_of(bits_as<uint32_t>(value));
 }
 
 // By the CPU where it can, from float32 that is not contiguous, and from and to float16. These return
@@ -169,22 +182,28 @@ void read_rest(Format format, bool swapped, const char *source, Index step, Inde
 template <class T>
 INLINE void read_block(Format format, bool swapped, const char *source, Index step, Index n, T *out) {
     Index done = 0;
-    if (format == IN_PLACE)
-        memcpy(out, source, (done = n) * sizeof(T));
-    if constexpr (sizeof(T) == 4) {
-        if (format == FLOAT16 && step == 2 && !swapped)
-            done = from_halves(source, out, n);
-        if (format == FLOAT32 && !swapped)
-            done = from_strided(source, step, out, n);
+    if constexpr (is_half<T>)  // as they are
+        return read_numbers<uint16_t>(source, step, n, swapped, out, [](uint16_t bits) { return T{bits}; });
+    else {
+        if (format == IN_PLACE)
+            memcpy(out, source, (done = n) * sizeof(T));
+        if constexpr (sizeof(T) == 4) {
+            if (format == FLOAT16 && step == 2 && !swapped)
+                done = from_halves(source, out, n);
+            if (format == FLOAT32 && !swapped)
+                done = from_strided(source, step, out, n);
+        }
+        if (done < n)
+            read_rest(format, swapped, source, step, n, out, done);
     }
-    if (done < n)
-        read_rest(format, swapped, source, step, n, out, done);
 }
 
 // n numbers of the compute dtype to floating ones, `step` bytes apart; `plain` ones are not NaN but for the
 // one that the CPU makes.
 template <class T>
 void write_block(Format format, const T *numbers, char *out, Index step, Index n, bool plain = false) {
+    if constexpr (is_half<T>)  // as they are
+        return write_numbers<uint16_t>(numbers, out, step, n, [](T x) { return x.bits; });
     if constexpr (sizeof(T) == 4) {
         if (format == FLOAT16) {
             Index done = step == 2 ? to_halves(numbers, out, n) : 0;

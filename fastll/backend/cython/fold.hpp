@@ -2,8 +2,9 @@
 
 #pragma once
 
-#include "one_block.hpp"
 #include "map.hpp"
+#include "middle_rows.hpp"
+#include "rows.hpp"
 
 namespace {
 
@@ -189,9 +190,17 @@ int run_typed(const Call &call, Index start, Index stop) {
         return with_element(call.operation - ELEMENTS, [&](auto element) {
             return map_units<decltype(element), T>(call, start, stop);
         });
-    if (OneBlock<T>::takes(call))
-        return call.across ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
-                           : fold_one_block<T, Rows<T>, MiddleRows<T>>(call, start, stop);
+    if (OneBlock<T>::takes(call)) {
+        if (call.across)
+            return fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop);
+        if constexpr (sizeof(T) == 4) {
+            if (call.x().format == BFLOAT16)
+                return fold_one_block<T, Rows<T>, MiddleRows<T, BFloat16>>(call, start, stop);
+            if (call.x().format == FLOAT16)
+                return fold_one_block<T, Rows<T>, MiddleRows<T, Float16>>(call, start, stop);
+        }
+        return fold_one_block<T, Rows<T>, MiddleRows<T>>(call, start, stop);
+    }
     return call.across ? fold_groups<T, Columns<T>>(call, start, stop)
                        : fold_groups<T, Rows<T>>(call, start, stop);
 }

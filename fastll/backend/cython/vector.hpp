@@ -152,6 +152,15 @@ INLINE bool all_greater(V a, V b) {
     return all;
 }
 
+// Counters of lanes where a == b, raised.
+template <class V>
+INLINE typename V::signed_bits count_equal(typename V::signed_bits counts, V a, V b) {
+    if constexpr (V::count > 1)
+        return counts - (a.v == b.v);  // which is -1 where it holds
+    else
+        return counts + (a.v == b.v);
+}
+
 template <class V>
 INLINE V fma(V a, V b, V c) {
 #if FUSED
@@ -430,6 +439,19 @@ INLINE Lanes<T, B> reduced(Lanes<T, B> x, Lanes<T, B> n) {
         for (double part : {0x1.62e42feep-1, 0x1.a39ef35793c76p-33})
             x = x - n * (T) part;
     return x;
+}
+#endif
+
+#if defined(__GNUC__)
+  // The element where it is not equal to m, as one operation on its bits.
+  #define OWN_below_maximum
+template <class V, class M>
+INLINE V below_maximum(V x, M m, V e) {
+    auto f = [](auto x, auto m, auto e) FORCED {
+        typedef typename decltype(e)::signed_bits bits;
+        return bits_as<decltype(e)>(bits_as<bits>(e) & ~(bits) (x.v == m.v));
+    };
+    return lifted(f, x, spread<V>(m), e);
 }
 #endif
 
