@@ -2,18 +2,20 @@
 
 #pragma once
 
+#include "halves.hpp"
 #include "state.hpp"
 
 namespace {
 
-// The maximum; NaN are passed over.
-template <class T>
-double max_block(const T *v, Index n) {
-    const T lowest = -(T) INFINITY;
-    Vec<T> top = splat(lowest);
-    for (Index j = 0; j < n; j += lanes<T>)
-        top = maximum(load_ahead(v + j, n - j, lowest), top);
-    return largest(top);
+// The maximum; NaN are passed over, or it is.
+template <class S>
+double max_block(const S *v, Index n) {
+    Tops<S> tops;
+    for (Index j = 0; j < n; j += lanes<Number<S>>) {
+        prefetch_vector((const char *) (v + j) + AHEAD);
+        tops.raise(v + j, n - j);
+    }
+    return largest(tops.in_lanes());
 }
 
 template <class T>

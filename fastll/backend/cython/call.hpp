@@ -91,6 +91,14 @@ struct Call {
     bool divergent() const { return operation == KL_DIVERGENCE; }
     Away away() const { return entropic() ? ENTROPIC : divergent() ? DIVERGENT : NOWHERE; }
 
+    // Whether there is nothing to it but logits, labels and weights of rows and classes; of rows of one block.
+    bool is_plain() const {
+        const bool usual = operation == LOGSUMEXP || operation == SOFTMAX || operation == LOG_SOFTMAX ||
+                           operation == CROSS_ENTROPY;
+        return usual && !(state || second() || capped() || tempered() || spread() || sign || selected);
+    }
+    bool one_block() const { return classes > 0 && classes <= (across ? SHORT - 1 : BLOCK); }
+
     // Whether there is a loss of targets, and whether it has a u that is not 0.
     bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }
     bool spread() const { return targeted() && (second() || options.label_smoothing != 0); }

@@ -35,6 +35,7 @@ struct Scalars {
 template <class T>
 struct Columns : Tiles<T> {
     static constexpr Index most = GROUP;
+    static constexpr bool has_options = true;
     typedef Register<T> V;
 
     using Tiles<T>::call;

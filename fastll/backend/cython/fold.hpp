@@ -141,7 +141,9 @@ void fold_group(const Call &call, Pass &pass, bool last) {
         begin(call, pass.target());
         pass.target().count = group.count;
     }
-    if (call.operation >= TERMS)
+    if constexpr (!Pass::has_options)
+        pass.fold();
+    else if (call.operation >= TERMS)
         with_term(call.operation - TERMS, [&](auto term) {
             pass.template fold_terms<decltype(term)>();
             return 0;
@@ -183,6 +185,13 @@ int fold_one_block(const Call &call, Index start, Index stop) {
     return 0;
 }
 
+// Rows that are stored as S.
+template <class T, class S>
+int fold_rows(const Call &call, Index start, Index stop) {
+    return call.is_plain() && call.one_block() ? fold_one_block<T, Rows<T, S>, MiddleRows<T, S>>(call, start, stop)
+                                               : fold_groups<T, Rows<T, S>>(call, start, stop);
+}
+
 // Any operation, on rows or units `start` to `stop`. Returns 0, or -1 without memory for its buffers.
 template <class T>
 int run_typed(const Call &call, Index start, Index stop) {
@@ -190,19 +199,17 @@ int run_typed(const Call &call, Index start, Index stop) {
         return with_element(call.operation - ELEMENTS, [&](auto element) {
             return map_units<decltype(element), T>(call, start, stop);
         });
-    if (OneBlock<T>::takes(call)) {
-        if (call.across)
-            return fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop);
-        if constexpr (sizeof(T) == 4) {
+    if (call.across)
+        return call.is_plain() && call.one_block() ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
+                                : fold_groups<T, Columns<T>>(call, start, stop);
+    if constexpr (sizeof(T) == 4)
+        if (call.is_plain() && (!call.out || call.out.format == call.x().format)) {
             if (call.x().format == BFLOAT16)
-                return fold_one_block<T, Rows<T>, MiddleRows<T, BFloat16>>(call, start, stop);
+                return fold_rows<T, BFloat16>(call, start, stop);
             if (call.x().format == FLOAT16)
-                return fold_one_block<T, Rows<T>, MiddleRows<T, Float16>>(call, start, stop);
+                return fold_rows<T, Float16>(call, start, stop);
         }
-        return fold_one_block<T, Rows<T>, MiddleRows<T>>(call, start, stop);
-    }
-    return call.across ? fold_groups<T, Columns<T>>(call, start, stop)
-                       : fold_groups<T, Rows<T>>(call, start, stop);
+    return fold_rows<T, T>(call, start, stop);
 }
 
 INLINE int run(const Call &call, Index start, Index stop) {

@@ -6,9 +6,13 @@
 
 namespace {
 
+// What numbers that are stored as S are computed with.
+template <class S>
+using Number = std::conditional_t<is_half<S>, float, S>;
+
 // A number as it is stored, and back. A NaN that is stored is the one that the CPU makes.
-template <class T, class S>
-INLINE T number(S x) {
+template <class S>
+INLINE Number<S> number(S x) {
     if constexpr (std::is_same_v<S, BFloat16>)
         return from_bfloat(x.bits);
     else if constexpr (std::is_same_v<S, Float16>)
@@ -65,7 +69,7 @@ INLINE V load_stored(const S *v) {
     } else {
         typename V::number numbers[V::count];
         for (int l = 0; l < V::count; l++)
-            numbers[l] = number<typename V::number>(v[l]);
+            numbers[l] = number(v[l]);
         return load_vector<V>(numbers);
     }
 }
@@ -95,43 +99,94 @@ INLINE void store_stored(S *v, V x) {
     }
 }
 
-// A register of the maxima of the numbers in each of its lanes; of at least as many as a vector has. NaN are
-// passed over.
-template <class V, class S>
-INLINE V largest_of(const S *v, Index n) {
-    constexpr Index block = 128 / (Index) sizeof(typename V::number);
-    auto for_blocks = [=](auto f) FORCED {
-        for (Index j = 0; j + block < n; j += block)
-            f(v + j);
-        f(v + n - block);  // also some that have been seen
-    };
-    if constexpr (is_half<S> && V::count > 1) {
-        // As integers, positive numbers are in order, and of negative ones the least is the largest.
-        constexpr Index both = 2 * V::count;
-        typedef REGISTER_TYPE(int16_t, sizeof(V)) signed_words;
-        typedef REGISTER_TYPE(uint16_t, sizeof(V)) words;
-        signed_words top;
-        words least;
-        memcpy(&top, v, sizeof top), memcpy(&least, v, sizeof least);
-        for_blocks([&](const S *at) FORCED {
-            UNROLLED for (Index lane = 0; lane < block; lane += both) {
-                signed_words x;
-                memcpy(&x, at + lane, sizeof x);
-                top = x > top ? x : top, least = (words) x < least ? (words) x : least;
-            }
-        });
-        top = top < 0 ? (signed_words) least : top;
-        S largest[both];
-        memcpy(largest, &top, sizeof top);
-        return maximum(load_stored<V>(largest), load_stored<V>(largest + V::count));
-    } else {
-        V top = load_stored<V>(v);
-        for_blocks([&](const S *at) FORCED {
-            UNROLLED for (Index lane = 0; lane < block; lane += V::count)
-                top = maximum(load_stored<V>(at + lane), top);
-        });
-        return top;
+// The first `count` numbers of v, then `pad`; and those of x into memory, also non-temporally. As `load`, `store`
+// and `stream`.
+
+template <class T, class S>
+INLINE Vec<T> load_from(const S *v, Index count, T pad) {
+    if constexpr (std::is_same_v<S, T>)
+        return load(v, count, pad);
+    else {
+        if (count >= lanes<T>)
+            return load_stored<Vec<T>>(v);
+        S numbers[lanes<T>];
+        std::fill(numbers, numbers + lanes<T>, stored<S>(pad));
+        std::copy(v, v + (count > 0 ? count : 0), numbers);
+        return load_stored<Vec<T>>(numbers);
     }
 }
+
+template <class T, class S>
+INLINE void store_to(S *v, Index count, Vec<T> x) {
+    if constexpr (std::is_same_v<S, T>)
+        store(v, count, x);
+    else if (count >= lanes<T>)
+        store_stored(v, x);
+    else {
+        S numbers[lanes<T>];
+        store_stored(numbers, x);
+        std::copy(numbers, numbers + (count > 0 ? count : 0), v);
+    }
+}
+
+template <class T, class S>
+INLINE void stream_to(S *v, Index count, Vec<T> x) {
+    if constexpr (std::is_same_v<S, T>)
+        stream(v, count, x);
+    else if (count < lanes<T>)
+        store_to(v, count, x);
+    else {  // a line
+        S numbers[lanes<T>];
+        store_stored(numbers, x);
+        auto line = load_vector<Lanes<T, 64>>((const T *) numbers);
+        for_registers(line, [=](auto part, int lane) FORCED { on_register::stream((T *) v + lane, part); });
+    }
+}
+
+// The largest of some vectors' numbers, lane by lane; NaN are passed over, or stay.
+template <class S, bool WORDS = is_half<S> && (Register<float>::count > 1)>
+struct Tops {
+    typedef Register<Number<S>> V;
+    V top = spread<V>(-(Number<S>) INFINITY);
+
+    // Up to a vector.
+    FORCED void raise(const S *v, Index count = lanes<Number<S>>) {
+        const auto x = load_from(v, count, -(Number<S>) INFINITY);
+        for_registers(x, [&](auto part, int) FORCED { top = maximum(part, top); });
+    }
+
+    FORCED V in_lanes() const { return top; }
+};
+
+// Of 16 bits, as integers: positive numbers are in order, and of negative ones the largest is the least.
+template <class S>
+struct Tops<S, true> {
+    typedef Register<float> V;
+    static constexpr int count = 2 * V::count;
+    typedef REGISTER_TYPE(int16_t, sizeof(V)) signed_words;
+    typedef REGISTER_TYPE(uint16_t, sizeof(V)) words;
+    signed_words top = signed_words() + (int16_t) INT16_MIN;
+    words least = words() + stored<S>(-INFINITY).bits;
+
+    FORCED void raise(const S *v, Index few = lanes<float>) {
+        S padded[lanes<float>];
+        if (few < lanes<float>) {
+            store_stored(padded, load_from(v, few, -INFINITY));
+            v = padded;
+        }
+        UNROLLED for (int lane = 0; lane < lanes<float>; lane += count) {
+            signed_words x;
+            memcpy(&x, v + lane, sizeof x);
+            top = x > top ? x : top, least = (words) x < least ? (words) x : least;
+        }
+    }
+
+    FORCED V in_lanes() const {
+        const signed_words tops = top < 0 ? (signed_words) least : top;
+        S numbers[count];
+        memcpy(numbers, &tops, sizeof tops);
+        return maximum(load_stored<V>(numbers), load_stored<V>(numbers + V::count));
+    }
+};
 
 }  // namespace

@@ -80,7 +80,12 @@ struct MiddleRows {
     // Logits of row k: where they are, their maximum in lanes, and the last ones.
     FORCED void read_row(Index k, const char *at) {
         const S *x = call.x().fetch(at, 0, classes, buffers + k * pitch);
-        store_all(first + k * width, largest_of<V>(x, classes));
+        Tops<S> tops;
+        for (Index j = 0; j < whole; j += block)
+            tops.raise(x + j);
+        if (rest > 0)
+            tops.raise(x + classes - block);  // also some that have been seen
+        store_all(first + k * width, tops.in_lanes());
         store_all((T *) end_of(k), load_vector<End>((const T *) (x + classes - block)));  // as it is
         logits[k] = x;
     }
@@ -141,7 +146,7 @@ struct MiddleRows {
         for (Index k = 0; k < count; k++) {
             fold_row<KIND == WRITES>(k, tops[k], {floor[k], magic[k]}, at + (k + width) * x.inner);
             if (LABELS && rows.label[k] >= 0)
-                x_y[k] = number<T>(logits[k][(Index) rows.label[k]]);
+                x_y[k] = number(logits[k][(Index) rows.label[k]]);
         }
         std::fill(second + count * width, second + width * width, (integer) 1);
         const V sum = fold_registers(first, plus), counts = fold_counters();

@@ -31,14 +31,6 @@ struct OneBlock {
 
     OneBlock(const Call &call_, Group &group_) : call(call_), group(group_) {}
 
-    static bool takes(const Call &call) {
-        const bool usual = call.operation == LOGSUMEXP || call.operation == SOFTMAX ||
-                           call.operation == LOG_SOFTMAX || call.operation == CROSS_ENTROPY;
-        const bool more = call.state || call.second() || call.capped() || call.tempered() || call.spread() ||
-                          call.sign || call.selected;
-        return usual && !more && call.classes > 0 && call.classes <= (call.across ? SHORT - 1 : BLOCK);
-    }
-
     // Values of rows from i on, whose exponentials are those of `window`, from their sum, and what writing
     // takes; false for rows that are not usual.
     template <bool LABELS, Kind KIND>
