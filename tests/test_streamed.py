@@ -5,7 +5,7 @@ They must be the bits that the same rows have in a small call, where nothing of 
 
 import numpy as np
 import pytest
-from table import Call, assert_same_bits, label
+from table import DTYPES, Call, assert_same_bits, label
 
 import fastll
 from fastll.contract import STREAM_FROM
@@ -84,6 +84,30 @@ def test_bits_are_those_of_small_calls(compiled, calls, layout, offset):
     actual = written(calls, change, axis, unaligned(shape, offset))
     for (option, one), (_, other) in zip(expected, actual, strict=True):
         assert_same_bits(pick(other), one, option)
+
+
+@pytest.mark.parametrize("classes", [1000, CLASSES])
+@pytest.mark.parametrize(("dtype", "offset"), [("float16", 0), ("bfloat16", 2), ("bfloat16", 3)])
+def test_16_bits(compiled, rng, dtype, classes, offset):
+    """As they are, 2 bytes at a time: wherever the output begins, in place too."""
+    dtype = DTYPES[dtype]
+    x = (3 * rng.standard_normal((STREAM_FROM // 2 // classes + 1, classes), np.float32)).astype(dtype)
+    x[3, 7], x[4], x[5, 1:] = np.inf, np.nan, -np.inf
+    y = rng.integers(0, classes, len(x))
+
+    def gradient(x, out):
+        fastll.cross_entropy(x, y[: len(x)], reduction="none", grad_out=out)
+
+    for function in (fastll.softmax, fastll.log_softmax, gradient):
+        expected = np.empty_like(x[:40])
+        function(x[:40], out=expected)
+        raw = np.empty(x.nbytes + offset, np.uint8)[offset:]
+        out = raw.view(dtype).reshape(x.shape)
+        function(x, out=out)
+        assert_same_bits(out[:40], expected)
+        own = x.copy()
+        function(own, out=own)
+        assert_same_bits(own, out)
 
 
 def test_in_place(compiled, calls):
