@@ -97,6 +97,11 @@ struct Call {
                            operation == CROSS_ENTROPY;
         return usual && !(state || second() || capped() || tempered() || spread() || sign || selected);
     }
+    // Whether rows of 16-bit numbers are written as they are, at once.
+    bool writes_halves(const Operand &to) const {
+        const bool half = to.lies_as<Float16>() || to.lies_as<BFloat16>();
+        return HAS_HALVES && half && (size_t) to.address % 2 == 0 && is_plain();
+    }
     bool one_block() const { return classes > 0 && classes <= (across ? SHORT - 1 : BLOCK); }
 
     // Whether there is a loss of targets, and whether it has a u that is not 0.

@@ -12,6 +12,14 @@ enum Format {
     FLOAT32, FLOAT64, FLOAT16, BFLOAT16, INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64
 };
 
+// Whether registers are read from 16-bit numbers and written to them: by halves.hpp. Otherwise these become the
+// compute dtype, and it them, a block at a time.
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+  #define HAS_HALVES 1
+#else
+  #define HAS_HALVES 0
+#endif
+
 struct Float16 { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 

@@ -202,7 +202,7 @@ int run_typed(const Call &call, Index start, Index stop) {
     if (call.across)
         return call.is_plain() && call.one_block() ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
                                 : fold_groups<T, Columns<T>>(call, start, stop);
-    if constexpr (sizeof(T) == 4)
+    if constexpr (sizeof(T) == 4 && HAS_HALVES)
         if (call.is_plain() && (!call.out || call.out.format == call.x().format)) {
             if (call.x().format == BFLOAT16)
                 return fold_rows<T, BFloat16>(call, start, stop);

@@ -41,7 +41,7 @@ INLINE Halves narrowed(Widened x, Float16) { return _mm512_cvtps_ph(x.v, 0); }
 INLINE Halves narrowed(Widened x, BFloat16) {
     return _mm512_cvtepi32_epi16((__m512i) bfloat_of(bits_as<Widened::bits>(x)));
 }
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif HAS_HALVES
 typedef __m128i Halves;
 typedef Lanes<float, 32> Widened;
 INLINE Widened widened(Halves x, Float16) { return {_mm256_cvtph_ps(x)}; }
@@ -51,9 +51,9 @@ INLINE Halves narrowed(Widened x, BFloat16) {
     const auto bits = (__m256i) bfloat_of(bits_as<Widened::bits>(x));
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
-#else
-struct Halves;
-struct Widened;
+#else  // nothing
+struct Halves {};
+typedef Register<float> Widened;
 #endif
 
 template <class V, class S>
@@ -62,15 +62,10 @@ INLINE V load_stored(const S *v) {
         return load_vector<V>(v);
     else if constexpr (!V::fits)
         return {load_stored<typename V::Half>(v), load_stored<typename V::Half>(v + V::count / 2)};
-    else if constexpr (std::is_same_v<V, Widened>) {
+    else {
         Halves x;
         memcpy(&x, v, sizeof x);
         return widened(x, S());
-    } else {
-        typename V::number numbers[V::count];
-        for (int l = 0; l < V::count; l++)
-            numbers[l] = number(v[l]);
-        return load_vector<V>(numbers);
     }
 }
 
@@ -78,7 +73,7 @@ template <class S, class V>
 INLINE void store_stored(S *v, V x) {
     if constexpr (std::is_same_v<S, typename V::number>)
         store_all(v, x);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if HAS_HALVES && !defined(__AVX512F__)
     else if constexpr (std::is_same_v<V, Lanes<float, 64>> && std::is_same_v<S, BFloat16>) {
         const auto lo = bfloat_of(bits_as<Widened::bits>(x.lo)), hi = bfloat_of(bits_as<Widened::bits>(x.hi));
         const __m256i turns = _mm256_packus_epi32((__m256i) lo, (__m256i) hi);  // of pieces of both
@@ -88,14 +83,9 @@ INLINE void store_stored(S *v, V x) {
     else if constexpr (!V::fits) {
         store_stored(v, x.lo);
         store_stored(v + V::count / 2, x.hi);
-    } else if constexpr (std::is_same_v<V, Widened>) {
+    } else {
         const Halves half = narrowed(x, S());
         memcpy(v, &half, sizeof half);
-    } else {
-        typename V::number numbers[V::count];
-        store_all(numbers, x);
-        for (int l = 0; l < V::count; l++)
-            v[l] = stored<S>(numbers[l]);
     }
 }
 

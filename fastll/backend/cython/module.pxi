@@ -40,7 +40,7 @@ cdef extern from "pool.hpp" nogil:
         Operand[4] inputs
         Operand labels, weight, sample, state, value, partial, lse, sign, selected, out
         bint capped()
-        bint is_plain()
+        bint writes_halves(const Operand&)
         bint spread()
 
     const char** element_names
@@ -172,12 +172,6 @@ cdef class Kernel:
         cdef Format native = FLOAT32 if self.call.single else FLOAT64
         return operand.format == native and not operand.swapped and cnp.PyArray_ISALIGNED(a)
 
-    cdef bint is_whole(self, Operand* operand) noexcept:
-        """Whether kernels write rows of 16-bit numbers as they are."""
-        cdef bint half = operand.format in (FLOAT16, BFLOAT16) and not operand.swapped
-        cdef bint aligned = <size_t> operand.address % 2 == 0
-        return half and aligned and operand.classes == 2 and self.call.is_plain()
-
     cdef int bind_row(self, Operand* operand, cnp.ndarray a) except -1:
         """An array with one entry per row, or several."""
         if a is None:
@@ -202,7 +196,7 @@ cdef class Kernel:
                 and operand.inner == self.call.classes * size
                 and operand.address != self.call.inputs[0].address
             )
-        elif operand.format != IN_PLACE and not self.is_whole(operand):
+        elif operand.format != IN_PLACE and not self.call.writes_halves(operand[0]):
             return 0
         elif self.call.across:  # pieces of lines do not pay
             operand.streamed = (
