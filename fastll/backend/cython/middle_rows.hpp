@@ -26,7 +26,7 @@ struct MiddleRows {
     // of a row each: a register of maxima, then of sums, and one of counters
     T *const first = memory.take<T>(width * width);
     integer *const second = memory.take<integer>(width * width);
-    // of a row each: where logits are brought together, and the last ones, which `load_rest` reads
+    // of a row each: where logits are brought together, and a copy of the last ones (`end_of`)
     S *const buffers = memory.take<S>(width * pitch), *const ends = memory.take<S>(width * 2 * block);
     S *const out = memory.take<S>(pitch);
     Group group;
