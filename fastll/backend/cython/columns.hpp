@@ -51,16 +51,19 @@ struct Columns : Tiles<T> {
     // whether the tiles still hold what there is when rows are written
     const bool whole = blocks * tile * (Index) sizeof(T) <= WHOLE_SIZE && !call.capped() && !call.state &&
                        call.operation != NLL_LOSS;
+    // whether exponentials are kept for writing, of rows of one block
+    const bool keeps = call.out && whole && blocks == 1 && !call.log() &&
+                       (are_short() || !(call.second() || call.spread()));
     const Index tiles = call.out && whole ? blocks + 1 : 2;
-    Memory memory{(2 * tiles * tile + 4 * few) * (Index) sizeof(T) + lanes<T> * LANE};
+    Memory memory{((2 * tiles + 1) * tile + 4 * few) * (Index) sizeof(T) + lanes<T> * LANE};
     Feed<T> logits{call.x(), call.classes, tile, tiles, memory.take<T>(tiles * tile)};
     Feed<T> seconds{call.second(), call.classes, tile, tiles, memory.take<T>(tiles * tile)};
     Place next = {0, 0, 0};  // of the rows after the group's; none if there are none
     T *v = logits.tiles, *u = seconds.tiles;  // logits, capped; weights or targets
     // of FEW classes: derivatives of the soft cap, and what is written
     T *slope = memory.take<T>(few), *out = memory.take<T>(few);
-    // exponentials of short rows, and those of second ones
-    T *kept = memory.take<T>(few), *kept_targets = memory.take<T>(few);
+    // exponentials, and those of short second rows; or what is read once more
+    T *kept = memory.take<T>(tile), *kept_targets = memory.take<T>(few);
     T tops[GROUP];  // maxima of the rows of the tile that was read last
     // sums of the rows, of up to two terms in float64, for each lane that an element may go to
     static constexpr Index LANE = 2 * GROUP * (Index) sizeof(double);
@@ -346,15 +349,16 @@ struct Columns : Tiles<T> {
         T floor[GROUP], magic[GROUP], m[GROUP], beside[GROUP], counts[GROUP];
     };
 
-    // Add a tile to the states of rows, whose maxima are at least its own. Leave the exponentials of short
-    // rows in `terms`.
+    // Add a tile to the states of rows, whose maxima are at least its own. Leave the exponentials in `terms`, if
+    // they are kept.
     template <Away AWAY>
     void fold_tile(Group &rows, const T *of, Index n, T *terms) {
-        if (!are_short())
-            fold_tile<AWAY, false, false>(rows, of, n, terms);
+        if (are_short())
+            keeps ? fold_tile<AWAY, true, true>(rows, of, n, terms)
+                  : fold_tile<AWAY, true, false>(rows, of, n, terms);
         else
-            call.out ? fold_tile<AWAY, true, true>(rows, of, n, terms)
-                     : fold_tile<AWAY, true, false>(rows, of, n, terms);
+            keeps ? fold_tile<AWAY, false, true>(rows, of, n, terms)
+                  : fold_tile<AWAY, false, false>(rows, of, n, terms);
     }
 
     template <Away AWAY, bool ONE_LANE, bool KEEPS>
@@ -506,7 +510,6 @@ struct Columns : Tiles<T> {
             T *x = whole ? logits.block(j) + at : kept, *targets = kept_targets;
             if (whole)
                 targets = (call.second() ? seconds.block(j) : u) + at;
-            const bool keeps = whole && are_short();
             if (call.operation == NLL_LOSS)
                 for (Index to = 0; to < n * GROUP; to += V::count)
                     store_all(out + to, scalars[to % GROUP / V::count].factor);
@@ -514,7 +517,7 @@ struct Columns : Tiles<T> {
                 if (!whole)
                     fetch_anew(j, n, x);
                 call.log() ? write_logarithms(scalars, x, n)
-                           : write_tile(group, scalars, x, keeps ? kept : nullptr, n, out);
+                           : write_tile(group, scalars, x, keeps ? kept + at : nullptr, n, out);
             }
             if (call.entropic())
                 make_slopes(x, n);
@@ -526,7 +529,7 @@ struct Columns : Tiles<T> {
             if (call.spread())
                 subtract_tile(targets, n);
             if (call.divergent()) {
-                write_tile(of_target, of_targets, targets, keeps ? kept_targets : nullptr, n, slope);
+                write_tile(of_target, of_targets, targets, keeps ? kept_targets + at : nullptr, n, slope);
                 subtract_block(out, slope, n * GROUP, (T) 1);
             }
             if (call.capped())
