@@ -33,6 +33,8 @@ INLINE int64_t label_at(const Call &call, const Group &group, Index i, Index cho
     return element<int64_t>(at + choice * call.labels.classes, false);
 }
 
+constexpr Index WIDE = 8 * GROUP;  // columns from which on groups begin at lines of the cache
+
 // The place of a new group, from `row` on; none without rows.
 template <class T>
 Place place_of(const Call &call, Index row, Index most) {
@@ -40,9 +42,10 @@ Place place_of(const Call &call, Index row, Index most) {
         return {0, 0, 0};
     Place place = {row / call.inner, row % call.inner, 0};
     place.count = least(most, call.inner - place.inner);
-    // of columns, so many that the other groups begin at lines
-    if (call.across && call.out.streamed && call.out.format == IN_PLACE) {
-        Index head = until_line((T *) call.out.row(place.outer, place.inner));
+    // of columns, so many that the other groups begin at lines, where that pays
+    const Operand &lines = call.out.streamed ? call.out : call.x();
+    if (call.across && lines.format == IN_PLACE && call.inner >= WIDE) {
+        Index head = until_line((T *) lines.row(place.outer, place.inner));
         place.count = least(place.count, head > 0 ? head : GROUP);
     }
     return place;

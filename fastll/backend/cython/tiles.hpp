@@ -10,34 +10,19 @@ namespace {
 
 constexpr Index CLASSES_AHEAD = 8;  // from the one that is read or written to the one prefetched
 
-// Whether classes of so many rows are in place, and whole registers.
-template <class T>
-INLINE bool is_plain(const Operand &x, Index count) {
-    return x.format == IN_PLACE && count % Register<T>::count == 0;
+// Whether classes of these rows are in place, and of a size that is known when compiled.
+INLINE bool is_whole(const Operand &x, const Place &place) {
+    return x.format == IN_PLACE && place.count == GROUP;
 }
 
-// Fetch a class of some rows. Its lines share the sets of the first-level cache with those of other classes,
-// wherever these are a power of two apart.
+INLINE void prefetch_bytes(const char *at, Index size) {
+    UNROLLED for (Index i = 0; i < size; i += 64) prefetch(at + i);
+    prefetch(at + size - 1);  // another line unless they begin at one
+}
+
 INLINE void prefetch_class(const Operand &x, const char *at, Index count) {
-    for (Index i = 0; i < count * x.inner && x.inner <= 8; i += 64)
-        prefetch(at + i);
-}
-
-// A class of some rows into that of a tile, and into the maxima so far.
-template <class T>
-INLINE void read_class(const Operand &x, const char *at, Index count, T *to, T *tops) {
-    typedef Register<T> V;
-    auto read = [=](const T *from, Index number) FORCED {
-        for (Index w = 0; w < number; w += V::count) {
-            const V v = load_vector<V>(from + w);
-            store_all(to + w, v);
-            store_all(tops + w, maximum(v, load_vector<V>(tops + w)));
-        }
-    };
-    if (x.format == IN_PLACE && count == GROUP)
-        return read((const T *) at, GROUP);
-    read_block(x.format, x.swapped, at, x.inner, count, to);
-    read(to, count);
+    if (x.inner <= 8)
+        prefetch_bytes(at, count * x.inner);
 }
 
 // Tiles of an operand, one after the other. Each is read while there is work on the one before it, class by
@@ -53,6 +38,7 @@ struct Feed {
     Index first = 0, last = 0;  // number of the tile of the current rows' first block, of the one that is read
     Place place = {0, 0, 0};  // of the rows of the latter
     Index j = 0, n = 0, done = 0;  // its classes j to j + n, of which so many are there
+    bool whole = false;  // whether classes are GROUP rows in place
     const char *at = nullptr;  // the class that is next
     T *to = tiles;  // where it goes
     T tops[GROUP];  // maxima of the tile
@@ -66,6 +52,7 @@ struct Feed {
     void begin(const Place &place_, Index j_) {
         place = place_, j = j_, done = 0, last++;
         n = place.count > 0 ? least(BLOCK, classes - j) : 0;
+        whole = is_whole(of, place);
         at = of.row(place.outer, place.inner) + j * of.classes;
         to = tile(last);
         for (Index k = 0; k < least(n, CLASSES_AHEAD); k++)
@@ -84,10 +71,27 @@ struct Feed {
 
     // A class.
     FORCED void step() {
-        if (done + CLASSES_AHEAD < n)
-            prefetch_class(of, at + CLASSES_AHEAD * of.classes, place.count);
-        read_class(of, at, place.count, to, tops);
+        const char *const ahead = at + CLASSES_AHEAD * of.classes;
+        const bool is_ahead = done + CLASSES_AHEAD < n;
+        if (whole) {  // of known size
+            if (is_ahead)
+                prefetch_bytes(ahead, GROUP * (Index) sizeof(T));
+            read((const T *) at, GROUP);
+        } else {
+            if (is_ahead)
+                prefetch_class(of, ahead, place.count);
+            read_block(of.format, of.swapped, at, of.inner, place.count, to);
+            read(to, place.count);
+        }
         done++, to += GROUP, at += of.classes;
+    }
+
+    FORCED void read(const T *from, Index number) {
+        for (Index w = 0; w < number; w += V::count) {
+            const V v = load_vector<V>(from + w);
+            store_all(to + w, v);
+            store_all(tops + w, maximum(v, load_vector<V>(tops + w)));
+        }
     }
 
     // The tile of classes from j on of some rows.
@@ -104,12 +108,11 @@ struct Feed {
 // Classes j to j + n of a group's rows into a tile: class by class, GROUP rows apart.
 template <class T>
 void gather(const Operand &x, Index classes, const Place &place, Index j, Index n, T *tile) {
-    T tops[GROUP] = {};
     const char *at = x.row(place.outer, place.inner) + j * x.classes;
     for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP) {
         if (j + i + CLASSES_AHEAD < classes)
             prefetch_class(x, at + CLASSES_AHEAD * x.classes, place.count);
-        read_class(x, at, place.count, tile, tops);
+        read_block(x.format, x.swapped, at, x.inner, place.count, tile);
     }
 }
 
@@ -117,19 +120,19 @@ void gather(const Operand &x, Index classes, const Place &place, Index j, Index 
 template <class T>
 void scatter(const Operand &x, Index classes, const Place &place, Index j, Index n, const T *tile) {
     typedef Register<T> V;
-    const bool plain = is_plain<T>(x, place.count), lines = place.count * (Index) sizeof(T) % 64 == 0;
+    const bool whole = is_whole(x, place);
     char *at = x.row(place.outer, place.inner) + j * x.classes;
     for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP) {
         T *to = (T *) at;
-        if (!plain)
+        if (!whole)
             write_block(x.format, tile, at, x.inner, place.count);
-        else if (x.streamed && lines && (size_t) at % 64 == 0)
-            for (Index w = 0; w < place.count; w += V::count)
+        else if (x.streamed && (size_t) at % 64 == 0)
+            UNROLLED for (Index w = 0; w < GROUP; w += V::count)
                 on_register::stream(to + w, load_vector<V>(tile + w));
         else {
             if (j + i + CLASSES_AHEAD < classes)
-                prefetch_class(x, at + CLASSES_AHEAD * x.classes, place.count);
-            for (Index w = 0; w < place.count; w += V::count)
+                prefetch_bytes(at + CLASSES_AHEAD * x.classes, GROUP * (Index) sizeof(T));
+            UNROLLED for (Index w = 0; w < GROUP; w += V::count)
                 store_all(to + w, load_vector<V>(tile + w));
         }
     }
