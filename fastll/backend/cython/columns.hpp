@@ -22,6 +22,7 @@ struct Scalars {
 
     Window<T, V> window;
     V m, log_s, factor, scale, rest, peak;
+    V upper, lower;  // to the references of these rows from others
     bool tiny;  // whether any `rest` is not 1
 
     Scalars() = default;
@@ -30,6 +31,7 @@ struct Scalars {
           log_s(load_as<T>(&group.log_s[w])),
           factor(load_as<T>(&group.factor[w])), scale(load_as<T>(&group.scale[w])),
           rest(load_as<T>(&group.rest[w])), peak(window.terms(m)),
+          upper(spread<V>((T) 1)), lower(spread<V>((T) 1)),
           tiny(largest(where_eq(rest, (T) 1, (T) 0, spread<V>((T) 1))) > 0) {}
 };
 
@@ -48,22 +50,27 @@ struct Columns : Tiles<T> {
     const Index tile = GROUP * round_up(least(BLOCK, call.classes), piece<T>);
     const Index few = GROUP * round_up(least(FEW, call.classes), piece<T>);
     const Index blocks = (call.classes + BLOCK - 1) / BLOCK;
-    // whether the tiles still hold what there is when rows are written
-    const bool whole = blocks * tile * (Index) sizeof(T) <= WHOLE_SIZE && !call.capped() && !call.state &&
-                       call.operation != NLL_LOSS;
-    // whether exponentials are kept for writing, of rows of one block
-    const bool keeps = call.out && whole && blocks == 1 && !call.log() &&
-                       (are_short() || !(call.second() || call.spread()));
-    const Index tiles = call.out && whole ? blocks + 1 : 2;
-    Memory memory{((2 * tiles + 1) * tile + 4 * few) * (Index) sizeof(T) + lanes<T> * LANE};
+    // whether tiles may be kept until rows are written, and whether exponentials are
+    const bool whole = call.out && blocks * tile * (Index) sizeof(T) <= WHOLE_SIZE && !call.capped() &&
+                       !call.state && call.operation != NLL_LOSS;
+    const bool keeps = whole && !call.log() && (are_short() || !(call.second() || call.spread()));
+    // tiles of an array; whether they are all of a row's, until it is written
+    const Index tiles = whole && (!keeps || call.entropic()) ? blocks + 1 : 2;
+    const bool holds = whole && tiles > blocks;
+    Memory memory{
+        ((2 * tiles + blocks * keeps) * tile + 6 * few) * (Index) sizeof(T) + lanes<T> * LANE +
+        blocks * GROUP * (Index) sizeof(double)
+    };
     Feed<T> logits{call.x(), call.classes, tile, tiles, memory.take<T>(tiles * tile)};
     Feed<T> seconds{call.second(), call.classes, tile, tiles, memory.take<T>(tiles * tile)};
     Place next = {0, 0, 0};  // of the rows after the group's; none if there are none
     T *v = logits.tiles, *u = seconds.tiles;  // logits, capped; weights or targets
     // of FEW classes: derivatives of the soft cap, and what is written
     T *slope = memory.take<T>(few), *out = memory.take<T>(few);
-    // exponentials, and those of short second rows; or what is read once more
-    T *kept = memory.take<T>(tile), *kept_targets = memory.take<T>(few);
+    // exponentials, and those of short second rows
+    T *kept = memory.take<T>(keeps ? blocks * tile : few), *kept_targets = memory.take<T>(few);
+    double *references = memory.take<double>(blocks * GROUP);  // their exponents
+    T *again = memory.take<T>(few), *targets_again = memory.take<T>(few);  // what is read once more
     T tops[GROUP];  // maxima of the rows of the tile that was read last
     // sums of the rows, of up to two terms in float64, for each lane that an element may go to
     static constexpr Index LANE = 2 * GROUP * (Index) sizeof(double);
@@ -260,8 +267,10 @@ struct Columns : Tiles<T> {
             }
             const bool fresh = j == 0 && !call.state;
             raise_maxima(fresh);
-            call.entropic() ? fold_tile<ENTROPIC>(group, v, n, kept)
-                            : fold_tile<NOWHERE>(group, v, n, kept);
+            memcpy(references + j / BLOCK * GROUP, group.n, sizeof group.n);
+            T *const terms = keeps ? kept + j / BLOCK * tile : kept;
+            call.entropic() ? fold_tile<ENTROPIC>(group, v, n, terms)
+                            : fold_tile<NOWHERE>(group, v, n, terms);
             if (call.spread() || call.divergent())
                 fetch_target(j, n);
             if (call.spread())
@@ -504,24 +513,29 @@ struct Columns : Tiles<T> {
             if (call.divergent())
                 of_targets[w / V::count] = Scalars<T>(of_target, w);
         }
+        bool unusable = false;
+        for (Index i = 0; i < group.count; i++)
+            unusable |= !usable(group.m[i]);
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
-            const Index at = j % BLOCK * GROUP;
-            T *x = whole ? logits.block(j) + at : kept, *targets = kept_targets;
-            if (whole)
-                targets = (call.second() ? seconds.block(j) : u) + at;
+            const Index block = j / BLOCK, at = j % BLOCK * GROUP;
+            T *x = again, *targets = targets_again;
+            if (holds)
+                x = logits.block(j) + at, targets = (call.second() ? seconds.block(j) : u) + at;
+            const T *terms = keeps ? kept + block * tile + at : nullptr;
             if (call.operation == NLL_LOSS)
                 for (Index to = 0; to < n * GROUP; to += V::count)
                     store_all(out + to, scalars[to % GROUP / V::count].factor);
             else {
-                if (!whole)
+                if (!holds && (!keeps || unusable))
                     fetch_anew(j, n, x);
-                call.log() ? write_logarithms(scalars, x, n)
-                           : write_tile(group, scalars, x, keeps ? kept + at : nullptr, n, out);
+                if (keeps && blocks > 1 && at == 0)
+                    lift(block, scalars);
+                call.log() ? write_logarithms(scalars, x, n) : write_tile(group, scalars, x, terms, n, out);
             }
             if (call.entropic())
                 make_slopes(x, n);
-            if (!whole && (call.spread() || call.divergent())) {
+            if (!holds && (call.spread() || call.divergent())) {
                 if (call.second())
                     fetch(call.second(), j, n, targets);
                 make_target(j, n, targets);
@@ -529,7 +543,7 @@ struct Columns : Tiles<T> {
             if (call.spread())
                 subtract_tile(targets, n);
             if (call.divergent()) {
-                write_tile(of_target, of_targets, targets, keeps ? kept_targets + at : nullptr, n, slope);
+                write_tile(of_target, of_targets, targets, keeps ? kept_targets : nullptr, n, slope);
                 subtract_block(out, slope, n * GROUP, (T) 1);
             }
             if (call.capped())
@@ -539,6 +553,20 @@ struct Columns : Tiles<T> {
             deliver(call.out, j, n, out);
             logits.advance(j + n, call.classes);
             seconds.advance(j + n, call.classes);
+        }
+    }
+
+    // What brings kept exponentials of a block to the rows' last references; see `Rows::merge_terms`.
+    void lift(Index block, Scalars<T> *scalars) const {
+        T uppers[GROUP], lowers[GROUP];
+        for (Index i = 0; i < GROUP; i++) {
+            const double rise = references[block * GROUP + i] - group.n[i];
+            const int lift = rise < 0 ? (int) rise : 0, part = lift / 2;
+            uppers[i] = (T) std::ldexp(1.0, part), lowers[i] = (T) std::ldexp(1.0, lift - part);
+        }
+        for (Index w = 0; w < GROUP; w += V::count) {
+            scalars[w / V::count].upper = load_vector<V>(uppers + w);
+            scalars[w / V::count].lower = load_vector<V>(lowers + w);
         }
     }
 
@@ -579,21 +607,24 @@ struct Columns : Tiles<T> {
     ) const {
         for (Index w = 0; w < group.count; w += V::count) {
             const Scalars<T> &of = scalars[w / V::count];
-            auto write = [&](auto anew, auto tiny) FORCED {
-                const auto [window, m, log_s, factor, scale, rest, peak, _] = of;
+            auto write = [&](auto anew, auto lifted, auto tiny) FORCED {
+                const auto [window, m, log_s, factor, scale, rest, peak, upper, lower, _] = of;
                 const T *from = (anew ? logits : terms) + w;
                 UNROLLED for (Index j = 0; j < n; j++) {
-                    const V x = load_vector<V>(from + j * GROUP), e = anew ? window.terms(x) : x;
+                    const V x = load_vector<V>(from + j * GROUP);
+                    const V e = anew ? window.terms(x) : lifted ? x * upper * lower : x;
                     const V p = probability(e, peak, factor, scale);
                     store_all(results + w + j * GROUP, tiny ? where_eq(e, peak, factor, p * rest) : p);
                 }
             };
             const std::true_type yes;
             const std::false_type no;
-            if (terms)
-                of.tiny ? write(no, yes) : write(no, no);
+            if (!terms)
+                of.tiny ? write(yes, no, yes) : write(yes, no, no);
+            else if (of.tiny || blocks > 1)
+                write(no, yes, yes);
             else
-                of.tiny ? write(yes, yes) : write(yes, no);
+                write(no, no, no);
         }
         for (Index i = 0; i < group.count; i++)
             if (!usable(rows.m[i]))
