@@ -58,7 +58,7 @@ struct Columns : Tiles<T> {
     const Index tiles = whole && (!keeps || call.entropic()) ? blocks + 1 : 2;
     const bool holds = whole && tiles > blocks;
     Memory memory{
-        ((2 * tiles + blocks * keeps) * tile + 6 * few) * (Index) sizeof(T) + lanes<T> * LANE +
+        ((2 * tiles + blocks * keeps) * tile + 6 * few) * (Index) sizeof(T) + SUMS +
         blocks * GROUP * (Index) sizeof(double)
     };
     Feed<T> logits{call.x(), call.classes, tile, tiles, memory.take<T>(tiles * tile)};
@@ -73,8 +73,8 @@ struct Columns : Tiles<T> {
     T *again = memory.take<T>(few), *targets_again = memory.take<T>(few);  // what is read once more
     T tops[GROUP];  // maxima of the rows of the tile that was read last
     // sums of the rows, of up to two terms in float64, for each lane that an element may go to
-    static constexpr Index LANE = 2 * GROUP * (Index) sizeof(double);
-    char *const sums = memory.take<char>(lanes<T> * LANE);
+    static constexpr Index SUMS = lanes<T> * 2 * GROUP * (Index) sizeof(double);
+    char *const sums = memory.take<char>(SUMS);
     Group of_target;  // rows of the second logits; those of the logits are `group`
 
     explicit Columns(const Call &call_) : Tiles<T>(call_) {}
@@ -86,18 +86,22 @@ struct Columns : Tiles<T> {
 
     // ---- Sums, in the order of the contract ----
 
+    // Bytes of the sums of a lane, of a term of a register or two of rows.
+    template <class S>
+    static constexpr Index LANE = GROUP / V::count * (Index) sizeof(S);
+
     // Sums over n classes of a tile of terms(j, w), an S for the rows of the register from w on. Exponentials
     // of short rows are ONE_LANE. Meanwhile, the next tiles are read: class by class, as the CPU looks no
     // further ahead.
     template <class S, bool ONE_LANE, class F>
     FORCED void sum_tile(Index n, F terms) {
         const Index used = lanes_of<ONE_LANE>(n), count = group.count;
-        char *const at = (char *) sums;
+        char *const at = sums;
         auto add = [&](Index j, auto fresh, auto classes) FORCED {
-            char *const lane = at + (ONE_LANE ? 0 : j % lanes<T> * LANE);
+            char *const lane = at + (ONE_LANE ? 0 : j % lanes<T> * LANE<S>);
             for (Index w = 0; w < count; w += V::count)
                 UNROLLED for (Index k = 0; k < classes; k++)
-                    put<fresh>(lane + k * LANE, w, terms(j + k, w));
+                    put<fresh>(lane + k * LANE<S>, w, terms(j + k, w));
             logits.advance(j + classes, n);
             seconds.advance(j + classes, n);
         };
@@ -122,30 +126,33 @@ struct Columns : Tiles<T> {
     template <bool NEW, class W>
     static FORCED void put(char *lane, Index w, Two<W, W> term) {
         put<NEW>(lane, w, term.a);
-        put<NEW>(lane + LANE / 2, w, term.b);
+        put<NEW>(lane + LANE<W>, w, term.b);
     }
 
-    // The sums of rows from w on in float64, of the lanes in use, folded by halves: the first ones in their own
-    // type if NARROW.
+    // The sums of rows from w on in float64, of the lanes in use, folded by halves: the first ones in their
+    // own type if NARROW.
     template <class S, bool NARROW>
     FORCED auto folded(Index w, Index used) const {
         if constexpr (std::is_same_v<S, V>)
-            return fold<NARROW, V>(sums, w, used);
+            return fold<NARROW, V>(sums, LANE<S>, w, used);
         else {
             typedef decltype(S().a) W;
-            return pack(fold<NARROW, W>(sums, w, used), fold<false, W>(sums + LANE / 2, w, used));
+            return pack(
+                fold<NARROW, W>(sums, LANE<S>, w, used), fold<false, W>(sums + LANE<W>, LANE<S>, w, used)
+            );
         }
     }
 
     template <bool NARROW, class W>
-    static FORCED auto fold(const char *sums, Index w, Index used) {
+    static FORCED auto fold(const char *sums, Index step, Index w, Index used) {
         auto sum = [=](Index lane) FORCED {
-            return load_vector<W>((const typename W::number *) (sums + lane * LANE) + w);
+            return load_vector<W>((const typename W::number *) (sums + lane * step) + w);
         };
+        auto wide = [=](Index lane) FORCED { return widen(sum(lane)); };
         if constexpr (NARROW)
             return widen(fold_halves<W>(sum, used));
         else
-            return fold_halves<decltype(widen(W()))>([=](Index lane) FORCED { return widen(sum(lane)); }, used);
+            return fold_halves<decltype(wide(0))>(wide, used);
     }
 
     template <class W, class F>
