@@ -365,8 +365,8 @@ struct Columns : Tiles<T> {
         T floor[GROUP], magic[GROUP], m[GROUP], beside[GROUP], counts[GROUP];
     };
 
-    // Add a tile to the states of rows, whose maxima are at least its own. Leave the exponentials in `terms`, if
-    // they are kept.
+    // Add a tile to the states of rows, whose maxima are at least its own. Leave the exponentials in `terms`
+    // if they are kept.
     template <Away AWAY>
     void fold_tile(Group &rows, const T *of, Index n, T *terms) {
         if (are_short())
@@ -394,7 +394,8 @@ struct Columns : Tiles<T> {
         }
         sum_tile<Terms, ONE_LANE>(n, [&](Index j, Index w) FORCED {
             const V x = load_vector<V>(of + j * GROUP + w), m = load_vector<V>(of_rows.m + w);
-            const Window<T, V> window = {load_vector<V>(of_rows.floor + w), load_vector<V>(of_rows.magic + w)};
+            const V floor = load_vector<V>(of_rows.floor + w), magic = load_vector<V>(of_rows.magic + w);
+            const Window<T, V> window = {floor, magic};
             const V e = window.terms(x), counts = load_vector<V>(of_rows.counts + w);
             store_all(of_rows.counts + w, counts + at_maximum(x, m, (T) 1));
             if (KEEPS)
@@ -470,15 +471,15 @@ struct Columns : Tiles<T> {
     // Add a tile to distances and mass; `before` has the maxima that the distances so far refer to.
     void fold_target(Index n, const double *before) {
         typedef Two<V, V> Terms;
-        T tops[GROUP];
+        T highest[GROUP];
         for (Index w = 0; w < group.count; w += V::count) {
             const V m = load_as<T>(&group.m[w]);
-            store_all(tops + w, where_gt(m, -(T) INFINITY, m, (T) 0));
+            store_all(highest + w, where_gt(m, -(T) INFINITY, m, (T) 0));
         }
         sum_tile<Terms, false>(n, [&](Index j, Index w) FORCED {
             const Index at = j * GROUP + w;
             V target = load_vector<V>(u + at);
-            return pack(distance(load_vector<V>(v + at), target, load_vector<V>(tops + w)), target);
+            return pack(distance(load_vector<V>(v + at), target, load_vector<V>(highest + w)), target);
         });
         for (Index w = 0; w < group.count; w += V::count) {
             auto [sums, mass] = folded<Terms, false>(w, lanes_of<false>(n));

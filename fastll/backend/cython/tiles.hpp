@@ -41,7 +41,7 @@ struct Feed {
     bool whole = false;  // whether classes are GROUP rows in place
     const char *at = nullptr;  // the class that is next
     T *to = tiles;  // where it goes
-    T tops[GROUP];  // maxima of the tile
+    T tops[GROUP] = {};  // maxima of the tile
 
     T *tile(Index number) const { return tiles + number % count * size; }
 
@@ -64,7 +64,7 @@ struct Feed {
     FORCED void advance(Index part, Index parts) {
         if (done == n)
             return;
-        const Index end = parts == n ? part : part < parts ? n * part / parts : n;
+        const Index end = part >= parts ? n : parts == n ? part : n * part / parts;
         while (done < end)
             step();
     }
