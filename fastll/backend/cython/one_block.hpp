@@ -117,8 +117,11 @@ struct ShortRows {
     bool run() {
         return with_kind(call, [&](auto labels, auto kind) {
             columns.v = columns.take(columns.logits, 0);
-            if (labels)
+            const Place &next = columns.next;
+            if (labels) {
                 load_labels<T>(call, rows.group, rows.label, rows.sample, rows.w_y);
+                prefetch_class(call.labels, call.labels.row(next.outer, next.inner), next.count);
+            }
             for (Index i = 0; i < rows.group.count; i += V::count) {
                 if (!run_register<labels, kind>(i))
                     return false;
