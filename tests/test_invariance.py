@@ -1,5 +1,6 @@
 """Bits: a row's result depends on that row alone, not on the batch, the threads or the layout."""
 
+from functools import partial
 from importlib import import_module
 
 import ml_dtypes
@@ -10,7 +11,7 @@ from table import DTYPES, LAYOUTS, Call, assert_same_bits, eps, inputs, parts
 
 import fastll
 from fastll import direct, dispatch
-from fastll.contract import LONG
+from fastll.contract import LONG, STREAM_FROM
 from fastll.operations import OPERATIONS
 
 ROWS = 70
@@ -88,6 +89,37 @@ def test_layout(compiled, dtype, classes, name, option, rng):
     # and one column of them alone
     one = results(call, lambda a: np.ascontiguousarray(turned(a)[..., 3:4]), axis=0)
     assert_same_bits(one, [r[3:4] for r in expected])
+
+
+@pytest.mark.parametrize(("classes", "inner"), [(19, 19), (19, 530), (70, 530), (5001, 576)])
+def test_columns_over_themselves(compiled, threads, rng, classes, inner):
+    """Some are read while others are folded, but none after it was written; threads cut anywhere."""
+    x = rng.standard_normal((3, classes, inner), np.float32)
+    x[2] += 50  # nothing of which the others may notice
+    assert x.nbytes >= STREAM_FROM or classes < 5001  # streamed
+    x[0, 3, 10], x[2, -1, 6], x[2, 5, inner - 7], x[0, :, -1] = np.nan, np.inf, 1e30, -np.inf
+    y = rng.integers(0, classes, (3, inner))
+    rows = np.moveaxis(x, 1, -1).copy()
+
+    def gradient(x, axis, out=None, **options):
+        return fastll.cross_entropy(
+            x, y, axis=axis, reduction="none", return_grad=True, grad_out=out, **options
+        )[1]
+
+    for function in (
+        fastll.softmax,
+        fastll.log_softmax,
+        gradient,
+        partial(gradient, label_smoothing=0.1),
+        partial(gradient, softcap=5.0),
+    ):
+        with np.errstate(invalid="ignore"):
+            expected = np.moveaxis(function(rows, axis=-1), -1, 1)
+            for n in (1, 3):
+                threads(n, share_from=1)
+                own = x.copy()
+                function(own, axis=1, out=own)
+                assert_same_bits(own, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

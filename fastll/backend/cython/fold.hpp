@@ -34,16 +34,36 @@ INLINE int64_t label_at(const Call &call, const Group &group, Index i, Index cho
     return element<int64_t>(at + choice * call.labels.classes, false);
 }
 
-// The place of a new group, from `row` on.
+constexpr Index WIDE = 8 * GROUP;  // columns from which on groups begin at lines of the cache
+
+// The place of a new group, from `row` on; none without rows.
 template <class T>
-void place_group(const Call &call, Group &group, Index row, Index most) {
-    group.outer = row / call.inner, group.inner = row % call.inner;
-    group.count = least(most, call.inner - group.inner);
-    // of columns, so many that the other groups begin at lines
-    if (call.across && call.out.streamed && call.out.format == IN_PLACE) {
-        Index head = until_line((T *) call.out.row(group.outer, group.inner));
-        group.count = least(group.count, head > 0 ? head : GROUP);
+Place place_of(const Call &call, Index row, Index most) {
+    if (most <= 0)
+        return {0, 0, 0};
+    Place place = {row / call.inner, row % call.inner, 0};
+    place.count = least(most, call.inner - place.inner);
+    // of columns, so many that the other groups begin at lines, where that pays
+    const Operand &lines = call.out.streamed ? call.out : call.x();
+    if (call.across && lines.format == IN_PLACE && call.inner >= WIDE) {
+        Index head = until_line((T *) lines.row(place.outer, place.inner));
+        place.count = least(place.count, head > 0 ? head : GROUP);
     }
+    return place;
+}
+
+// Where the group after the current one will be: columns read it meanwhile.
+template <class Pass>
+INLINE void announce(Pass &, const Place &) {}
+
+template <class T>
+INLINE void announce(Columns<T> &pass, const Place &next) {
+    pass.next = next;
+}
+
+template <class T>
+INLINE void announce(ShortRows<T> &pass, const Place &next) {
+    pass.columns.next = next;
 }
 
 // A new group as it is before its first element.
@@ -161,10 +181,12 @@ int fold_groups(const Call &call, Index start, Index stop) {
     Pass pass(call);
     if (!pass.has_memory())
         return -1;
+    Place place = place_of<T>(call, start, least(pass.most, stop - start));
     for (Index row = start; row < stop;) {
-        Group &group = pass.current();
-        place_group<T>(call, group, row, least(pass.most, stop - row));
-        row += group.count;
+        (Place &) pass.current() = place;
+        row += place.count;
+        place = place_of<T>(call, row, least(pass.most, stop - row));
+        announce(pass, place);
         fold_group<T>(call, pass, row == stop);
     }
     return 0;
@@ -176,10 +198,13 @@ int fold_one_block(const Call &call, Index start, Index stop) {
     Rows pass(call);
     if (!pass.has_memory())
         return -1;
-    Group &group = pass.rows.group;
-    for (Index row = start; row < stop; row += group.count) {
-        place_group<T>(call, group, row, least(pass.most, stop - row));
-        if (!pass.run() && fold_groups<T, Pass>(call, row, row + group.count))
+    Place place = place_of<T>(call, start, least(pass.most, stop - start));
+    for (Index row = start, next; row < stop; row = next) {
+        (Place &) pass.rows.group = place;
+        next = row + place.count;
+        place = place_of<T>(call, next, least(pass.most, stop - next));
+        announce(pass, place);
+        if (!pass.run() && fold_groups<T, Pass>(call, row, next))
             return -1;
     }
     return 0;

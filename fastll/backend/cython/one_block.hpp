@@ -10,6 +10,9 @@ namespace {
 
 constexpr Index TILE_SIZE = 1 << 13;  // bytes of a tile of short rows
 
+template <class T>
+constexpr Index LINE = 64 / (Index) sizeof(T);  // numbers in a line of the cache
+
 enum Kind { READS, WRITES, LOGS };  // what is left in `out`: nothing, exponentials by a factor, logarithms
 
 template <class T>
@@ -95,7 +98,7 @@ struct ShortRows {
     Columns<T> columns{call};
     OneBlock<T> rows{call, columns.group};
     // rows in a group: as many as leave room in the first-level cache
-    const Index most = least(GROUP, round_up(1 + TILE_SIZE / (call.classes * (Index) sizeof(T)), V::count));
+    const Index most = least(GROUP, round_up(1 + TILE_SIZE / (call.classes * (Index) sizeof(T)), LINE<T>));
 
     explicit ShortRows(const Call &call_) : call(call_) {}
 
@@ -104,12 +107,17 @@ struct ShortRows {
     // A group that has its place; false, and nothing is written, if a row is not usual.
     bool run() {
         return with_kind(call, [&](auto labels, auto kind) {
-            columns.fetch(call.x(), 0, call.classes, columns.v);
-            if (labels)
+            columns.v = columns.take(columns.logits, 0);
+            const Place &next = columns.next;
+            if (labels) {
                 load_labels<T>(call, rows.group, rows.label, rows.sample, rows.w_y);
-            for (Index i = 0; i < rows.group.count; i += V::count)
+                prefetch_class(call.labels, call.labels.row(next.outer, next.inner), next.count);
+            }
+            for (Index i = 0; i < rows.group.count; i += V::count) {
                 if (!run_register<labels, kind>(i))
                     return false;
+                columns.logits.advance(i + V::count, rows.group.count);
+            }
             rows.put_values();
             if (kind != READS)
                 columns.deliver(call.out, 0, call.classes, columns.out, true);
@@ -122,8 +130,7 @@ struct ShortRows {
         const Index classes = call.classes;
         const T *x = columns.v + i;
         T *kept = columns.kept + i, *out = columns.out + i;
-        V m = load_vector<V>(x), sum = {}, counts = {}, x_y = {}, j_of_lanes = {}, y = {};
-        UNROLLED for (Index j = 1; j < classes; j++) m = maximum(load_vector<V>(x + j * GROUP), m);
+        V m = load_vector<V>(columns.tops + i), sum = {}, counts = {}, x_y = {}, j_of_lanes = {}, y = {};
         const Doubles<T> n = exponents_of(widen(m));
         const auto window = windows_of<T>(n);
         if (LABELS)

@@ -22,8 +22,11 @@ struct State {  // of a row that elements are being added to
     double away, away_added;  // likewise the sum of exp(x - m) times distances, if there is one
 };
 
-struct Group {  // rows inner to inner + count of an outer one, and what is known of each
+struct Place {  // rows inner to inner + count of an outer one
     Index outer, inner, count;
+};
+
+struct Group : Place {  // and what is known of each
     double m[GROUP], e[GROUP], k[GROUP], n[GROUP], added[GROUP], away[GROUP], away_added[GROUP];  // `State`
     double lead[GROUP];  // exp(m) / 2**n
     double log_s[GROUP];  // log(e + k)

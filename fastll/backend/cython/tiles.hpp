@@ -8,42 +8,134 @@
 
 namespace {
 
-constexpr Index LINES_AHEAD = 8;  // classes from the one that is read or written to the one prefetched
+constexpr Index CLASSES_AHEAD = 8;  // from the one that is read or written to the one prefetched
+
+// Whether classes of these rows are in place, and of a size that is known when compiled.
+INLINE bool is_whole(const Operand &x, const Place &place) {
+    return x.format == IN_PLACE && place.count == GROUP;
+}
+
+INLINE void prefetch_bytes(const char *at, Index size) {
+    UNROLLED for (Index i = 0; i < size; i += 64) prefetch(at + i);
+    prefetch(at + size - 1);  // another line unless they begin at one
+}
+
+INLINE void prefetch_class(const Operand &x, const char *at, Index count) {
+    if (x.inner <= 8)
+        prefetch_bytes(at, count * x.inner);
+}
+
+// Tiles of an operand, one after the other. Each is read while there is work on the one before it, class by
+// class, so that memory and arithmetic are both busy.
+template <class T>
+struct Feed {
+    typedef Register<T> V;
+
+    const Operand &of;
+    const Index classes;  // of a row
+    const Index size, count;  // of a tile, and tiles that are there at a time
+    T *const tiles;
+    Index first = 0, last = 0;  // number of the tile of the current rows' first block, of the one that is read
+    Place place = {0, 0, 0};  // of the rows of the latter
+    Index j = 0, n = 0, done = 0;  // its classes j to j + n, of which so many are there
+    bool whole = false;  // whether classes are GROUP rows in place
+    const char *at = nullptr;  // the class that is next
+    T *to = tiles;  // where it goes
+    T tops[GROUP] = {};  // maxima of the tile
+
+    T *tile(Index number) const { return tiles + number % count * size; }
+
+    // That of classes from j on, of the current rows.
+    T *block(Index j) const { return tile(first + j / BLOCK); }
+
+    // Read the classes from j on of some rows next.
+    void begin(const Place &place_, Index j_) {
+        place = place_, j = j_, done = 0, last++;
+        n = place.count > 0 ? least(BLOCK, classes - j) : 0;
+        whole = is_whole(of, place);
+        at = of.row(place.outer, place.inner) + j * of.classes;
+        to = tile(last);
+        for (Index k = 0; k < least(n, CLASSES_AHEAD); k++)
+            prefetch_class(of, at + k * of.classes, place.count);
+        std::fill(tops, tops + GROUP, -(T) INFINITY);
+    }
+
+    // Go on until a part of the classes is there.
+    FORCED void advance(Index part, Index parts) {
+        if (done == n)
+            return;
+        const Index end = part >= parts ? n : parts == n ? part : n * part / parts;
+        while (done < end)
+            step();
+    }
+
+    // A class.
+    FORCED void step() {
+        const char *const ahead = at + CLASSES_AHEAD * of.classes;
+        const bool is_ahead = done + CLASSES_AHEAD < n;
+        if (whole) {  // of known size
+            if (is_ahead)
+                prefetch_bytes(ahead, GROUP * (Index) sizeof(T));
+            read((const T *) at, GROUP);
+        } else {
+            if (is_ahead)
+                prefetch_class(of, ahead, place.count);
+            read_block(of.format, of.swapped, at, of.inner, place.count, to);
+            read(to, place.count);
+        }
+        done++, to += GROUP, at += of.classes;
+    }
+
+    FORCED void read(const T *from, Index number) {
+        for (Index w = 0; w < number; w += V::count) {
+            const V v = load_vector<V>(from + w);
+            store_all(to + w, v);
+            store_all(tops + w, maximum(v, load_vector<V>(tops + w)));
+        }
+    }
+
+    // The tile of classes from j on of some rows.
+    T *take(const Place &place_, Index j_) {
+        if (n == 0 || j != j_ || place.inner != place_.inner || place.outer != place_.outer)
+            begin(place_, j_);
+        advance(n, n);
+        if (j == 0)
+            first = last;
+        return tile(last);
+    }
+};
 
 // Classes j to j + n of a group's rows into a tile: class by class, GROUP rows apart.
 template <class T>
-void gather(const Operand x, const Group &group, Index j, Index n, T *tile) {
-    const bool whole = x.format == IN_PLACE && group.count == GROUP;
-    const char *at = x.row(group.outer, group.inner) + j * x.classes;
-    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
-        if (!whole)
-            read_block(x.format, x.swapped, at, x.inner, group.count, tile);
-        else
-            for (Index w = 0; w < GROUP; w += lanes<T>) {
-                const T *from = (const T *) at + w;
-                prefetch_vector((const char *) from + LINES_AHEAD * x.classes);
-                store_all(tile + w, load_all(from));
-            }
+void gather(const Operand &x, Index classes, const Place &place, Index j, Index n, T *tile) {
+    const char *at = x.row(place.outer, place.inner) + j * x.classes;
+    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP) {
+        if (j + i + CLASSES_AHEAD < classes)
+            prefetch_class(x, at + CLASSES_AHEAD * x.classes, place.count);
+        read_block(x.format, x.swapped, at, x.inner, place.count, tile);
+    }
 }
 
 // A tile back into classes j to j + n of the rows.
 template <class T>
-void scatter(const Operand x, const Group &group, Index j, Index n, const T *tile) {
-    const bool whole = x.format == IN_PLACE && group.count == GROUP;
-    char *at = x.row(group.outer, group.inner) + j * x.classes;
-    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP)
+void scatter(const Operand &x, Index classes, const Place &place, Index j, Index n, const T *tile) {
+    typedef Register<T> V;
+    const bool whole = is_whole(x, place);
+    char *at = x.row(place.outer, place.inner) + j * x.classes;
+    for (Index i = 0; i < n; i++, at += x.classes, tile += GROUP) {
+        T *to = (T *) at;
         if (!whole)
-            write_block(x.format, tile, at, x.inner, group.count);
-        else
-            for (Index w = 0; w < GROUP; w += lanes<T>) {
-                T *to = (T *) at + w;
-                if (x.streamed && (size_t) to % 64 == 0)
-                    stream(to, lanes<T>, load_all(tile + w));
-                else {
-                    prefetch_vector((const char *) to + LINES_AHEAD * x.classes);
-                    store_all(to, load_all(tile + w));
-                }
-            }
+            write_block(x.format, tile, at, x.inner, place.count);
+        else if (x.streamed && (size_t) at % 64 == 0)
+            UNROLLED for (Index w = 0; w < GROUP; w += V::count)
+                on_register::stream(to + w, load_vector<V>(tile + w));
+        else {
+            if (j + i + CLASSES_AHEAD < classes)
+                prefetch_bytes(at + CLASSES_AHEAD * x.classes, GROUP * (Index) sizeof(T));
+            UNROLLED for (Index w = 0; w < GROUP; w += V::count)
+                store_all(to + w, load_vector<V>(tile + w));
+        }
+    }
 }
 
 template <class T>
@@ -71,7 +163,7 @@ struct Tiles {
         if (by_rows(of))
             turn(rows_of(of), group.count, n, to);
         else
-            gather(of, group, j, n, to);
+            gather(of, call.classes, group, j, n, to);
     }
 
     // The short rows of the group, one after the other, of GROUP rows; in place where there is more memory
@@ -96,7 +188,7 @@ struct Tiles {
     // A tile of classes j to j + n to where it belongs.
     void deliver(const Operand &to, Index j, Index n, const T *tile, bool plain = false) const {
         if (!by_rows(to))
-            return scatter(to, group, j, n, tile);
+            return scatter(to, call.classes, group, j, n, tile);
         char *at = to.row(group.outer, group.inner);
         turn_back(tile, group.count, n, rows);
         if (to.streamed)
