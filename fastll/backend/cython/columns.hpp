@@ -302,10 +302,11 @@ struct Columns : Tiles<T> {
 
     // The maxima of a tile's rows.
     void find_tops(const T *of, Index n) {
-        std::fill(tops, tops + GROUP, -(T) INFINITY);
-        for (Index j = 0; j < n; j++)
-            for (Index w = 0; w < GROUP; w += V::count)
-                store_all(tops + w, maximum(load_vector<V>(of + j * GROUP + w), load_vector<V>(tops + w)));
+        for (Index w = 0; w < group.count; w += V::count) {
+            V top = spread<V>(-(T) INFINITY);
+            UNROLLED for (Index j = 0; j < n; j++) top = maximum(load_vector<V>(of + j * GROUP + w), top);
+            store_all(tops + w, top);
+        }
     }
 
     // Those of the tile, as those of rows that have none yet.

@@ -174,7 +174,9 @@ struct Tiles {
         const Format format = of.format == IN_PLACE ? format_of<T>() : of.format;
         const Index n = call.classes, size = size_of(format);
         const bool packed = of.classes == size && of.inner == n * size;
-        if (packed && format == format_of<T>() && !of.swapped && group.inner + GROUP < call.inner)
+        // the last row is read up to a piece
+        const bool behind = (call.inner - group.inner - GROUP) * n >= piece<T> - 1;
+        if (packed && format == format_of<T>() && !of.swapped && behind)
             return (const T *) at;
         if (packed)
             read_block(format, of.swapped, at, size, group.count * n, rows);
