@@ -193,32 +193,59 @@ def end_log_softmax(call, group):
     state.settle(group.table, group.count)
 
 
+@inline
+def where_finite(maximum, value):
+    """NaN where a maximum is infinite, as it is in a row without elements."""
+    return where_gt(np.inf, absolute(maximum), value, np.nan)
+
+
+@inline
+def label_share(call, label_weight):
+    """What of a label's class weight is the point mass."""
+    eps = call.options.label_smoothing
+    return label_weight * (1.0 - eps if call.labels.address != 0 else 0.0)
+
+
+@inline
+def cross_entropy_of(call, row, sample, x_y, label_weight, mass, distances):
+    """Losses of rows that are `Settled`."""
+    c_y, z_loss = label_share(call, label_weight), call.options.z_loss
+    loss = formulas.cross_entropy_loss(row.m, row.log_s, c_y, x_y, mass, distances, z_loss)
+    if call.classes > 0:
+        loss = where_eq(row.m, -np.inf, np.nan, loss)
+    return formulas.product(sample, loss)
+
+
+@inline
+def cross_entropy_gradient_of(call, row, upstream, x_y, label_weight, mass, label_slope):
+    """Factors of exp(x - m) in their gradients, and gradients at the labels."""
+    limits, z_loss = constants(0.0), call.options.z_loss
+    q, t = formulas.split(x_y - row.m, limits.floor, limits.magic)
+    c_y = label_share(call, label_weight)
+    u_y = label_weight * (call.options.label_smoothing / call.classes)
+    s, rest = row.e + row.k, row.e + (row.k - 1.0)
+    factor, g_y = formulas.cross_entropy_gradient(
+        row.m + row.log_s, s, rest, c_y, u_y, mass, z_loss, fma(q, t, t), fma(q, t, t - 1.0)
+    )
+    g_y = (g_y * upstream) * label_slope
+    return factor * upstream / s, where_finite(row.m, g_y)
+
+
 @vector.shared
 def end_cross_entropy(call, group):
     """Losses, and what their gradients take."""
     vector.out_of_line()
     state.settle(group.table, group.count)
-    eps, z_loss = call.options.label_smoothing, call.options.z_loss
-    c = 1.0 - eps if call.labels.address != 0 else 0.0
-    limits = constants(0.0)
     for i in range(0, group.count, state.LANES):
         rows = rows_of(group.table, i, 0.0)
-        m, log_s, mass, x_y = rows.maximum, rows.log_s, rows.mass, rows.label_logit
-        e, k, c_y = rows.below, rows.at_maximum, rows.label_weight * c
-        loss = formulas.cross_entropy_loss(m, log_s, c_y, x_y, mass, rows.distance, z_loss)
-        if call.classes > 0:
-            loss = where_eq(m, -np.inf, np.nan, loss)
-        rows.value = formulas.product(rows.sample, loss)
-        rows.upstream = scale = call.options.scale * rows.sample
-        q, t = formulas.split(x_y - m, limits.floor, limits.magic)
-        e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
-        s, rest, u_y = e + k, e + (k - 1.0), rows.label_weight * (eps / call.classes)
-        factor, g_y = formulas.cross_entropy_gradient(
-            rows.lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y
+        x_y, weight, mass = rows.label_logit, rows.label_weight, rows.mass
+        row = state.Settled(rows.maximum, rows.lead, rows.below, rows.at_maximum, rows.log_s)
+        rows.value = cross_entropy_of(call, row, rows.sample, x_y, weight, mass, rows.distance)
+        rows.upstream = upstream = call.options.scale * rows.sample
+        factor, rows.label_gradient = cross_entropy_gradient_of(
+            call, row, upstream, x_y, weight, mass, rows.label_slope
         )
-        g_y = (g_y * scale) * rows.label_slope
-        rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
-        state.set_factors(rows, factor * scale / s, call.like)
+        state.set_factors(rows, factor, call.like)
     write_values(call, group)
 
 
@@ -243,12 +270,6 @@ def set_softmax_factors(call, rows, s):
     """Factors of a softmax in the gradient."""
     tau = call.options.inverse_temperature
     state.set_factors(rows, rows.sample * (call.options.scale * tau) / s, call.like)
-
-
-@inline
-def where_finite(maximum, value):
-    """NaN where a maximum is infinite, as it is in a row without elements."""
-    return where_gt(np.inf, absolute(maximum), value, np.nan)
 
 
 @inline
