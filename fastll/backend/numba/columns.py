@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.numba import blocks, state, vector
+from fastll.backend.numba import blocks, one_block, state, vector
 from fastll.backend.numba.folds import AVERAGES, PAIRED, TEMPERED, driver, has_targets, logit
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, start_of, until_line
@@ -578,4 +578,5 @@ def _rows_at_once(call, tile, row):
 def kernel(operation):
     """The kernel of an operation."""
     walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
-    return driver("columns", operation, _allocate(operation), _rows_at_once, walk)
+    direct = one_block.short(operation)
+    return driver("columns", operation, _allocate(operation), _rows_at_once, walk, direct)

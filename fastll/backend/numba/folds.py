@@ -10,7 +10,7 @@ written. How elements are read is that of two families: `rows` takes block by bl
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -328,24 +328,41 @@ PAIRED = "kl_divergence_from_logits"
 AVERAGES = "entropy_from_logits", PAIRED
 
 
-def driver(family, operation, allocate, rows_at_once, walk):
+@inline
+def place(call, row, most, stop):
+    """(outer, inner, count) of the next group, from `row` on."""
+    inner = row % call.inner
+    return row // call.inner, inner, max(0, min(most, call.inner - inner, stop - row))
+
+
+class OneBlock(NamedTuple):
+    """How rows without options are handled at once; functions of `one_block`."""
+
+    takes: Any  # whether it does a call
+    allocate: Any  # its memory
+    most: Any  # rows in a group
+    run: Any  # does a group; whether it could
+
+
+def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     """The kernel of an operation, with the phases of a family.
 
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
-    the rows of one group and writes those of the one before.
+    the rows of one group and writes those of the one before. A `OneBlock` leaves to these the calls that
+    it does not take, and groups with rows that are not usual.
     """
     load, end = PHASES.get(operation, _TERMS)
     paired = operation == PAIRED
 
-    def run(words, like, start, stop):
-        call = _unpack(address_of(words), like)
+    def fold_groups(address, like, start, stop):
+        vector.out_of_line()
+        call = _unpack(address, like)
         memory, owner = allocate(call)
         before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
         row = start
         while row < stop or before.count > 0:
-            most = rows_at_once(call, memory, row)
-            outer, inner, half = row // call.inner, row % call.inner, 1 - before.half
-            count = max(0, min(most, call.inner - inner, stop - row))
+            outer, inner, count = place(call, row, rows_at_once(call, memory, row), stop)
+            half = 1 - before.half
             table = memory.tables + half * state.TABLE_SIZE
             second = table + 2 * state.TABLE_SIZE
             group = Group(table, outer, inner, count, half, memory.x, second)
@@ -358,9 +375,43 @@ def driver(family, operation, allocate, rows_at_once, walk):
             row += group.count
             written = group.count if call.out.address != 0 else 0
             before = Group(table, outer, inner, written, half, memory.x, second)
-        if call.out.streamed:
-            vector.stream_fence()
         release(owner)
+
+    fold_groups.__qualname__ = f"{family}.{operation}_groups"
+    fold_groups = vector.shared(fold_groups)
+
+    def run(words, like, start, stop):
+        address = address_of(words)
+        fold_groups(address, like, start, stop)
+        if _unpack(address, like).out.streamed:
+            vector.stream_fence()
+
+    if direct is not None:
+        takes, allocate_rows, most_rows, run_rows = direct
+
+        def fold_one_block(address, like, start, stop):
+            call, row = _unpack(address, like), start
+            memory, rows, owner = allocate_rows(call)
+            most = most_rows(call)
+            while row < stop:
+                outer, inner, count = place(call, row, most, stop)
+                group = Group(0, outer, inner, count, 0, 0, 0)
+                if not run_rows(call, memory, rows, group):
+                    fold_groups(address, like, row, row + count)
+                row += count
+            release(owner)
+
+        fold_one_block = vector.inlined(fold_one_block, f"{family}.{operation}_one_block")
+
+        def run(words, like, start, stop):
+            address = address_of(words)
+            call = _unpack(address, like)
+            if takes(call):
+                fold_one_block(address, like, start, stop)
+            else:
+                fold_groups(address, like, start, stop)
+            if call.out.streamed:
+                vector.stream_fence()
 
     run.__qualname__ = f"{family}.{operation}"
     return cached(njit(**KERNEL)(run))

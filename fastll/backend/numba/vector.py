@@ -12,6 +12,7 @@ All arithmetic is IEEE: no flag lets LLVM reorder or contract it.
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import partial, wraps
 from typing import NamedTuple
@@ -456,6 +457,34 @@ def size_of(builder, v):
 def bytes_of(builder, v):
     """The size in bytes of a vector."""
     return _I64(v.type.count * _FORMATS[v.type.element].bits // 8)
+
+
+@emitted(
+    lambda address, ignored, classes, like: types.UniTuple(Vector(types.float64, like.ir.count), 3)
+)
+def classified(builder, address, ignored, classes, like):
+    """As many labels as `like` has lanes, as numbers; -1 where they are no class.
+
+    Then 0 where they are ignored, else 1; and NaN where they are neither that nor a class, else 1.
+    """
+    count = like.type.count
+    kind, wide = ir.VectorType(_I64, count), ir.VectorType(_DOUBLE, count)
+    y = builder.load(pointer(builder, address, kind), align=1)
+    kept = builder.icmp_signed("!=", y, _splat(builder, ignored, count))
+    inside = builder.icmp_unsigned("<", y, _splat(builder, classes, count))
+    known = builder.and_(kept, inside)
+    # as the last bits of 2**52, which are whole numbers
+    least = ir.Constant(wide, [2.0**52] * count)
+    digits = builder.bitcast(builder.or_(y, builder.bitcast(least, kind)), wide)
+    number = {x: ir.Constant(wide, [x] * count) for x in (-1.0, 0.0, 1.0, math.nan)}
+    y = builder.select(known, builder.fsub(digits, least), number[-1.0])
+    unknown = builder.and_(kept, builder.not_(inside))
+    results = (
+        y,
+        builder.select(kept, number[1.0], number[0.0]),
+        builder.select(unknown, number[math.nan], number[1.0]),
+    )
+    return cgutils.pack_array(builder, results)
 
 
 # Memory

@@ -1,0 +1,277 @@
+"""Rows of one block without options, from logits to results without a stop: as many rows at a time as a
+register has lanes, whose scalars never leave the registers. The results are those of `columns` and
+`rows`, to the bit, which also do what is not usual: rows without a usable maximum or a finite sum.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastll.backend.numba import folds, state, vector
+from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
+from fastll.backend.numba.memory import allocate
+from fastll.backend.numba.tiles import at_of, gather, scatter, size_of_rows, size_of_tile
+from fastll.backend.numba.vector import (
+    all_greater,
+    in_register,
+    inline,
+    lanes_of,
+    maximum,
+    read,
+    size_of,
+    where_eq,
+    widen,
+    write,
+)
+from fastll.contract import GROUP, SHORT
+from fastll.formulas.constants import LIMIT
+
+TILE_SIZE = 1 << 13  # bytes of a tile of short rows
+
+#: Operations whose rows go this way.
+OPERATIONS = "logsumexp", "softmax", "log_softmax", "cross_entropy"
+#: What is left in `out`: nothing, exponentials by a factor, logarithms.
+READS, WRITES, LOGS = range(3)
+
+
+def _kind(operation):
+    """What an operation leaves there if there is an `out`."""
+    return {"logsumexp": READS, "log_softmax": LOGS}.get(operation, WRITES)
+
+
+@inline
+def takes(call):
+    """Whether there is nothing but what rows usually have."""
+    options = call.options
+    more = call.state.address | call.second.address | call.sign.address | call.selected.address
+    plain = options.softcap == 0.0 and options.inverse_temperature == 1.0
+    return more == 0 and plain and options.label_smoothing == 0.0 and call.classes > 0
+
+
+@inline
+def takes_short(call):
+    return takes(call) and call.classes < SHORT
+
+
+class Scalars(NamedTuple):
+    """Addresses of numbers of the rows of a group, of the compute dtype unless said otherwise."""
+
+    value: int
+    lse: int
+    label: int  # -1: none
+    sample: int  # float64
+    label_weight: int  # float64
+    labels: int  # int64, as they are given
+
+
+@inline
+def _allocate(sizes, like):
+    """Memory for one call: the array that holds it, `Scalars`, and the addresses of other pieces."""
+    own, wide = GROUP * size_of(like), GROUP * 8
+    owner, pieces = allocate((own, own, own, wide, wide, wide, *sizes))
+    return Scalars(*pieces[:6]), pieces[6:], owner
+
+
+@inline
+def load_labels(call, rows, group):
+    """Labels, sample weights and class weights, as `folds.load_targets` has them.
+
+    A row that is dropped has no label, and the weight 0.
+    """
+    labels, sample, like, count = call.labels, call.sample, call.like, group.count
+    start, line = folds.start_of_row(labels, group, 0), in_register(like)
+    if labels.inner == 8:
+        vector.copy(start, rows.labels, count * 8)
+    else:
+        for i in range(count):
+            write(rows.labels + i * 8, read(start + i * labels.inner, np.int64(0)))
+    for i in range(count, (count + lanes_of(line) - 1) // lanes_of(line) * lanes_of(line)):
+        write(rows.labels + i * 8, np.int64(0))
+    for i in range(0, count, lanes_of(line)):
+        y, kept, factor = vector.classified(
+            rows.labels + i * 8, call.options.ignore_index, call.classes, line
+        )
+        write(rows.label + i * size_of(like), cast(y, like))
+        write(rows.sample + i * 8, kept)
+        write(rows.label_weight + i * 8, factor)
+    for i in range(count if sample.address != 0 else 0):
+        weight = read(rows.sample + i * 8, 0.0) * read(folds.start_of_row(sample, group, i), 0.0)
+        write(rows.sample + i * 8, weight)
+        if weight == 0.0:
+            write(rows.label + i * size_of(like), cast(-1.0, like))
+            write(rows.label_weight + i * 8, 1.0)
+    for i in range(count if call.weight != 0 else 0):
+        y = int(read(rows.label + i * size_of(like), like))
+        if y >= 0:
+            write(rows.label_weight + i * 8, np.float64(read(call.weight + y * size_of(like), like)))
+
+
+class Results(NamedTuple):
+    """What writing takes, of a register of rows."""
+
+    factor: float  # of exp(x - m)
+    scale: float  # what makes that of exponentials
+    peak: float
+    at_label: float  # the gradient there
+    log_s: float
+
+
+def _finish(operation):
+    """A function for rows from i on, from their sums: their values, and what writing takes.
+
+    Its exponentials are those of `aim`. False for rows that are not usual.
+    """
+    labelled, kind = operation == "cross_entropy", _kind(operation)
+
+    def finish(call, rows, i, m, n, aim, total, counts, x_y):
+        like, wide = call.like, widen(m)
+        below = widen(total) * state.UNSHIFT
+        usual = all_greater(LIMIT, vector.absolute(wide)) & all_greater(np.inf, vector.absolute(below))
+        row = state.settled(wide, n, below, widen(counts))
+        size = size_of(like)
+        if call.lse.address != 0:
+            write(rows.lse + i * size, cast(wide + row.log_s, like))
+        factor = at_label = widen(x_y)
+        if labelled:
+            sample, weight = read(rows.sample + i * 8, wide), read(rows.label_weight + i * 8, wide)
+            value = folds.cross_entropy_of(call, row, sample, at_label, weight, 0.0, 0.0)
+            if call.value.address != 0:
+                write(rows.value + i * size, cast(value, like))
+            upstream = call.options.scale * sample
+            factor, at_label = folds.cross_entropy_gradient_of(
+                call, row, upstream, at_label, weight, 0.0, 1.0
+            )
+            factor = where_eq(sample, 0.0, 0.0, factor)
+        elif kind == WRITES:
+            factor = 1.0 / (row.e + row.k)
+        scale, unshift = state.factors_of(factor, row.lead, like)
+        if kind == WRITES:  # not with a scale in two parts
+            usual = usual & all_greater(where_eq(factor, 0.0, 1.0, unshift), 0.5)
+        peak = exponential(m, *aim)
+        return usual, Results(
+            cast(factor, like), cast(scale, like), peak, cast(at_label, like), cast(row.log_s, like)
+        )
+
+    return vector.inlined(finish, f"{operation}_finish")
+
+
+@inline
+def _put(call, to, group, numbers):
+    size = size_of(call.like)
+    if to.address != 0:
+        start = folds.start_of_row(to, group, 0)
+        if to.inner == size:
+            vector.copy(numbers, start, group.count * size)
+        else:
+            for i in range(group.count):
+                write(start + i * to.inner, read(numbers + i * size, call.like))
+
+
+@inline
+def put_values(call, rows, group):
+    """The numbers of rows that are asked for."""
+    _put(call, call.value, group, rows.value)
+    _put(call, call.lse, group, rows.lse)
+
+
+# Short rows: a row per lane, class by class
+
+
+class Short(NamedTuple):
+    """Memory for one call: addresses."""
+
+    x: int  # tiles: of logits, exponentials and results
+    kept: int
+    out: int
+    rows: int  # one after the other
+
+
+@inline
+def allocate_short(call):
+    tile = size_of_tile(call.classes, call.like)
+    rows, pieces, owner = _allocate((tile, tile, tile, size_of_rows(call)), call.like)
+    return Short(*pieces), rows, owner
+
+
+@inline
+def most_short(call):
+    """Rows in a group: as many as leave room in the first-level cache."""
+    width = lanes_of(in_register(call.like))
+    most = 1 + TILE_SIZE // (call.classes * size_of(call.like))
+    return min(GROUP, (most + width - 1) // width * width)
+
+
+def short_rows(operation):
+    """A function that does a group; false, and nothing is written, if a row of it is not usual."""
+    labelled, kind, finish = operation == "cross_entropy", _kind(operation), _finish(operation)
+
+    def run_register(call, memory, rows, i, writes):
+        like, classes, zero = call.like, call.classes, in_register(constants(call.like).zero)
+        one, line = constants(like).one, GROUP * size_of(like)
+        x, kept, out = (
+            at_of(memory.x, 0, i, like),
+            at_of(memory.kept, 0, i, like),
+            at_of(memory.out, 0, i, like),
+        )
+        m = read(x, zero)
+        for j in range(1, classes):
+            m = maximum(read(x + j * line, zero), m)
+        n = state.reference_of(widen(m))
+        aim = window(n, like)
+        y, class_of_lanes = zero, zero
+        if labelled:
+            y = read(rows.label + i * size_of(like), zero)
+        total = counts = x_y = zero
+        for j in range(classes):
+            v = read(x + j * line, zero)
+            e = exponential(v, *aim)
+            if kind == WRITES and writes:
+                write(kept + j * line, e)
+            if labelled:
+                x_y = where_eq(y, class_of_lanes, v, x_y)
+                class_of_lanes = class_of_lanes + one
+            counts = counts + formulas.at_maximum(v, m, one)
+            total = total + formulas.below_maximum(v, m, e)
+        usual, results = finish(call, rows, i, m, n, aim, total, counts, x_y)
+        if not usual:
+            return False
+        class_of_lanes = zero
+        for j in range(classes if writes else 0):
+            if kind == LOGS:
+                p = formulas.log_probability(read(x + j * line, zero), m, results.log_s)
+            else:
+                e = read(kept + j * line, zero)
+                p = formulas.probability(e, results.peak, results.factor, results.scale)
+            if labelled:
+                p = where_eq(y, class_of_lanes, results.at_label, p)
+                class_of_lanes = class_of_lanes + one
+            write(out + j * line, p)
+        return True
+
+    run_register = vector.inlined(run_register, f"{operation}_run_register")
+
+    def run(call, memory, rows, group):
+        writes = call.out.address != 0
+        gather(call, call.x, group, 0, call.classes, memory.x, memory.rows)
+        if labelled:
+            load_labels(call, rows, group)
+        for i in range(0, group.count, lanes_of(in_register(call.like))):
+            if not run_register(call, memory, rows, i, writes):
+                return False
+        put_values(call, rows, group)
+        if kind != READS and writes:
+            scatter(call, call.out, group, 0, call.classes, memory.out, memory.rows)
+        return True
+
+    return vector.inlined(run, f"{operation}_short_rows")
+
+
+def short(operation):
+    """What `folds.driver` needs for columns; None for other operations."""
+    if operation not in OPERATIONS:
+        return None
+    return folds.OneBlock(takes_short, allocate_short, most_short, short_rows(operation))
