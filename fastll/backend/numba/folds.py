@@ -348,8 +348,8 @@ def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     """The kernel of an operation, with the phases of a family.
 
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
-    the rows of one group and writes those of the one before. A `OneBlock` leaves to these the calls that
-    it does not take, and groups with rows that are not usual.
+    the rows of one group and writes those of the one before. These do the calls that a `OneBlock` does
+    not take, and groups with rows that are not usual.
     """
     load, end = PHASES.get(operation, _TERMS)
     paired = operation == PAIRED

@@ -12,22 +12,29 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.numba import folds, state, vector
-from fastll.backend.numba.maths import cast, constants, exponential, formulas, window
-from fastll.backend.numba.memory import allocate
+from fastll.backend.numba.blocks import stream_block
+from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
+from fastll.backend.numba.memory import allocate, deliver, fetch, target_of
 from fastll.backend.numba.tiles import at_of, gather, scatter, size_of_rows, size_of_tile
+from fastll.backend.numba.transpose import largest_of_registers, total_of_registers
 from fastll.backend.numba.vector import (
     all_greater,
+    bytes_of,
     in_register,
     inline,
     lanes_of,
+    load,
     maximum,
     read,
+    register_largest,
+    register_total,
+    shared,
     size_of,
     where_eq,
     widen,
     write,
 )
-from fastll.contract import GROUP, SHORT
+from fastll.contract import BLOCK, GROUP, SHORT
 from fastll.formulas.constants import LIMIT
 
 TILE_SIZE = 1 << 13  # bytes of a tile of short rows
@@ -275,3 +282,229 @@ def short(operation):
     if operation not in OPERATIONS:
         return None
     return folds.OneBlock(takes_short, allocate_short, most_short, short_rows(operation))
+
+
+# Other rows: one after the other, but for their scalars
+
+
+class Middle(NamedTuple):
+    """Memory for one call: addresses. Of the scalars of rows, a register each."""
+
+    kept: int  # exponentials of each row
+    buffers: int  # its logits, where they are not in place
+    out: int  # a row
+    first: int  # a register of each row
+    second: int
+    logits: int  # int64: addresses of each row's logits
+    lanes: int  # a vector
+    maxima: int
+    floors: int
+    magics: int
+    x_y: int
+    factors: int
+    scales: int
+    peaks: int
+    at_label: int
+    log_s: int
+
+
+@inline
+def _pitch(call):
+    """Bytes from a row's exponentials to the next one's."""
+    vector_size = bytes_of(zeros(call.like))
+    return (call.classes * size_of(call.like) + vector_size - 1) // vector_size * vector_size
+
+
+@inline
+def takes_middle(call):
+    return takes(call) and SHORT <= call.classes <= BLOCK
+
+
+@inline
+def allocate_middle(call):
+    like = call.like
+    line, row = in_register(like), _pitch(call)
+    width, size, all_rows = lanes_of(line), bytes_of(line), lanes_of(line) * row
+    square, nine = width * size, (size, size, size, size, size, size, size, size, size)
+    own = (all_rows, all_rows, row, square, square, width * 8, bytes_of(zeros(like)), *nine)
+    rows, pieces, owner = _allocate(own, like)
+    return Middle(*pieces), rows, owner
+
+
+@inline
+def most_middle(call):
+    """Rows in a group: none is written, perhaps over its own logits, before all are as usual."""
+    return lanes_of(in_register(call.like))
+
+
+@shared
+def _largest(x, n, like):
+    """The maximum of at least a vector of logits, in lanes of a register."""
+    vector.out_of_line()
+    size, lanes = size_of(like), lanes_of(like)
+    top = read(x + (n - lanes) * size, lowest(like))
+    for j in range(0, n - lanes, lanes):
+        top = maximum(read(x + j * size, top), top)
+    return register_largest(top)
+
+
+@shared
+def _fold_row(x, n, m, floor, magic, kept, ahead, at_lanes, first, second, like):
+    """Leave a row's exponentials in `kept`, unless that is 0.
+
+    The sum of those below the maximum goes into `first`, the number of elements that are equal to it
+    into `second`, in lanes of a register.
+    """
+    vector.out_of_line()
+    size, lanes, line = size_of(like), lanes_of(like), in_register(like)
+    whole, one = n // lanes * lanes, constants(like).one
+    sums, counts = zeros(like), in_register(constants(like).zero)
+    for j in range(0, whole, lanes):
+        vector.prefetch_vector(ahead + j * size)
+        v = read(x + j * size, sums)
+        e = exponential(v, floor, magic)
+        if kept != 0:
+            write(kept + j * size, e)
+        counts = counts + register_total(formulas.at_maximum(v, m, one))
+        sums = sums + formulas.below_maximum(v, m, e)
+    write(at_lanes, sums)
+    for j in range(whole, n, lanes_of(line)):
+        v = load(x + j * size, n - j, in_register(-constants(like).infinity))
+        e = exponential(v, floor, magic)
+        if kept != 0:
+            write(kept + j * size, e)
+        counts = counts + formulas.at_maximum(v, m, one)
+        at = at_lanes + (j - whole) * size
+        write(at, read(at, line) + formulas.below_maximum(v, m, e))
+    write(first, register_total(read(at_lanes, sums)))
+    write(second, counts)
+
+
+class Row(NamedTuple):
+    """What writing a row takes."""
+
+    maximum: float
+    log_s: float
+    peak: float
+    factor: float
+    scale: float
+
+
+def _result(kind):
+    def result(v, row):
+        if kind == LOGS:
+            return formulas.log_probability(v, row.maximum, row.log_s)
+        return formulas.probability(v, row.peak, row.factor, row.scale)
+
+    return vector.inlined(result, f"result_{kind}")
+
+
+def _write_row(kind):
+    """A function that writes a row; its last register, read first, may overlap the one before."""
+    result = _result(kind)
+
+    def write_row(source, n, row, out, like):
+        vector.out_of_line()
+        size, lanes, line = size_of(like), lanes_of(like), in_register(like)
+        whole, last = n // lanes * lanes, n - lanes_of(line)
+        rest = read(source + last * size, line)
+        for j in range(0, whole, lanes):
+            write(out + j * size, result(read(source + j * size, zeros(like)), row))
+        for j in range(whole, last, lanes_of(line)):
+            write(out + j * size, result(read(source + j * size, line), row))
+        write(out + last * size, result(rest, row))
+
+    write_row.__qualname__ = f"write_row_{kind}"
+    return shared(write_row)
+
+
+_write_rows = {kind: _write_row(kind) for kind in (WRITES, LOGS)}
+
+
+def middle_rows(operation):
+    """A function that does a group; false, and nothing is written, if a row of it is not usual."""
+    labelled, kind, finish = operation == "cross_entropy", _kind(operation), _finish(operation)
+    write_row = _write_rows.get(kind, _write_rows[WRITES])
+
+    def run(call, memory, rows, group):
+        like, n, count, x = call.like, call.classes, group.count, call.x
+        line, size, pitch = in_register(constants(like).zero), size_of(like), _pitch(call)
+        width, register = lanes_of(line), bytes_of(line)
+        writes = call.out.address != 0
+        if labelled:
+            load_labels(call, rows, group)
+        for k in range(count):
+            start = folds.start_of_row(x, group, k)
+            v = fetch(x, start, 0, n, memory.buffers + k * pitch, like)
+            write(memory.logits + k * 8, v)
+            write(memory.first + k * register, _largest(v, n, like))
+        for k in range(count, width):  # idle ones: harmless numbers
+            write(memory.first + k * register, line)
+        m = largest_of_registers(memory.first, like)
+        reference = state.reference_of(widen(m))
+        aim = window(reference, like)
+        write(memory.maxima, m)
+        write(memory.floors, aim[0])
+        write(memory.magics, aim[1])
+        write(memory.x_y, line)
+        for k in range(count):
+            at, v = k * size, read(memory.logits + k * 8, np.int64(0))
+            top, floor = read(memory.maxima + at, like), read(memory.floors + at, like)
+            kept = memory.kept + k * pitch if kind == WRITES and writes else 0
+            ahead = folds.start_of_row(x, group, k + width)
+            magic = read(memory.magics + at, like)
+            sums = memory.lanes, memory.first + k * register, memory.second + k * register
+            _fold_row(v, n, top, floor, magic, kept, ahead, *sums, like)
+            if labelled:
+                y = int(read(rows.label + at, like))
+                if y >= 0:
+                    write(memory.x_y + at, read(v + y * size, like))
+        for k in range(count, width):
+            write(memory.first + k * register, line)
+            write(memory.second + k * register, in_register(constants(like).one))
+        total = total_of_registers(memory.first, like)
+        counts = total_of_registers(memory.second, like)
+        x_y = read(memory.x_y, line)
+        usual, results = finish(call, rows, 0, m, reference, aim, total, counts, x_y)
+        if not usual:
+            return False
+        put_values(call, rows, group)
+        if kind == READS or not writes:
+            return True
+        write(memory.factors, results.factor)
+        write(memory.scales, results.scale)
+        write(memory.peaks, results.peak)
+        write(memory.at_label, results.at_label)
+        write(memory.log_s, results.log_s)
+        for k in range(count):
+            at, start = k * size, folds.start_of_row(call.out, group, k)
+            row = Row(
+                read(memory.maxima + at, like),
+                read(memory.log_s + at, like),
+                read(memory.peaks + at, like),
+                read(memory.factors + at, like),
+                read(memory.scales + at, like),
+            )
+            source = memory.kept + k * pitch
+            if kind == LOGS:
+                source = read(memory.logits + k * 8, np.int64(0))
+            out = memory.out if call.out.streamed else target_of(call.out, start, 0, memory.out)
+            write_row(source, n, row, out, like)
+            if labelled:
+                y = int(read(rows.label + at, like))
+                if y >= 0:
+                    write(out + y * size, read(memory.at_label + at, like))
+            if call.out.streamed:
+                stream_block(out, n, start, like)
+            else:
+                deliver(call.out, start, 0, n, memory.out, like)
+        return True
+
+    return vector.inlined(run, f"{operation}_middle_rows")
+
+
+def middle(operation):
+    """What `folds.driver` needs for rows; None for other operations."""
+    if operation not in OPERATIONS:
+        return None
+    return folds.OneBlock(takes_middle, allocate_middle, most_middle, middle_rows(operation))
