@@ -10,7 +10,7 @@ written. How elements are read is that of two families: `rows` takes block by bl
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -335,86 +335,50 @@ def place(call, row, most, stop):
     return row // call.inner, inner, max(0, min(most, call.inner - inner, stop - row))
 
 
-class OneBlock(NamedTuple):
-    """How rows without options are handled at once; functions of `one_block`."""
-
-    takes: Any  # whether it does a call
-    allocate: Any  # its memory
-    most: Any  # rows in a group
-    run: Any  # does a group; whether it could
-
-
 def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     """The kernel of an operation, with the phases of a family.
 
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
-    the rows of one group and writes those of the one before. These do the calls that a `OneBlock` does
-    not take, and groups with rows that are not usual.
+    the rows of one group and writes those of the one before. Before that, `direct(call, row, stop)`
+    does what rows it can, and returns those that are next: (row, stop).
     """
     load, end = PHASES.get(operation, _TERMS)
-    paired = operation == PAIRED
-
-    def fold_groups(address, like, start, stop):
-        vector.out_of_line()
-        call = _unpack(address, like)
-        memory, owner = allocate(call)
-        before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
-        row = start
-        while row < stop or before.count > 0:
-            outer, inner, count = place(call, row, rows_at_once(call, memory, row), stop)
-            half = 1 - before.half
-            table = memory.tables + half * state.TABLE_SIZE
-            second = table + 2 * state.TABLE_SIZE
-            group = Group(table, outer, inner, count, half, memory.x, second)
-            state.begin(table)
-            if paired:
-                state.begin(second)
-            load(call, group)
-            walk(call, memory, group, before)
-            end(call, group)
-            row += group.count
-            written = group.count if call.out.address != 0 else 0
-            before = Group(table, outer, inner, written, half, memory.x, second)
-        release(owner)
-
-    fold_groups.__qualname__ = f"{family}.{operation}_groups"
-    fold_groups = vector.shared(fold_groups)
+    paired, direct = operation == PAIRED, direct or vector.phase(_nothing_directly)
 
     def run(words, like, start, stop):
-        address = address_of(words)
-        fold_groups(address, like, start, stop)
-        if _unpack(address, like).out.streamed:
-            vector.stream_fence()
-
-    if direct is not None:
-        takes, allocate_rows, most_rows, run_rows = direct
-
-        def fold_one_block(address, like, start, stop):
-            call, row = _unpack(address, like), start
-            memory, rows, owner = allocate_rows(call)
-            most = most_rows(call)
-            while row < stop:
-                outer, inner, count = place(call, row, most, stop)
-                group = Group(0, outer, inner, count, 0, 0, 0)
-                if not run_rows(call, memory, rows, group):
-                    fold_groups(address, like, row, row + count)
-                row += count
+        call, done = _unpack(address_of(words), like), start
+        while done < stop:
+            row, until = direct(call, done, stop)
+            done = until
+            if row == until:
+                continue
+            memory, owner = allocate(call)
+            before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
+            while row < until or before.count > 0:
+                outer, inner, count = place(call, row, rows_at_once(call, memory, row), until)
+                half = 1 - before.half
+                table = memory.tables + half * state.TABLE_SIZE
+                second = table + 2 * state.TABLE_SIZE
+                group = Group(table, outer, inner, count, half, memory.x, second)
+                state.begin(table)
+                if paired:
+                    state.begin(second)
+                load(call, group)
+                walk(call, memory, group, before)
+                end(call, group)
+                row += group.count
+                written = group.count if call.out.address != 0 else 0
+                before = Group(table, outer, inner, written, half, memory.x, second)
             release(owner)
-
-        fold_one_block = vector.inlined(fold_one_block, f"{family}.{operation}_one_block")
-
-        def run(words, like, start, stop):
-            address = address_of(words)
-            call = _unpack(address, like)
-            if takes(call):
-                fold_one_block(address, like, start, stop)
-            else:
-                fold_groups(address, like, start, stop)
-            if call.out.streamed:
-                vector.stream_fence()
+        if call.out.streamed:
+            vector.stream_fence()
 
     run.__qualname__ = f"{family}.{operation}"
     return cached(njit(**KERNEL)(run))
+
+
+def _nothing_directly(call, row, stop):
+    return row, stop
 
 
 @cached

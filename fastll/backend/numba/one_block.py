@@ -7,6 +7,7 @@ register has lanes, whose scalars never leave the registers. The results are tho
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from fastll.backend.numba import folds, state, vector
 from fastll.backend.numba.blocks import stream_block
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
-from fastll.backend.numba.memory import allocate, deliver, fetch, target_of
+from fastll.backend.numba.memory import allocate, deliver, fetch, release, target_of
 from fastll.backend.numba.tiles import at_of, gather, scatter, size_of_rows, size_of_tile
 from fastll.backend.numba.transpose import largest_of_registers, total_of_registers
 from fastll.backend.numba.vector import (
@@ -163,7 +164,7 @@ def _finish(operation):
             cast(factor, like), cast(scale, like), peak, cast(at_label, like), cast(row.log_s, like)
         )
 
-    return vector.inlined(finish, f"{operation}_finish")
+    return vector.phase(finish)
 
 
 @inline
@@ -259,7 +260,7 @@ def short_rows(operation):
             write(out + j * line, p)
         return True
 
-    run_register = vector.inlined(run_register, f"{operation}_run_register")
+    run_register = vector.phase(run_register)
 
     def run(call, memory, rows, group):
         writes = call.out.address != 0
@@ -274,14 +275,7 @@ def short_rows(operation):
             scatter(call, call.out, group, 0, call.classes, memory.out, memory.rows)
         return True
 
-    return vector.inlined(run, f"{operation}_short_rows")
-
-
-def short(operation):
-    """What `folds.driver` needs for columns; None for other operations."""
-    if operation not in OPERATIONS:
-        return None
-    return folds.OneBlock(takes_short, allocate_short, most_short, short_rows(operation))
+    return vector.phase(run)
 
 
 # Other rows: one after the other, but for their scalars
@@ -500,11 +494,32 @@ def middle_rows(operation):
                 deliver(call.out, start, 0, n, memory.out, like)
         return True
 
-    return vector.inlined(run, f"{operation}_middle_rows")
+    return vector.phase(run)
 
 
-def middle(operation):
-    """What `folds.driver` needs for rows; None for other operations."""
+def _fold_one_block(takes, allocate, most, rows, operation):
+    """A function that does rows up to the first group that is not usual; None for other operations."""
     if operation not in OPERATIONS:
         return None
-    return folds.OneBlock(takes_middle, allocate_middle, most_middle, middle_rows(operation))
+    run_group = rows(operation)
+
+    def fold_one_block(call, row, stop):
+        """Returns the rows that are left, or the first group of them."""
+        if not takes(call):
+            return row, stop
+        memory, numbers, owner = allocate(call)
+        at_once, usual, until = most(call), True, row
+        while usual and until < stop:
+            row = until
+            outer, inner, count = folds.place(call, row, at_once, stop)
+            usual = run_group(call, memory, numbers, folds.Group(0, outer, inner, count, 0, 0, 0))
+            until = row + count
+        release(owner)
+        return until if usual else row, until
+
+    return vector.phase(fold_one_block)
+
+
+#: What `folds.driver` takes for an operation: for columns, and for rows.
+short = partial(_fold_one_block, takes_short, allocate_short, most_short, short_rows)
+middle = partial(_fold_one_block, takes_middle, allocate_middle, most_middle, middle_rows)
