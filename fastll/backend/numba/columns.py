@@ -124,6 +124,7 @@ def _summed(terms, count):
     """`rows._summed` for the rows from w on of a tile; a pair of which `count` are summed."""
 
     def sum_rows(tile, second, w, n, zero, arguments, lanes, like):
+        vector.out_of_line()  # a number of lanes that is known would unroll all loops over them
         pad = zeros(like)
         clear(tile.sums, zero, lanes)
         if count == 2:
@@ -137,7 +138,7 @@ def _summed(terms, count):
         sums = fold_sums(tile.sums, zero, tile.wide, lanes)
         return sums, fold_sums(tile.more_sums, zero, tile.wide, lanes) if count == 2 else sums
 
-    return vector.inlined(sum_rows, f"{terms.__qualname__}_rows")
+    return vector.shared_as(sum_rows, f"{terms.__qualname__}_rows")
 
 
 _sum_distances, _sum_weighted = _summed(blocks.distance_terms, 2), _summed(blocks.weighted_terms, 2)
@@ -269,7 +270,7 @@ def fold_weighted_tile(tile, table, n, count, lanes, like):
 # Reading and folding the rows of a group
 
 
-@inline
+@vector.phase
 def plain(call, x, tile, v, group, j, n):
     gather(call, x, group, j, n, v, tile.rows)
 

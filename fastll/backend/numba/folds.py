@@ -335,6 +335,11 @@ def place(call, row, most, stop):
     return row // call.inner, inner, max(0, min(most, call.inner - inner, stop - row))
 
 
+@inline
+def _nothing_directly(call, row, stop):
+    return row, stop
+
+
 def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     """The kernel of an operation, with the phases of a family.
 
@@ -343,7 +348,7 @@ def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     does what rows it can, and returns those that are next: (row, stop).
     """
     load, end = PHASES.get(operation, _TERMS)
-    paired, direct = operation == PAIRED, direct or vector.phase(_nothing_directly)
+    paired, direct = operation == PAIRED, direct or _nothing_directly
 
     def run(words, like, start, stop):
         call, done = _unpack(address_of(words), like), start
@@ -375,10 +380,6 @@ def driver(family, operation, allocate, rows_at_once, walk, direct=None):
 
     run.__qualname__ = f"{family}.{operation}"
     return cached(njit(**KERNEL)(run))
-
-
-def _nothing_directly(call, row, stop):
-    return row, stop
 
 
 @cached

@@ -47,7 +47,7 @@ READS, WRITES, LOGS = range(3)
 
 
 def _kind(operation):
-    """What an operation leaves there if there is an `out`."""
+    """What an operation leaves there if there is an `out`, as there is but for a loss."""
     return {"logsumexp": READS, "log_softmax": LOGS}.get(operation, WRITES)
 
 
@@ -237,7 +237,7 @@ def short_rows(operation):
         for j in range(classes):
             v = read(x + j * line, zero)
             e = exponential(v, *aim)
-            if kind == WRITES and writes:
+            if kind == WRITES:
                 write(kept + j * line, e)
             if labelled:
                 x_y = where_eq(y, class_of_lanes, v, x_y)
@@ -248,7 +248,7 @@ def short_rows(operation):
         if not usual:
             return False
         class_of_lanes = zero
-        for j in range(classes if writes else 0):
+        for j in range(classes if kind != READS and writes else 0):
             if kind == LOGS:
                 p = formulas.log_probability(read(x + j * line, zero), m, results.log_s)
             else:
@@ -263,7 +263,7 @@ def short_rows(operation):
     run_register = vector.phase(run_register)
 
     def run(call, memory, rows, group):
-        writes = call.out.address != 0
+        writes = not labelled or call.out.address != 0
         gather(call, call.x, group, 0, call.classes, memory.x, memory.rows)
         if labelled:
             load_labels(call, rows, group)
@@ -408,8 +408,7 @@ def _write_row(kind):
             write(out + j * size, result(read(source + j * size, line), row))
         write(out + last * size, result(rest, row))
 
-    write_row.__qualname__ = f"write_row_{kind}"
-    return shared(write_row)
+    return vector.shared_as(write_row, f"write_row_{kind}")
 
 
 _write_rows = {kind: _write_row(kind) for kind in (WRITES, LOGS)}
@@ -505,6 +504,7 @@ def _fold_one_block(takes, allocate, most, rows, operation):
 
     def fold_one_block(call, row, stop):
         """Returns the rows that are left, or the first group of them."""
+        vector.out_of_line()
         if not takes(call):
             return row, stop
         memory, numbers, owner = allocate(call)
@@ -517,7 +517,7 @@ def _fold_one_block(takes, allocate, most, rows, operation):
         release(owner)
         return until if usual else row, until
 
-    return vector.phase(fold_one_block)
+    return vector.shared_as(fold_one_block, f"{rows.__name__}.{operation}")
 
 
 #: What `folds.driver` takes for an operation: for columns, and for rows.

@@ -75,11 +75,12 @@ def _clear(at, n, like):
 
 
 @shared
-def _gather(x, classes, inner, group, j, n, tile, rows, like):
+def gather(call, x, group, j, n, tile, rows):
+    """Classes j to j + n of the rows into a tile; `rows` is memory for short ones."""
     vector.out_of_line()
-    count, zero = group.count, zeros(like)
-    if by_rows(x, classes, inner):
-        turn(_rows_of(x, inner, group, n, rows, like), count, n, tile, like)
+    like, count, zero = call.like, group.count, zeros(call.like)
+    if by_rows(x, call.classes, call.inner):
+        turn(_rows_of(x, call.inner, group, n, rows, like), count, n, tile, like)
         return
     size, source = size_of(like), start_of(x, group.outer, group.inner) + j * x.classes
     for i in range(n):
@@ -95,11 +96,12 @@ def _gather(x, classes, inner, group, j, n, tile, rows, like):
 
 
 @shared
-def _scatter(x, classes, inner, group, j, n, tile, rows, like):
+def scatter(call, x, group, j, n, tile, rows):
+    """A tile back into classes j to j + n of the rows."""
     vector.out_of_line()
-    count, zero = group.count, zeros(like)
+    like, count, zero = call.like, group.count, zeros(call.like)
     size, target = size_of(like), start_of(x, group.outer, group.inner) + j * x.classes
-    if by_rows(x, classes, inner):
+    if by_rows(x, call.classes, call.inner):
         turn_back(tile, count, n, rows, like)
         packed = x.inner == n * x.classes
         for i in range(1 if packed else count):
@@ -121,15 +123,3 @@ def _scatter(x, classes, inner, group, j, n, tile, rows, like):
                 vector.prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
                 store(target + w * size, count - w, load(line + w * size, count - w, zero))
         target += x.classes
-
-
-@inline
-def gather(call, x, group, j, n, tile, rows):
-    """Classes j to j + n of the rows into a tile; `rows` is memory for short ones."""
-    _gather(x, call.classes, call.inner, group, j, n, tile, rows, call.like)
-
-
-@inline
-def scatter(call, x, group, j, n, tile, rows):
-    """A tile back into classes j to j + n of the rows."""
-    _scatter(x, call.classes, call.inner, group, j, n, tile, rows, call.like)

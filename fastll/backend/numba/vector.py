@@ -42,6 +42,12 @@ def inlined(function, name):
     return inline(function)
 
 
+def shared_as(function, name):
+    """The same of one that stays a function of its own."""
+    function.__qualname__ = name
+    return shared(function)
+
+
 def phase(function):
     """A large function, which Numba copies into its caller: with others it is compiled only there."""
     return njit(inline="always", error_model="numpy")(function)
