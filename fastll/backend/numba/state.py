@@ -20,7 +20,7 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import lower_getattr_generic, lower_setattr_generic, register_model
 
 from fastll.backend.numba import vector
-from fastll.backend.numba.maths import formulas, log1p_sum
+from fastll.backend.numba.maths import formulas, log1p_finite, log1p_sum
 from fastll.backend.numba.vector import Vector, absolute, emitted, inline, shared, where_eq, where_gt
 from fastll.contract import GROUP
 from fastll.formulas.constants import LIMIT, LN2_HIGH, LN2_LOW, SHIFT
@@ -238,7 +238,7 @@ def settled(m, n, added, k):
     """That of new rows with usable maxima, reference exponents n and finite sums."""
     lead = formulas.exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW)
     e = added / lead
-    return Settled(m, lead, e, k, log1p_sum(e + (k - 1.0)))
+    return Settled(m, lead, e, k, log1p_finite(e + (k - 1.0)))
 
 
 @inline
