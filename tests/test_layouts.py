@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from table import ROUNDOFFS, assert_close
@@ -76,3 +77,26 @@ def test_reductions(name, case):
             for result, pair in zip(results, pairs, strict=True):
                 assert_close(result, pair, x.dtype)
     oracle.SUBTRACTED = 0
+
+
+@pytest.mark.parametrize("classes", [1, 10, 63, 64, 1000])
+@pytest.mark.parametrize("rows", [7, 70])
+def test_rows_of_one_block_in_any_strides(rng, rows, classes):
+    """Groups that are partial, unusual, swapped, reversed or repeated: the bits of both backends."""
+    require("cython")
+    require("numba")
+    x = rng.standard_normal((rows, classes), np.float32)
+    y, weights = rng.integers(0, classes, rows), rng.integers(0, 3, rows)
+    y[rows // 2] = -100
+    unusual = x.copy()
+    unusual[0], unusual[rows // 2], unusual[-1, 0] = -np.inf, np.nan, np.inf
+    repeated = np.broadcast_to(x[0], x.shape), np.broadcast_to(x[:, :1], x.shape)
+    more = {"sample_weight": weights, "return_lse": True, "return_grad": True}
+    for logits in (x, unusual, x[::-1], x[:, ::-1], x.astype(">f4"), np.asfortranarray(x), *repeated):
+        found = []
+        for name in ("cython", "numba"):
+            with fastll.use_backend(name):
+                loss = fastll.cross_entropy(logits, y, reduction="none", **more)
+                found.append((*loss, fastll.softmax(logits), fastll.log_softmax(logits)))
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -26,7 +26,7 @@ from fastll.backend.numba import (
     rows,
 )
 from fastll.backend.numba.calls import NO_ROWS, NOTHING, Operand, RowOperand
-from fastll.contract import STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
+from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
 
 #: ("rows", "columns" or "maps", operation, compute dtype), or ("reader" or "writer", *its arguments).
@@ -119,7 +119,10 @@ class _Layout:
         if a is None:
             return NOTHING
         a = a.transpose(2, 1, 0) if self.swap else a
-        return _operand(a, self.like, 2 if self.across else 1, self.missing)
+        _, step, inner = (abs(s) for s in a.strides)
+        # see `tiles.by_rows`
+        by_rows = not self.across or (self.classes < SHORT and (step < inner or self.inner == 1))
+        return _operand(a, self.like, 1 if by_rows else 2, self.missing)
 
     def output(self, a: Array | None, x: Array, simple: bool) -> Operand:
         """An operand that is written in the shape of x, by non-temporal stores where that pays.

@@ -116,6 +116,18 @@ def fill(out, n, value, streamed, like):
             store(out + j * size, n - j, values)
 
 
+@inline
+def stream_block(v, n, out, like):
+    """Copy numbers, whole lines past the caches."""
+    size, lanes, zero = size_of(like), lanes_of(like), zeros(like)
+    head = min(n, until_line(out, like))
+    whole = head + (n - head) // lanes * lanes
+    store(out, head, load(v, head, zero))
+    for j in range(head, whole, lanes):
+        vector.stream(out + j * size, read(v + j * size, zero))
+    store(out + whole * size, n - whole, load(v + whole * size, n - whole, zero))
+
+
 # Pairs of terms of an element x and a second one, to be summed
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import chain
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import intrinsic, lower_getattr_generic, register_model
 from numpy.typing import NDArray
+
+from fastll.backend.numba.vector import Model
 
 #: A field of the compute dtype.
 Number = Annotated[float, "compute dtype"]
@@ -72,18 +75,47 @@ class Layout:
         return np.frombuffer(bytearray(self._words.pack(*words)), np.int64)
 
     def _unpack(self) -> Any:
-        """A function for kernels: the named tuple at an address, for a scalar of the compute dtype."""
+        """A function for kernels: the `_View` of an address, for a scalar of the compute dtype."""
 
         def unpack(typing_context: Any, address: Any, like: Any) -> Any:
-            structure = _numba_type(self._tree, like)
-
-            def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-                pointer = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-                return _read(context, builder, structure, pointer, count())
-
-            return structure(types.int64, like), codegen
+            view = _numba_type(self._tree, like)
+            return view(types.int64, like), lambda context, builder, signature, values: values[0]
 
         return intrinsic(unpack)
+
+
+class _View(types.Type):  # type: ignore[misc]  # of a package without types
+    """A named tuple in memory, as its address: a field is read where it is used."""
+
+    ir = ir.IntType(64)
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self.fields = fields
+        super().__init__(name=f"View({name}, {fields})")
+
+
+register_model(_View)(Model)
+
+
+@infer_getattr
+class _Fields(AttributeTemplate):  # type: ignore[misc]
+    key = _View
+
+    def generic_resolve(self, view: Any, name: str) -> Any:
+        return view.fields.get(name)
+
+
+@lower_getattr_generic(_View)  # type: ignore[untyped-decorator]
+def _read_field(context: Any, builder: Any, view: Any, address: Any, name: str) -> Any:
+    before = list(view.fields).index(name)
+    word = sum(map(_words_of, list(view.fields.values())[:before]))
+    return _read(context, builder, view.fields[name], builder.add(address, _View.ir(8 * word)))
+
+
+def _words_of(kind: Any) -> int:
+    if isinstance(kind, _View):
+        return sum(map(_words_of, kind.fields.values()))
+    return sum(map(_words_of, kind)) if isinstance(kind, types.BaseTuple) else 1
 
 
 def _tree(kind: Any, lengths: dict[str, int]) -> Any:
@@ -111,19 +143,25 @@ def _numba_type(tree: Any, compute: Any) -> Any:
     if isinstance(tree, tuple):
         kind, fields = tree
         kinds = [_numba_type(field, compute) for field in fields]
-        return types.BaseTuple.from_types(kinds, None if kind is tuple else kind)
+        if kind is tuple:
+            return types.BaseTuple.from_types(kinds)
+        return _View(kind.__qualname__, dict(zip(kind._fields, kinds, strict=True)))
     return {int: types.int64, bool: types.boolean, Number: compute}.get(tree, types.float64)
 
 
-def _read(context: Any, builder: Any, kind: Any, pointer: Any, words: Iterator[int]) -> Any:
-    """A value of a type at the next words."""
+def _read(context: Any, builder: Any, kind: Any, address: Any) -> Any:
+    """A value of a type at an address; nothing changes it as long as kernels run."""
+    if isinstance(kind, _View):
+        return address
     if isinstance(kind, types.BaseTuple):
-        fields = [_read(context, builder, field, pointer, words) for field in kind]
+        fields = []
+        for field in kind:
+            fields.append(_read(context, builder, field, address))
+            address = builder.add(address, _View.ir(8 * _words_of(field)))
         return context.make_tuple(builder, kind, fields)
-    word = builder.load(builder.gep(pointer, [ir.IntType(64)(next(words))]))
-    if kind == types.int64:
-        return word
+    stored = _View.ir if kind in (types.int64, types.boolean) else ir.DoubleType()
+    word = builder.load(builder.inttoptr(address, stored.as_pointer()))
+    word.set_metadata("invariant.load", builder.module.add_metadata([]))
     if kind == types.boolean:
-        return builder.icmp_signed("!=", word, word.type(0))
-    number = builder.bitcast(word, ir.DoubleType())
-    return number if kind == types.float64 else builder.fptrunc(number, ir.FloatType())
+        return builder.icmp_signed("!=", word, stored(0))
+    return builder.fptrunc(word, ir.FloatType()) if kind == types.float32 else word

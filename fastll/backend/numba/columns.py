@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.numba import blocks, state, vector
+from fastll.backend.numba import blocks, one_block, state, vector
 from fastll.backend.numba.folds import AVERAGES, PAIRED, TEMPERED, driver, has_targets, logit
 from fastll.backend.numba.maths import cast, constants, exponential, formulas, lowest, window, zeros
 from fastll.backend.numba.memory import allocate, start_of, until_line
@@ -27,13 +27,13 @@ from fastll.backend.numba.state import (
     rows_of,
     usable,
 )
-from fastll.backend.numba.vector import bytes_of, inline, lanes_of, load, read, size_of, store, write
+from fastll.backend.numba.tiles import at_of, gather, scatter, size_of_rows, size_of_tile
+from fastll.backend.numba.vector import bytes_of, inline, lanes_of, read, size_of, write
 from fastll.contract import BLOCK, GROUP, SHORT
 from fastll.formulas import TERMS
 from fastll.formulas.constants import SHIFT
 
-FEW = 32  # classes that are written at a time
-LINES_AHEAD = 8  # classes from the one that is read or written to the one that is prefetched
+FEW = SHORT  # classes that are written at a time
 # bytes between pieces of memory: addresses that are a multiple of 4096 apart hinder each other
 APART = 1024
 
@@ -50,6 +50,7 @@ class Tile(NamedTuple):
     wide: int  # the sums on their way to one, in float64
     x: int  # logits, capped
     second: int  # weights or targets, where there are any
+    rows: int  # short ones, one after the other
 
 
 def _allocate(operation):
@@ -57,56 +58,16 @@ def _allocate(operation):
     tables = 2 if operation == PAIRED else 1
 
     def allocate_tile(call):
-        like, line = call.like, GROUP * size_of(call.like)
-        tile, few, table = min(BLOCK, call.classes) * line, FEW * line + APART, tables * TABLE_SIZE
+        like, classes, table = call.like, call.classes, tables * TABLE_SIZE
+        tile, few = size_of_tile(min(BLOCK, classes), like), size_of_tile(min(FEW, classes), like)
         sums = lanes_of(like) * bytes_of(vector.widen(zeros(like))) + 2 * APART
         second = tile if has_targets(call) else 0
-        sizes = (2 * table, table, few, few, sums, sums, sums, tile + APART, second)
+        few, rows = few + APART, size_of_rows(call)
+        sizes = (2 * table, table, few, few, sums, sums, sums, tile + APART, second, rows)
         owner, pieces = allocate(sizes)
         return Tile(*pieces), owner
 
     return vector.inlined(allocate_tile, f"{operation}_allocate")
-
-
-@inline
-def at_of(tile, j, w, like):
-    """Address of class j of row w."""
-    return tile + (j * GROUP + w) * size_of(like)
-
-
-@inline
-def gather(x, group, j, n, tile, like):
-    """Classes j to j + n of the rows into a tile: class by class, GROUP rows apart."""
-    size, count, zero = size_of(like), group.count, zeros(like)
-    source = start_of(x, group.outer, group.inner) + j * x.classes
-    for i in range(n):
-        line = at_of(tile, i, 0, like)
-        if x.read == 0:
-            for w in range(0, count, lanes_of(like)):
-                vector.prefetch_vector(source + LINES_AHEAD * x.classes + w * size)
-                store(line + w * size, count - w, load(source + w * size, count - w, zero))
-        else:
-            vector.call(x.read, source, x.inner, line, size, count)
-        source += x.classes
-
-
-@inline
-def scatter(x, group, j, n, tile, like):
-    """A tile back into classes j to j + n of the rows."""
-    size, count, zero = size_of(like), group.count, zeros(like)
-    target = start_of(x, group.outer, group.inner) + j * x.classes
-    for i in range(n):
-        line = at_of(tile, i, 0, like)
-        if x.write != 0:
-            vector.call(x.write, line, size, target, x.inner, count)
-        elif x.streamed and count == GROUP and target % 64 == 0:
-            for w in range(0, GROUP, lanes_of(like)):
-                vector.stream(target + w * size, read(line + w * size, zero))
-        else:
-            for w in range(0, count, lanes_of(like)):
-                vector.prefetch_vector(target + LINES_AHEAD * x.classes + w * size)
-                store(target + w * size, count - w, load(line + w * size, count - w, zero))
-        target += x.classes
 
 
 # Sums
@@ -163,6 +124,7 @@ def _summed(terms, count):
     """`rows._summed` for the rows from w on of a tile; a pair of which `count` are summed."""
 
     def sum_rows(tile, second, w, n, zero, arguments, lanes, like):
+        vector.out_of_line()  # a number of lanes that is known would unroll all loops over them
         pad = zeros(like)
         clear(tile.sums, zero, lanes)
         if count == 2:
@@ -176,7 +138,7 @@ def _summed(terms, count):
         sums = fold_sums(tile.sums, zero, tile.wide, lanes)
         return sums, fold_sums(tile.more_sums, zero, tile.wide, lanes) if count == 2 else sums
 
-    return vector.inlined(sum_rows, f"{terms.__qualname__}_rows")
+    return vector.shared_as(sum_rows, f"{terms.__qualname__}_rows")
 
 
 _sum_distances, _sum_weighted = _summed(blocks.distance_terms, 2), _summed(blocks.weighted_terms, 2)
@@ -308,15 +270,15 @@ def fold_weighted_tile(tile, table, n, count, lanes, like):
 # Reading and folding the rows of a group
 
 
-@inline
+@vector.phase
 def plain(call, x, tile, v, group, j, n):
-    gather(x, group, j, n, v, call.like)
+    gather(call, x, group, j, n, v, tile.rows)
 
 
 @inline
 def tempered(call, x, tile, v, group, j, n):
     """`plain`, then by the inverse temperature."""
-    gather(x, group, j, n, v, call.like)
+    gather(call, x, group, j, n, v, tile.rows)
     if call.options.inverse_temperature != 1.0:
         blocks.scale(v, n * GROUP, call.options.inverse_temperature, 1.0, v, call.like)
 
@@ -326,7 +288,7 @@ def capped(call, x, tile, v, group, j, n):
     """`rows.capped` for a tile, and what is at the labels."""
     like, cap = call.like, call.options.softcap
     labelled = group.count if call.labels.address != 0 else 0
-    gather(x, group, j, n, v, like)
+    gather(call, x, group, j, n, v, tile.rows)
     for part in range(0, n if cap != 0.0 else 0, FEW):
         few, at = min(n - part, FEW), at_of(v, part, 0, like)
         blocks.cap(at, few * GROUP, cap, at, tile.slope, like)
@@ -343,12 +305,12 @@ def capped(call, x, tile, v, group, j, n):
 
 
 @inline
-def fetch_target(call, group, j, n, u):
+def fetch_target(call, tile, group, j, n, u):
     """`rows.fetch_target` for a tile."""
     like, eps, zero = call.like, call.options.label_smoothing, zeros(call.like)
     source = 0
     if call.second.address != 0:
-        gather(call.second, group, j, n, u, like)
+        gather(call, call.second, group, j, n, u, tile.rows)
         source = u
     blocks.target(source, 0, n * GROUP, 1.0 - eps, eps / call.classes, u, like)
     if call.weight != 0:
@@ -363,7 +325,7 @@ def fetch_target(call, group, j, n, u):
 def add_targets(call, tile, group, j, n):
     """`rows.add_targets` for a tile."""
     like = call.like
-    fetch_target(call, group, j, n, tile.second)
+    fetch_target(call, tile, group, j, n, tile.second)
     for w in range(0, group.count, lanes_of(like)):
         rows = rows_of(group.table, w, like)
         m, zero = rows.maximum, zeros(like)
@@ -393,7 +355,7 @@ def _fold_group(operation):
             read_block(call, call.x, tile, tile.x, group, j, n)
             fresh = call.state.address == 0 and j == 0
             if weighted and call.second.address != 0:
-                gather(call.second, group, j, n, tile.second, like)
+                gather(call, call.second, group, j, n, tile.second, tile.rows)
                 fold_weighted_tile(tile, table, n, group.count, lanes, like)
             else:
                 fold_tile(tile, tile.x, table, average, n, group.count, fresh, lanes, like)
@@ -413,8 +375,8 @@ def _fold_nll_group(call, tile, group):
     like, zero = call.like, zeros(call.like)
     for j in range(0, call.classes if has_targets(call) else 0, BLOCK):
         n = min(BLOCK, call.classes - j)
-        gather(call.x, group, j, n, tile.x, like)
-        fetch_target(call, group, j, n, tile.second)
+        gather(call, call.x, group, j, n, tile.x, tile.rows)
+        fetch_target(call, tile, group, j, n, tile.second)
         for w in range(0, group.count, lanes_of(like)):
             rows = rows_of(group.table, w, like)
             found = _sum_distances(tile, tile.second, w, n, zero, (zero,), lanes_of(like), like)
@@ -510,7 +472,7 @@ def finish_gradient(call, tile, group, second, j, n):
     like, cap = call.like, call.options.softcap
     if has_targets(call):
         if cap != 0.0 or call.classes > BLOCK:  # the tile does not hold them any more
-            fetch_target(call, group, j, n, second)
+            fetch_target(call, tile, group, j, n, second)
         subtract(tile, second, n, group.count, like)
     if cap != 0.0:
         blocks.multiply(tile.out, tile.slope, n * GROUP, like)
@@ -564,7 +526,7 @@ def _write_group(operation):
                 finish_gradient(call, tile, group, second, j, n)
             if weighed:
                 clear_dropped(call, tile, group, n)
-            scatter(call.out, group, j, n, tile.out, like)
+            scatter(call, call.out, group, j, n, tile.out, tile.rows)
 
     return vector.phase(write_group)
 
@@ -592,10 +554,10 @@ def _walk_terms(operation):
         like, second = call.like, tile.x
         for j in range(0, call.classes, BLOCK):
             n = min(BLOCK, call.classes - j)
-            gather(call.x, group, j, n, tile.x, like)
+            gather(call, call.x, group, j, n, tile.x, tile.rows)
             if call.second.address != 0:
                 second = tile.second
-                gather(call.second, group, j, n, second, like)
+                gather(call, call.second, group, j, n, second, tile.rows)
             for w in range(0, group.count, lanes_of(like)):
                 rows = rows_of(group.table, w, like)
                 found = sum_rows(tile, second, w, n, zeros(like), (), lanes_of(like), like)
@@ -617,4 +579,5 @@ def _rows_at_once(call, tile, row):
 def kernel(operation):
     """The kernel of an operation."""
     walk = _walk_terms(operation) if operation in TERMS else _walk(operation)
-    return driver("columns", operation, _allocate(operation), _rows_at_once, walk)
+    direct = one_block.short(operation)
+    return driver("columns", operation, _allocate(operation), _rows_at_once, walk, direct)

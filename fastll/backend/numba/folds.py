@@ -193,32 +193,59 @@ def end_log_softmax(call, group):
     state.settle(group.table, group.count)
 
 
+@inline
+def where_finite(maximum, value):
+    """NaN where a maximum is infinite, as it is in a row without elements."""
+    return where_gt(np.inf, absolute(maximum), value, np.nan)
+
+
+@inline
+def label_share(call, label_weight):
+    """What of a label's class weight is the point mass."""
+    eps = call.options.label_smoothing
+    return label_weight * (1.0 - eps if call.labels.address != 0 else 0.0)
+
+
+@inline
+def cross_entropy_of(call, row, sample, x_y, label_weight, mass, distances):
+    """Losses of rows that are `Settled`."""
+    c_y, z_loss = label_share(call, label_weight), call.options.z_loss
+    loss = formulas.cross_entropy_loss(row.m, row.log_s, c_y, x_y, mass, distances, z_loss)
+    if call.classes > 0:
+        loss = where_eq(row.m, -np.inf, np.nan, loss)
+    return formulas.product(sample, loss)
+
+
+@inline
+def cross_entropy_gradient_of(call, row, upstream, x_y, label_weight, mass, label_slope):
+    """Factors of exp(x - m) in their gradients, and gradients at the labels."""
+    limits, z_loss = constants(0.0), call.options.z_loss
+    q, t = formulas.split(x_y - row.m, limits.floor, limits.magic)
+    c_y = label_share(call, label_weight)
+    u_y = label_weight * (call.options.label_smoothing / call.classes)
+    s, rest = row.e + row.k, row.e + (row.k - 1.0)
+    factor, g_y = formulas.cross_entropy_gradient(
+        row.m + row.log_s, s, rest, c_y, u_y, mass, z_loss, fma(q, t, t), fma(q, t, t - 1.0)
+    )
+    g_y = (g_y * upstream) * label_slope
+    return factor * upstream / s, where_finite(row.m, g_y)
+
+
 @vector.shared
 def end_cross_entropy(call, group):
     """Losses, and what their gradients take."""
     vector.out_of_line()
     state.settle(group.table, group.count)
-    eps, z_loss = call.options.label_smoothing, call.options.z_loss
-    c = 1.0 - eps if call.labels.address != 0 else 0.0
-    limits = constants(0.0)
     for i in range(0, group.count, state.LANES):
         rows = rows_of(group.table, i, 0.0)
-        m, log_s, mass, x_y = rows.maximum, rows.log_s, rows.mass, rows.label_logit
-        e, k, c_y = rows.below, rows.at_maximum, rows.label_weight * c
-        loss = formulas.cross_entropy_loss(m, log_s, c_y, x_y, mass, rows.distance, z_loss)
-        if call.classes > 0:
-            loss = where_eq(m, -np.inf, np.nan, loss)
-        rows.value = formulas.product(rows.sample, loss)
-        rows.upstream = scale = call.options.scale * rows.sample
-        q, t = formulas.split(x_y - m, limits.floor, limits.magic)
-        e_y, fall_y = fma(q, t, t), fma(q, t, t - 1.0)
-        s, rest, u_y = e + k, e + (k - 1.0), rows.label_weight * (eps / call.classes)
-        factor, g_y = formulas.cross_entropy_gradient(
-            rows.lse, s, rest, c_y, u_y, mass, z_loss, e_y, fall_y
+        x_y, weight, mass = rows.label_logit, rows.label_weight, rows.mass
+        row = state.Settled(rows.maximum, rows.lead, rows.below, rows.at_maximum, rows.log_s)
+        rows.value = cross_entropy_of(call, row, rows.sample, x_y, weight, mass, rows.distance)
+        rows.upstream = upstream = call.options.scale * rows.sample
+        factor, rows.label_gradient = cross_entropy_gradient_of(
+            call, row, upstream, x_y, weight, mass, rows.label_slope
         )
-        g_y = (g_y * scale) * rows.label_slope
-        rows.label_gradient = where_gt(np.inf, absolute(m), g_y, np.nan)
-        state.set_factors(rows, factor * scale / s, call.like)
+        state.set_factors(rows, factor, call.like)
     write_values(call, group)
 
 
@@ -243,12 +270,6 @@ def set_softmax_factors(call, rows, s):
     """Factors of a softmax in the gradient."""
     tau = call.options.inverse_temperature
     state.set_factors(rows, rows.sample * (call.options.scale * tau) / s, call.like)
-
-
-@inline
-def where_finite(maximum, value):
-    """NaN where a maximum is infinite, as it is in a row without elements."""
-    return where_gt(np.inf, absolute(maximum), value, np.nan)
 
 
 @inline
@@ -307,39 +328,55 @@ PAIRED = "kl_divergence_from_logits"
 AVERAGES = "entropy_from_logits", PAIRED
 
 
-def driver(family, operation, allocate, rows_at_once, walk):
+@inline
+def place(call, row, most, stop):
+    """(outer, inner, count) of the next group, from `row` on."""
+    inner = row % call.inner
+    return row // call.inner, inner, max(0, min(most, call.inner - inner, stop - row))
+
+
+@inline
+def _nothing_directly(call, row, stop):
+    return row, stop
+
+
+def driver(family, operation, allocate, rows_at_once, walk, direct=None):
     """The kernel of an operation, with the phases of a family.
 
     `allocate` makes its memory, `rows_at_once` says how many rows make the next group, `walk` folds
-    the rows of one group and writes those of the one before.
+    the rows of one group and writes those of the one before. Before that, `direct(call, row, stop)`
+    does what rows it can, and returns those that are next: (row, stop).
     """
     load, end = PHASES.get(operation, _TERMS)
-    paired = operation == PAIRED
+    paired, direct = operation == PAIRED, direct or _nothing_directly
 
     def run(words, like, start, stop):
-        call = _unpack(address_of(words), like)
-        memory, owner = allocate(call)
-        before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
-        row = start
-        while row < stop or before.count > 0:
-            most = rows_at_once(call, memory, row)
-            outer, inner, half = row // call.inner, row % call.inner, 1 - before.half
-            count = max(0, min(most, call.inner - inner, stop - row))
-            table = memory.tables + half * state.TABLE_SIZE
-            second = table + 2 * state.TABLE_SIZE
-            group = Group(table, outer, inner, count, half, memory.x, second)
-            state.begin(table)
-            if paired:
-                state.begin(second)
-            load(call, group)
-            walk(call, memory, group, before)
-            end(call, group)
-            row += group.count
-            written = group.count if call.out.address != 0 else 0
-            before = Group(table, outer, inner, written, half, memory.x, second)
+        call, done = _unpack(address_of(words), like), start
+        while done < stop:
+            row, until = direct(call, done, stop)
+            done = until
+            if row == until:
+                continue
+            memory, owner = allocate(call)
+            before = Group(memory.tables, 0, 0, 0, 1, memory.x, 0)
+            while row < until or before.count > 0:
+                outer, inner, count = place(call, row, rows_at_once(call, memory, row), until)
+                half = 1 - before.half
+                table = memory.tables + half * state.TABLE_SIZE
+                second = table + 2 * state.TABLE_SIZE
+                group = Group(table, outer, inner, count, half, memory.x, second)
+                state.begin(table)
+                if paired:
+                    state.begin(second)
+                load(call, group)
+                walk(call, memory, group, before)
+                end(call, group)
+                row += group.count
+                written = group.count if call.out.address != 0 else 0
+                before = Group(table, outer, inner, written, half, memory.x, second)
+            release(owner)
         if call.out.streamed:
             vector.stream_fence()
-        release(owner)
 
     run.__qualname__ = f"{family}.{operation}"
     return cached(njit(**KERNEL)(run))

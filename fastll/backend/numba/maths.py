@@ -57,8 +57,8 @@ def window(n, like):
 
 
 @inline
-def log1p_sum(r):
-    """log(1 + r) in float64, r >= -1: with s = 1 + r = 2**n f, n ln 2 + log f.
+def log1p_finite(r):
+    """log(1 + r) in float64 of a finite r > -1: with s = 1 + r = 2**n f, n ln 2 + log f.
 
     What rounding takes from s is known, by Knuth's two-sum, and comes back in f.
     """
@@ -67,6 +67,12 @@ def log1p_sum(r):
     error = (r - back) + (1.0 - (s - back))
     n, down = vector.exponent(s), vector.downscale(s)
     log = formulas.series(vector.fma(s, down, -1.0) + error * down)
-    log = vector.fma(n, LN2_HIGH, vector.fma(n, LN2_LOW, log))
-    log = vector.where_gt(s, 0.0, log, -np.inf)
+    return vector.fma(n, LN2_HIGH, vector.fma(n, LN2_LOW, log))
+
+
+@inline
+def log1p_sum(r):
+    """The same for r >= -1; a NaN stays."""
+    s = r + 1.0
+    log = vector.where_gt(s, 0.0, log1p_finite(r), -np.inf)
     return vector.where_gt(np.inf, s, log, s)  # a NaN stays

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.numba import blocks, vector
+from fastll.backend.numba import blocks, one_block, vector
 from fastll.backend.numba.folds import (
     AVERAGES,
     PAIRED,
@@ -740,4 +740,5 @@ def kernel(operation):
         walk = _walk_terms(operation)
     else:
         walk = vector.phase(_walk_nll) if operation == "nll_loss" else _walk(operation)
-    return driver("rows", operation, _allocate(operation), _rows_at_once, walk)
+    direct = one_block.middle(operation)
+    return driver("rows", operation, _allocate(operation), _rows_at_once, walk, direct)

@@ -11,6 +11,7 @@ of several rows vectors.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -19,7 +20,7 @@ from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import lower_getattr_generic, lower_setattr_generic, register_model
 
 from fastll.backend.numba import vector
-from fastll.backend.numba.maths import formulas, log1p_sum
+from fastll.backend.numba.maths import formulas, log1p_finite, log1p_sum
 from fastll.backend.numba.vector import Vector, absolute, emitted, inline, shared, where_eq, where_gt
 from fastll.contract import GROUP
 from fastll.formulas.constants import LIMIT, LN2_HIGH, LN2_LOW, SHIFT
@@ -27,7 +28,7 @@ from fastll.formulas.constants import LIMIT, LN2_HIGH, LN2_LOW, SHIFT
 LANES = 16  # of float64
 
 _LOG2E = 1 / math.log(2)
-_UNSHIFT = 2.0**-SHIFT
+UNSHIFT = 2.0**-SHIFT
 _WHOLE = 1.5 * 2.0**52  # with it, a number is rounded to a whole one
 
 #: The columns of a table.
@@ -222,12 +223,41 @@ def settle(table, count):
         rows.lse = m + rows.log_s
 
 
+class Settled(NamedTuple):
+    """The state of rows after their last element, whose sum is e + k."""
+
+    m: float
+    lead: float
+    e: float
+    k: float
+    log_s: float
+
+
+@inline
+def settled(m, n, added, k):
+    """That of new rows with usable maxima, reference exponents n and finite sums."""
+    lead = formulas.exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW)
+    e = added / lead
+    return Settled(m, lead, e, k, log1p_finite(e + (k - 1.0)))
+
+
+@inline
+def factors_of(factor, lead, like):
+    """(scale, unshift) of `exponential` in a result, one after the other.
+
+    A product with a scale below `tiny` could lose digits that the result has: then there are two.
+    """
+    tiny = 2.0**-100 if vector.lanes_of(like) == 32 else 2.0**-960
+    scale = factor / lead
+    shifted = scale * UNSHIFT
+    least = absolute(shifted)
+    return (
+        vector.where_ge(tiny, least, scale, shifted),
+        vector.where_ge(tiny, least, UNSHIFT, 1.0),
+    )
+
+
 @inline
 def set_factors(rows, factor, like):
-    """A product with a scale below `tiny` could lose digits that the result has: then there are two."""
-    tiny = 2.0**-100 if vector.lanes_of(like) == 32 else 2.0**-960
-    scale = factor / rows.lead
-    shifted = scale * _UNSHIFT
     rows.factor = factor
-    rows.scale = vector.where_ge(tiny, absolute(shifted), scale, shifted)
-    rows.unshift = vector.where_ge(tiny, absolute(shifted), _UNSHIFT, 1.0)
+    rows.scale, rows.unshift = factors_of(factor, rows.lead, like)

@@ -12,11 +12,13 @@ All arithmetic is IEEE: no flag lets LLVM reorder or contract it.
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import partial, wraps
 from typing import NamedTuple
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global
@@ -40,6 +42,12 @@ def inlined(function, name):
     return inline(function)
 
 
+def shared_as(function, name):
+    """The same of one that stays a function of its own."""
+    function.__qualname__ = name
+    return shared(function)
+
+
 def phase(function):
     """A large function, which Numba copies into its caller: with others it is compiled only there."""
     return njit(inline="always", error_model="numpy")(function)
@@ -48,7 +56,11 @@ def phase(function):
 #: Bytes from what is read or written to what is prefetched.
 AHEAD = 2048
 
-_I32, _I64, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.DoubleType()
+_I8, _I32, _I64, _DOUBLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.DoubleType()
+
+_FEATURES = get_host_cpu_features()
+#: Bytes of a register. What keeps many vectors at a time has them of this size, not of 128.
+REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
 
 
 class _Format(NamedTuple):
@@ -86,6 +98,16 @@ class Model(models.PrimitiveModel):
 
 
 register_model(Vector)(Model)
+
+
+def register_of(element):
+    """The type of vectors that fill a register."""
+    return Vector(element, REGISTER * 8 // element.bitwidth)
+
+
+def lanes_in_register(element_ir):
+    """How many lanes such a vector has."""
+    return REGISTER * 8 // _FORMATS[element_ir].bits
 
 
 def emitted(result):
@@ -203,7 +225,7 @@ where_gt = _select(">")
 where_ge = _select(">=")
 
 
-def _larger(builder, a, b):
+def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
@@ -214,7 +236,7 @@ def _fma(builder, a, b, c):
 fma = elementwise(_fma)
 
 #: The larger one; `b` where either is NaN.
-maximum = elementwise(_larger)
+maximum = elementwise(larger)
 
 absolute = elementwise(lambda builder, a: _llvm(builder, f"llvm.fabs.{_code(a)}", a.type, a))
 
@@ -275,6 +297,12 @@ def splat(builder, value):
     return _splat(builder, value, _FORMATS[value.type].lanes)
 
 
+@emitted(register_of)
+def in_register(builder, value):
+    """The same in a register."""
+    return _splat(builder, value, lanes_in_register(value.type))
+
+
 @emitted(lambda v, number: v)
 def filled(builder, v, number):
     """The vector like v with a float64, or a number of its own type, in every lane."""
@@ -331,6 +359,14 @@ def cast(builder, value, like):
     )
 
 
+@emitted(lambda a, b: types.boolean)
+def all_greater(builder, a, b):
+    """Whether a > b in all lanes, of which one has a vector of them."""
+    a, b = _splatted(builder, (a, b))
+    bits = ir.IntType(a.type.count)
+    return builder.icmp_signed("==", builder.bitcast(builder.fcmp_ordered(">", a, b), bits), bits(-1))
+
+
 @emitted(lambda v: v.element)
 def first(builder, v):
     """The first lane."""
@@ -349,17 +385,34 @@ def first_lanes(builder, v, count):
     return builder.select(_mask(builder, count, v), v, ir.Constant(v.type, None))
 
 
+def shuffled(builder, a, b, lanes):
+    """A vector of some of the lanes of two, those of b being numbered after those of a."""
+    return builder.shuffle_vector(a, b, _lanes(lanes))
+
+
 def _both_halves(builder, v):
     """The lower half of the lanes, and the upper one."""
     half = v.type.count // 2
-    return (builder.shuffle_vector(v, v, _lanes(range(at, at + half))) for at in (0, half))
+    return (shuffled(builder, v, v, range(at, at + half)) for at in (0, half))
 
 
-def _halves(builder, v, combine):
-    """Fold the upper half of the lanes onto the lower until one is left."""
-    while v.type.count > 1:
+def _halves(builder, v, combine, left=1):
+    """Fold the upper half of the lanes onto the lower until so many are left."""
+    while v.type.count > left:
         v = combine(*_both_halves(builder, v))
-    return builder.extract_element(v, _I32(0))
+    return v if left > 1 else builder.extract_element(v, _I32(0))
+
+
+def _to_register(combine):
+    """A function that folds the lanes of a vector by halves until they fit into a register."""
+
+    def fold(builder, v):
+        return _halves(builder, v, partial(combine, builder), lanes_in_register(v.type.element))
+
+    return emitted(lambda v: register_of(v.element))(fold)
+
+
+register_total, register_largest = _to_register(ir.IRBuilder.fadd), _to_register(larger)
 
 
 @emitted(lambda v: Vector(v.element, v.ir.count // 2))
@@ -372,7 +425,7 @@ def lower_half(builder, v):
 def raised(builder, v, top):
     """The largest of lanes of `top` and the lanes of both halves of v, of which NaN are passed over."""
     for half in _both_halves(builder, v):
-        top = _larger(builder, half, top)
+        top = larger(builder, half, top)
     return top
 
 
@@ -391,7 +444,7 @@ def narrow_total(builder, v):
 @emitted(lambda v: v.element)
 def largest(builder, v):
     """The largest of the lanes, none of which is NaN."""
-    return _halves(builder, v, partial(_larger, builder))
+    return _halves(builder, v, partial(larger, builder))
 
 
 @emitted(lambda v: types.int64)
@@ -412,6 +465,34 @@ def bytes_of(builder, v):
     return _I64(v.type.count * _FORMATS[v.type.element].bits // 8)
 
 
+@emitted(
+    lambda address, ignored, classes, like: types.UniTuple(Vector(types.float64, like.ir.count), 3)
+)
+def classified(builder, address, ignored, classes, like):
+    """As many labels as `like` has lanes, as numbers; -1 where they are no class.
+
+    Then 0 where they are ignored, else 1; and NaN where they are neither that nor a class, else 1.
+    """
+    count = like.type.count
+    kind, wide = ir.VectorType(_I64, count), ir.VectorType(_DOUBLE, count)
+    y = builder.load(pointer(builder, address, kind), align=1)
+    kept = builder.icmp_signed("!=", y, _splat(builder, ignored, count))
+    inside = builder.icmp_unsigned("<", y, _splat(builder, classes, count))
+    known = builder.and_(kept, inside)
+    # as the last bits of 2**52, which are whole numbers
+    least = ir.Constant(wide, [2.0**52] * count)
+    digits = builder.bitcast(builder.or_(y, builder.bitcast(least, kind)), wide)
+    number = {x: ir.Constant(wide, [x] * count) for x in (-1.0, 0.0, 1.0, math.nan)}
+    y = builder.select(known, builder.fsub(digits, least), number[-1.0])
+    unknown = builder.and_(kept, builder.not_(inside))
+    results = (
+        y,
+        builder.select(kept, number[1.0], number[0.0]),
+        builder.select(unknown, number[math.nan], number[1.0]),
+    )
+    return cgutils.pack_array(builder, results)
+
+
 # Memory
 
 
@@ -429,6 +510,13 @@ def read(builder, address, like):
 def write(builder, address, value):
     """Write a number or a vector at `address`."""
     builder.store(value, pointer(builder, address, value.type), align=1)
+
+
+@emitted(None)
+def copy(builder, source, target, size):
+    """Copy some bytes."""
+    arguments = pointer(builder, target, _I8), pointer(builder, source, _I8), size, ir.IntType(1)(0)
+    _llvm(builder, "llvm.memcpy.p0i8.p0i8.i64", ir.VoidType(), *arguments)
 
 
 @emitted(lambda address, count, pad: pad)
@@ -479,7 +567,7 @@ def stream_fence(builder):
 @emitted(None)
 def prefetch(builder, address):
     """Ask for the cache line of an address, which may lie beyond any array."""
-    at, settings = pointer(builder, address, ir.IntType(8)), (_I32(0), _I32(3), _I32(1))
+    at, settings = pointer(builder, address, _I8), (_I32(0), _I32(3), _I32(1))
     _llvm(builder, "llvm.prefetch.p0i8", ir.VoidType(), at, *settings)  # to read, to keep, data
 
 
