@@ -96,38 +96,36 @@ struct Columns : Tiles<T> {
     // further ahead.
     template <class S, bool ONE_LANE, class F>
     FORCED void sum_tile(Index n, F terms) {
-        const Index used = lanes_of<ONE_LANE>(n), count = group.count;
+        const Index count = group.count;
         char *const at = sums;
-        auto add = [&](Index j, auto fresh, auto classes) FORCED {
+        memset(at, 0, lanes_of<ONE_LANE>(n) * LANE<S>);
+        auto add = [&](Index j, auto classes) FORCED {
             char *const lane = at + (ONE_LANE ? 0 : j % lanes<T> * LANE<S>);
             for (Index w = 0; w < count; w += V::count)
                 UNROLLED for (Index k = 0; k < classes; k++)
-                    put<fresh>(lane + k * LANE<S>, w, terms(j + k, w));
+                    put(lane + k * LANE<S>, w, terms(j + k, w));
             logits.advance(j + classes, n);
             seconds.advance(j + classes, n);
         };
-        const std::true_type yes;
-        const std::false_type no;
-        const std::integral_constant<Index, 1> one;
-        const std::integral_constant<Index, 2> two;
+        const std::integral_constant<Index, ONE_LANE ? 1 : 2> some;
         Index j = 0;
-        for (; j + 1 < n && !ONE_LANE; j += two)
-            j < used ? add(j, yes, two) : add(j, no, two);
-        for (; j < n; j++)
-            j < used ? add(j, yes, one) : add(j, no, one);
+        for (; j + some <= n; j += some)
+            add(j, some);
+        if (j < n)
+            add(j, std::integral_constant<Index, 1>());
     }
 
-    // A term into the sum of a lane, or to what is there unless it is NEW.
-    template <bool NEW, class W>
+    // A term into the sum of a lane.
+    template <class W>
     static FORCED void put(char *lane, Index w, W term) {
         typename W::number *to = (typename W::number *) lane + w;
-        store_all(to, NEW ? term : load_vector<W>(to) + term);
+        store_all(to, load_vector<W>(to) + term);
     }
 
-    template <bool NEW, class W>
+    template <class W>
     static FORCED void put(char *lane, Index w, Two<W, W> term) {
-        put<NEW>(lane, w, term.a);
-        put<NEW>(lane + LANE<W>, w, term.b);
+        put(lane, w, term.a);
+        put(lane + LANE<W>, w, term.b);
     }
 
     // The sums of rows from w on in float64, of the lanes in use, folded by halves: the first ones in their

@@ -70,20 +70,21 @@ struct Feed {
     }
 
     // A class.
-    FORCED void step() {
-        const char *const ahead = at + CLASSES_AHEAD * of.classes;
-        const bool is_ahead = done + CLASSES_AHEAD < n;
+    void step() {
         if (whole) {  // of known size
-            if (is_ahead)
-                prefetch_bytes(ahead, GROUP * (Index) sizeof(T));
+            if (done + CLASSES_AHEAD < n)
+                prefetch_bytes(at + CLASSES_AHEAD * of.classes, GROUP * (Index) sizeof(T));
             read((const T *) at, GROUP);
-        } else {
-            if (is_ahead)
-                prefetch_class(of, ahead, place.count);
-            read_block(of.format, of.swapped, at, of.inner, place.count, to);
-            read(to, place.count);
-        }
+        } else
+            convert();
         done++, to += GROUP, at += of.classes;
+    }
+
+    APART void convert() {
+        if (done + CLASSES_AHEAD < n)
+            prefetch_class(of, at + CLASSES_AHEAD * of.classes, place.count);
+        read_block(of.format, of.swapped, at, of.inner, place.count, to);
+        read(to, place.count);
     }
 
     FORCED void read(const T *from, Index number) {

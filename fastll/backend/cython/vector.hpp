@@ -29,6 +29,7 @@
 
 #if defined(__GNUC__)
   #define FORCED __attribute__((always_inline))
+  #define APART __attribute__((noinline))  // large and seldom
   #define REGISTER_TYPE(T, bytes) T __attribute__((vector_size(bytes)))
   #define UNROLLED _Pragma("GCC unroll 4")  // a loop over registers
   #define prefetch(address) __builtin_prefetch(address)
@@ -41,6 +42,7 @@
   #endif
 #else  // registers of one lane
   #define FORCED
+  #define APART
   #define REGISTER_TYPE(T, bytes) T
   #define UNROLLED
   #define prefetch(address) ((void) (address))
