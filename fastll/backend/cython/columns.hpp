@@ -521,23 +521,28 @@ struct Columns : Tiles<T> {
             if (call.divergent())
                 of_targets[w / V::count] = Scalars<T>(of_target, w);
         }
-        bool unusable = false;
-        for (Index i = 0; i < group.count; i++)
+        // Exponentials of several blocks do for factors of moderate size only: see `Rows::take_kept`.
+        const double limit = call.single ? 0x1p-30 : 0x1p-60;
+        bool unusable = false, kept_do = keeps;
+        for (Index i = 0; i < group.count; i++) {
             unusable |= !usable(group.m[i]);
+            const bool moderate = group.rest[i] == 1 && std::fabs(group.scale[i]) < limit;
+            kept_do &= blocks == 1 || group.sample[i] == 0 || moderate;
+        }
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
             const Index block = j / BLOCK, at = j % BLOCK * GROUP;
             T *x = again, *targets = targets_again;
             if (holds)
                 x = logits.block(j) + at, targets = (call.second() ? seconds.block(j) : u) + at;
-            const T *terms = keeps ? kept + block * tile + at : nullptr;
+            const T *terms = kept_do ? kept + block * tile + at : nullptr;
             if (call.operation == NLL_LOSS)
                 for (Index to = 0; to < n * GROUP; to += V::count)
                     store_all(out + to, scalars[to % GROUP / V::count].factor);
             else {
-                if (!holds && (!keeps || unusable))
+                if (!holds && (!kept_do || unusable))
                     fetch_anew(j, n, x);
-                if (keeps && blocks > 1 && at == 0)
+                if (kept_do && blocks > 1 && at == 0)
                     lift(block, scalars);
                 call.log() ? write_logarithms(scalars, x, n) : write_tile(group, scalars, x, terms, n, out);
             }
