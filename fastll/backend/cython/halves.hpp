@@ -41,6 +41,12 @@ INLINE Halves narrowed(Widened x, Float16) { return _mm512_cvtps_ph(x.v, 0); }
 INLINE Halves narrowed(Widened x, BFloat16) {
     return _mm512_cvtepi32_epi16((__m512i) bfloat_of(bits_as<Widened::bits>(x)));
 }
+typedef __m512i Words;  // of two registers
+typedef Lanes<float, 128> Pair;
+template <class S>
+INLINE Words packed(Pair x, S like) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(x.lo, like)), narrowed(x.hi, like), 1);
+}
 #elif HAS_HALVES
 typedef __m128i Halves;
 typedef Lanes<float, 32> Widened;
@@ -51,8 +57,18 @@ INLINE Halves narrowed(Widened x, BFloat16) {
     const auto bits = (__m256i) bfloat_of(bits_as<Widened::bits>(x));
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
+typedef __m256i Words;  // of two registers
+typedef Lanes<float, 64> Pair;
+INLINE Words packed(Pair x, Float16 like) { return _mm256_set_m128i(narrowed(x.hi, like), narrowed(x.lo, like)); }
+INLINE Words packed(Pair x, BFloat16) {
+    const auto lo = bfloat_of(bits_as<Widened::bits>(x.lo)), hi = bfloat_of(bits_as<Widened::bits>(x.hi));
+    const __m256i turns = _mm256_packus_epi32((__m256i) lo, (__m256i) hi);  // of pieces of both
+    return _mm256_permute4x64_epi64(turns, 0xD8);
+}
 #else  // nothing
 struct Halves {};
+struct Words {};
+struct Pair {};
 typedef Register<float> Widened;
 #endif
 
@@ -73,13 +89,10 @@ template <class S, class V>
 INLINE void store_stored(S *v, V x) {
     if constexpr (std::is_same_v<S, typename V::number>)
         store_all(v, x);
-#if HAS_HALVES && !defined(__AVX512F__)
-    else if constexpr (std::is_same_v<V, Lanes<float, 64>> && std::is_same_v<S, BFloat16>) {
-        const auto lo = bfloat_of(bits_as<Widened::bits>(x.lo)), hi = bfloat_of(bits_as<Widened::bits>(x.hi));
-        const __m256i turns = _mm256_packus_epi32((__m256i) lo, (__m256i) hi);  // of pieces of both
-        _mm256_storeu_si256((__m256i *) v, _mm256_permute4x64_epi64(turns, 0xD8));
+    else if constexpr (std::is_same_v<V, Pair>) {
+        const Words words = packed(x, S());
+        memcpy(v, &words, sizeof words);
     }
-#endif
     else if constexpr (!V::fits) {
         store_stored(v, x.lo);
         store_stored(v + V::count / 2, x.hi);
@@ -119,18 +132,24 @@ INLINE void store_to(S *v, Index count, Vec<T> x) {
     }
 }
 
+template <class S, class V>
+INLINE void stream_stored(S *v, V x) {
+    if constexpr (std::is_same_v<V, Pair>)
+        on_register::stream((float *) v, bits_as<Register<float>>(packed(x, S())));
+    else {
+        stream_stored(v, x.lo);
+        stream_stored(v + V::count / 2, x.hi);
+    }
+}
+
 template <class T, class S>
 INLINE void stream_to(S *v, Index count, Vec<T> x) {
     if constexpr (std::is_same_v<S, T>)
         stream(v, count, x);
     else if (count < lanes<T>)
         store_to(v, count, x);
-    else {  // a line
-        S numbers[lanes<T>];
-        store_stored(numbers, x);
-        auto line = load_vector<Lanes<T, 64>>((const T *) numbers);
-        for_registers(line, [=](auto part, int lane) FORCED { on_register::stream((T *) v + lane, part); });
-    }
+    else
+        stream_stored(v, x);
 }
 
 // The largest of some vectors' numbers, lane by lane; NaN are passed over, or stay.
