@@ -12,7 +12,7 @@ template <class S>
 double max_block(const S *v, Index n) {
     Tops<S> tops;
     for (Index j = 0; j < n; j += lanes<Number<S>>) {
-        prefetch_vector((const char *) (v + j) + AHEAD);
+        prefetch_ahead(v + j);
         tops.raise(v + j, n - j);
     }
     return largest(tops.in_lanes());
@@ -161,10 +161,12 @@ void sum_weighted_exactly(const T *v, const T *b, Index step, Index n, State &ro
 }
 
 // factor exp(x - m) likewise; NaN throughout where the maximum is infinite.
-template <class T>
-void write_exactly(const T *v, Index step, Index n, double m, double factor, T *out) {
-    for (Index j = 0; j < n; j++)
-        out[j * step] = (T) (std::fabs(m) < INFINITY ? std::exp(v[j * step] - m) * factor : NAN);
+template <class T, class S>
+void write_exactly(const T *v, Index step, Index n, double m, double factor, S *out) {
+    for (Index j = 0; j < n; j++) {
+        const double result = std::fabs(m) < INFINITY ? std::exp(v[j * step] - m) * factor : NAN;
+        out[j * step] = stored<S>((T) result);
+    }
 }
 
 }  // namespace

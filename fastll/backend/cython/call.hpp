@@ -91,18 +91,22 @@ struct Call {
     bool divergent() const { return operation == KL_DIVERGENCE; }
     Away away() const { return entropic() ? ENTROPIC : divergent() ? DIVERGENT : NOWHERE; }
 
-    // Whether there is nothing to it but logits, labels and weights of rows and classes; of rows of one block.
+    // Whether there is nothing to it but logits, labels and weights of rows and classes.
     bool is_plain() const {
         const bool usual = operation == LOGSUMEXP || operation == SOFTMAX || operation == LOG_SOFTMAX ||
                            operation == CROSS_ENTROPY;
         return usual && !(state || second() || capped() || tempered() || spread() || sign || selected);
     }
+    // The same, and rows are of one block.
+    bool is_one_block() const {
+        return is_plain() && classes > 0 && classes <= (across ? SHORT - 1 : BLOCK);
+    }
+
     // Whether rows of 16-bit numbers are written as they are, at once.
     bool writes_halves(const Operand &to) const {
         const bool half = to.lies_as<Float16>() || to.lies_as<BFloat16>();
         return HAS_HALVES && half && (size_t) to.address % 2 == 0 && is_plain();
     }
-    bool one_block() const { return classes > 0 && classes <= (across ? SHORT - 1 : BLOCK); }
 
     // Whether there is a loss of targets, and whether it has a u that is not 0.
     bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }

@@ -521,13 +521,10 @@ struct Columns : Tiles<T> {
             if (call.divergent())
                 of_targets[w / V::count] = Scalars<T>(of_target, w);
         }
-        // Exponentials of several blocks do for factors of moderate size only: see `Rows::take_kept`.
-        const double limit = call.single ? 0x1p-30 : 0x1p-60;
         bool unusable = false, kept_do = keeps;
         for (Index i = 0; i < group.count; i++) {
             unusable |= !usable(group.m[i]);
-            const bool moderate = group.rest[i] == 1 && std::fabs(group.scale[i]) < limit;
-            kept_do &= blocks == 1 || group.sample[i] == 0 || moderate;
+            kept_do &= blocks == 1 || group.sample[i] == 0 || is_moderate(call, group, i);
         }
         for (Index j = 0; j < call.classes; j += FEW) {
             const Index n = least(FEW, call.classes - j);
@@ -569,13 +566,12 @@ struct Columns : Tiles<T> {
         }
     }
 
-    // What brings kept exponentials of a block to the rows' last references; see `Rows::merge_terms`.
+    // What brings kept exponentials of a block to the rows' last references.
     void lift(Index block, Scalars<T> *scalars) const {
         T uppers[GROUP], lowers[GROUP];
         for (Index i = 0; i < GROUP; i++) {
-            const double rise = references[block * GROUP + i] - group.n[i];
-            const int lift = rise < 0 ? (int) rise : 0, part = lift / 2;
-            uppers[i] = (T) std::ldexp(1.0, part), lowers[i] = (T) std::ldexp(1.0, lift - part);
+            auto [upper, lower] = lift_of<T>(references[block * GROUP + i], group.n[i]);
+            uppers[i] = upper, lowers[i] = lower;
         }
         for (Index w = 0; w < GROUP; w += V::count) {
             scalars[w / V::count].upper = load_vector<V>(uppers + w);

@@ -79,13 +79,7 @@ INLINE float from_bfloat(uint32_t bits) {
     return bits_as<float>(bits << 16);
 }
 
-// bfloat16, to nearest even.
-INLINE uint32_t to_bfloat(float value) {
-    uint32_t bits = bits_as<uint32_t>(value), odd = bits >> 16 & 1, quiet = bits >> 16 | 0x40;
-    return value != value ? quiet : (bits + 0x7FFF + odd) >> 16;
-}
-
-// The same of the bits of numbers, of which none is NaN, but for the one that the CPU makes.
+// bfloat16, to nearest even, from the bits of numbers, of which none is NaN, but for the one that the CPU makes.
 template <class B>
 INLINE B bfloat_of(B bits) {
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
@@ -93,6 +87,11 @@ INLINE B bfloat_of(B bits) {
 
 INLINE uint32_t to_bfloat_plainly(float value) {
     return bfloat_of(bits_as<uint32_t>(value));
+}
+
+// The same of any number.
+INLINE uint32_t to_bfloat(float value) {
+    return value != value ? bits_as<uint32_t>(value) >> 16 | 0x40 : to_bfloat_plainly(value);
 }
 
 // By the CPU where it can, from float32 that is not contiguous, and from and to float16. These return

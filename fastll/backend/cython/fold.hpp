@@ -213,7 +213,7 @@ int fold_one_block(const Call &call, Index start, Index stop) {
 // Rows that are stored as S.
 template <class T, class S>
 int fold_rows(const Call &call, Index start, Index stop) {
-    return call.is_plain() && call.one_block() ? fold_one_block<T, Rows<T, S>, MiddleRows<T, S>>(call, start, stop)
+    return call.is_one_block() ? fold_one_block<T, Rows<T, S>, MiddleRows<T, S>>(call, start, stop)
                                                : fold_groups<T, Rows<T, S>>(call, start, stop);
 }
 
@@ -225,7 +225,7 @@ int run_typed(const Call &call, Index start, Index stop) {
             return map_units<decltype(element), T>(call, start, stop);
         });
     if (call.across)
-        return call.is_plain() && call.one_block() ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
+        return call.is_one_block() ? fold_one_block<T, Columns<T>, ShortRows<T>>(call, start, stop)
                                 : fold_groups<T, Columns<T>>(call, start, stop);
     if constexpr (sizeof(T) == 4 && HAS_HALVES)
         if (call.is_plain() && (!call.out || call.out.format == call.x().format)) {

@@ -32,32 +32,34 @@ INLINE S stored(T x) {
 }
 
 // What the CPU does by itself: half a register of numbers of 16 bits to a register of float32, and back.
+#define X86_HALVES(type, bytes, prefix)                                                             \
+    typedef type Halves;                                                                            \
+    typedef Lanes<float, bytes> Widened;                                                            \
+    INLINE Widened widened(Halves x, Float16) { return {prefix##_cvtph_ps(x)}; }                    \
+    INLINE Widened widened(Halves x, BFloat16) {                                                    \
+        return bits_as<Widened>(prefix##_slli_epi32(prefix##_cvtepu16_epi32(x), 16));               \
+    }                                                                                               \
+    INLINE Halves narrowed(Widened x, Float16) { return prefix##_cvtps_ph(x.v, 0); }
+
+// And of two registers, to `Words`.
 #if defined(__AVX512F__)
-typedef __m256i Halves;
-typedef Lanes<float, 64> Widened;
-INLINE Widened widened(Halves x, Float16) { return {_mm512_cvtph_ps(x)}; }
-INLINE Widened widened(Halves x, BFloat16) { return {(__m512) _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)}; }
-INLINE Halves narrowed(Widened x, Float16) { return _mm512_cvtps_ph(x.v, 0); }
+X86_HALVES(__m256i, 64, _mm512)
 INLINE Halves narrowed(Widened x, BFloat16) {
     return _mm512_cvtepi32_epi16((__m512i) bfloat_of(bits_as<Widened::bits>(x)));
 }
-typedef __m512i Words;  // of two registers
+typedef __m512i Words;
 typedef Lanes<float, 128> Pair;
 template <class S>
 INLINE Words packed(Pair x, S like) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(x.lo, like)), narrowed(x.hi, like), 1);
 }
 #elif HAS_HALVES
-typedef __m128i Halves;
-typedef Lanes<float, 32> Widened;
-INLINE Widened widened(Halves x, Float16) { return {_mm256_cvtph_ps(x)}; }
-INLINE Widened widened(Halves x, BFloat16) { return {(__m256) _mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)}; }
-INLINE Halves narrowed(Widened x, Float16) { return _mm256_cvtps_ph(x.v, 0); }
+X86_HALVES(__m128i, 32, _mm256)
 INLINE Halves narrowed(Widened x, BFloat16) {
     const auto bits = (__m256i) bfloat_of(bits_as<Widened::bits>(x));
     return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
-typedef __m256i Words;  // of two registers
+typedef __m256i Words;
 typedef Lanes<float, 64> Pair;
 INLINE Words packed(Pair x, Float16 like) { return _mm256_set_m128i(narrowed(x.hi, like), narrowed(x.lo, like)); }
 INLINE Words packed(Pair x, BFloat16) {

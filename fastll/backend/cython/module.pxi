@@ -196,13 +196,11 @@ cdef class Kernel:
                 and operand.inner == self.call.classes * size
                 and operand.address != self.call.inputs[0].address
             )
-        elif operand.format != IN_PLACE and not self.call.writes_halves(operand[0]):
-            return 0
         elif self.call.across:  # pieces of lines do not pay
             operand.streamed = (
                 operand.format == IN_PLACE and (operand.outer | operand.classes) % 64 == 0
             )
-        else:  # nor what is in the cache: as the input, or because it is needed once more
+        elif operand.format == IN_PLACE or self.call.writes_halves(operand[0]):  # nor what is in the cache: as the input, or because it is needed once more
             operand.streamed = (
                 operand.address != self.call.inputs[0].address
                 and self.call.classes >= STREAM_CLASSES

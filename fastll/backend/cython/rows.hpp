@@ -310,7 +310,7 @@ struct Rows {
         Tops<B> tops;
         Vec<T> sums = sum_block<T>(n, [&](Index j, Index count) FORCED {
             if (j < whole_ahead) {
-                prefetch_vector((const char *) (ahead + j) + AHEAD);
+                prefetch_ahead(ahead + j);
                 tops.raise(ahead + j);
             }
             Vec<T> x = times_tau(load_from(v + j, count, lowest)), e = window.terms(x);
@@ -372,13 +372,12 @@ struct Rows {
         group->mass[i] += total(sums.b);
     }
 
-    // Bring kept exponentials to the reference 2**n. The power is split, as it need not be a number.
+    // Bring kept exponentials to the reference 2**n.
     void merge_terms(T *terms, const double *from, double n) const {
         for (Index j = 0; j < call.classes; j += BLOCK) {
-            const int lift = (int) (from[j / BLOCK] - n), part = lift / 2;
-            if (lift >= 0)  // the same, or there is nothing above 0
+            if (from[j / BLOCK] >= n)
                 continue;
-            const T upper = (T) std::ldexp(1.0, part), lower = (T) std::ldexp(1.0, lift - part);
+            const auto [upper, lower] = lift_of<T>(from[j / BLOCK], n);
             const Index end = least(j + BLOCK, call.classes);
             for (Index i = j; i < end; i++)
                 terms[i] = terms[i] * upper * lower;
@@ -438,11 +437,9 @@ struct Rows {
         return slope;
     }
 
-    // Whether the exponentials of row i that were kept do: for a factor of moderate size, so that what
-    // `merge_terms` lost is too small for the result.
+    // Whether the exponentials of row i that were kept do.
     bool take_kept(const Group &rows, Index i, const T *terms, Kept<T> &to) const {
-        const double scale = std::fabs(rows.scale[i]), limit = call.single ? 0x1p-30 : 0x1p-60;
-        const bool taken = terms && usable(rows.m[i]) && rows.rest[i] == 1 && scale < limit;
+        const bool taken = terms && usable(rows.m[i]) && is_moderate(call, rows, i);
         to.terms = terms, to.factor = (T) rows.factor[i], to.scale = (T) rows.scale[i];
         if (taken)
             to.peak = first(window_of<T>(rows.n[i]).terms(splat((T) rows.m[i])));
@@ -537,21 +534,14 @@ struct Rows {
     // factor exp(x - m) of logits, exactly `factor` where x is the maximum.
     template <class B, class To>
     void write_block_anew(const Group &rows, Index i, const B *v, Index n, To *to) const {
-        if (!usable(rows.m[i])) {
-            const T *numbers = numbers_of(v, n);
-            for (Index j = 0; j < n; j++) {
-                T result;
-                write_exactly(numbers + j, 1, 1, rows.m[i], rows.factor[i], &result);
-                to[j] = stored<To>(result);
-            }
-            return;
-        }
+        if (!usable(rows.m[i]))
+            return write_exactly(numbers_of(v, n), 1, n, rows.m[i], rows.factor[i], to);
         const auto window = window_of<T>(rows.n[i]);
         const T m = (T) rows.m[i], factor = (T) rows.factor[i];
         const T scale = (T) rows.scale[i], rest = (T) rows.rest[i];
         const Vec<T> peak = window.terms(splat(m));
         for (Index j = 0; j < n; j += lanes<T>) {
-            prefetch_vector((const char *) (v + j) + AHEAD);
+            prefetch_ahead(v + j);
             Vec<T> e = window.terms(load_from(v + j, n - j, m));
             Vec<T> p = probability(e, peak, factor, scale);
             if (rest != 1)

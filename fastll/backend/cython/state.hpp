@@ -332,6 +332,21 @@ INLINE Factors<W> factors_of(const Call &call, W factor, W lead) {
     return {factor, where_gt(size, least, scale, part), where_gt(size, least, 1.0, unshift)};
 }
 
+// Whether exponentials that were lifted to a row's last reference do for its results: for a factor of moderate
+// size, so that what lifting lost is too small for these.
+INLINE bool is_moderate(const Call &call, const Group &rows, Index i) {
+    return rows.rest[i] == 1 && std::fabs(rows.scale[i]) < (call.single ? 0x1p-30 : 0x1p-60);
+}
+
+// What lifts exponentials from the reference 2**before to 2**n, one after the other, as the power of two need not
+// be a number; 1 where that is the same, or nothing is above 0.
+template <class T>
+INLINE Two<T, T> lift_of(double before, double n) {
+    const double rise = before - n;
+    const int lift = rise < 0 ? (int) rise : 0, part = lift / 2;
+    return {(T) std::ldexp(1.0, part), (T) std::ldexp(1.0, lift - part)};
+}
+
 INLINE void set_factors(const Call &call, Group &group, Index i, Wide factor) {
     auto [own, scale, rest] = factors_of(call, factor, load_wide(&group.lead[i]));
     store_all(&group.factor[i], own);

@@ -311,14 +311,6 @@ INLINE V lifted(F f, V x, A... others) {
         return {lifted(f, x.lo, others.lo...), lifted(f, x.hi, others.hi...)};
 }
 
-template <class V>
-INLINE auto first_register(V x) {
-    if constexpr (V::fits)
-        return x;
-    else
-        return first_register(x.lo);
-}
-
 // f(register, its first lane) for those of a vector, one after the other.
 template <class V, class F>
 INLINE void for_registers(V &x, F f, int lane = 0) {
@@ -542,10 +534,14 @@ INLINE void prefetch_vector(const void *address) {
     prefetch((const char *) address + 64);
 }
 
-// `load` in a walk through memory.
+// In a walk through memory.
+INLINE void prefetch_ahead(const void *address) {
+    prefetch_vector((const char *) address + AHEAD);
+}
+
 template <class T>
 INLINE Vec<T> load_ahead(const T *v, Index count = lanes<T>, T pad = T()) {
-    prefetch_vector((const char *) v + AHEAD);
+    prefetch_ahead(v);
     return load(v, count, pad);
 }
 

@@ -141,10 +141,15 @@ def reference_of(maximum):
 
 
 @inline
+def lead_of_usable(maximum, n):
+    """exp(maximum) / 2**n, a number about 1, of a maximum that is usable."""
+    return formulas.exp_fraction((maximum - n * LN2_HIGH) - n * LN2_LOW)
+
+
+@inline
 def lead_of(maximum, n):
-    """exp(maximum) / 2**n, a number about 1; 1 where the maximum is not usable."""
-    fraction = formulas.exp_fraction((maximum - n * LN2_HIGH) - n * LN2_LOW)
-    return where_usable(maximum, fraction, 1.0)
+    """The same, and 1 where the maximum is not usable."""
+    return where_usable(maximum, lead_of_usable(maximum, n), 1.0)
 
 
 @shared
@@ -236,7 +241,7 @@ class Settled(NamedTuple):
 @inline
 def settled(m, n, added, k):
     """That of new rows with usable maxima, reference exponents n and finite sums."""
-    lead = formulas.exp_fraction((m - n * LN2_HIGH) - n * LN2_LOW)
+    lead = lead_of_usable(m, n)
     e = added / lead
     return Settled(m, lead, e, k, log1p_finite(e + (k - 1.0)))
 
