@@ -60,6 +60,9 @@ FLOOR_FROM = 16
 #: elements, where the gradients of PyTorch and JAX took most.
 BYTES_PER_ELEMENT, BYTES_PER_ROW = 24, 52
 
+#: For so many seconds, and no longer, the threads of PyTorch take CPUs after their last work.
+SPINNING = 0.015
+
 #: The results are written this often, in seconds.
 SAVED_EVERY = 60
 
@@ -270,7 +273,7 @@ def in_turn(rivals: dict[str, Call], work: Workload, effort: Effort) -> Times:
     """Seconds per call of each in rounds: the peers, the floor, fastll.
 
     Before each sample run, untimed, half as many of the same calls, or the floor before a single one:
-    the caches are then in the same state for all, and threads of the one before have gone to sleep.
+    the caches are then in the same state for all. After a peer they run until its threads are at rest.
     """
     calls = dict(rivals)
     if work.floor is not None:
@@ -279,15 +282,26 @@ def in_turn(rivals: dict[str, Call], work: Workload, effort: Effort) -> Times:
     numbers = {name: repetitions(call, effort.sample) for name, call in calls.items()}
     times: Times = defaultdict(list)
     for _ in range(effort.rounds):
+        before = None
         for name, call in calls.items():
             if name in rivals and _enough(name, rivals, times, numbers[name], effort):
                 continue
+            if before in rivals:
+                _warm_up(call)
             if numbers[name] > 1:
                 timeit(call, number=numbers[name] // 2)
             elif work.floor is not None:
                 work.floor()
             times[name].append(timeit(call, number=numbers[name]) / numbers[name])
+            before = name
     return times
+
+
+def _warm_up(call: Call) -> None:
+    """Call until nobody else's threads are spinning. A pause would leave the CPUs asleep."""
+    start = perf_counter()
+    while perf_counter() - start < SPINNING:
+        call()
 
 
 def _enough(name: str, rivals: Iterable[str], times: Times, number: int, effort: Effort) -> bool:

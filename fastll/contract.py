@@ -89,8 +89,7 @@ SHORT = 64
 #: vocabulary is that large.
 LONG = 1 << 18
 
-#: Minimum output size in bytes for non-temporal stores, and minimum number of classes of its rows.
-STREAM_FROM = 1 << 25
+#: Minimum number of classes of rows that are written by non-temporal stores.
 STREAM_CLASSES = 512
 
 

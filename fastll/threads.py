@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 #: A call with fewer elements stays on the caller's thread: handing over costs as much as this many. The
-#: threads of Cython take half as long.
+#: threads of Cython take half as long, and much less while they are awake (see its pool.hpp).
 SHARE_FROM = 1 << 17
 #: Parts per thread: enough for the other threads to take over from one that is held up.
 _PARTS = 4

@@ -13,7 +13,7 @@ from test_processes import run
 
 import fastll
 from fastll import direct, dispatch
-from fastll import threads as pool
+from fastll.contract import LONG
 from fastll.operations import OPERATIONS, Argument
 
 SHAPES = [(10,), (1, 10), (8, 10), (2, 3, 5), (1, 1), (3, 2100), (300, 130), (2, 0), (0, 3), (0,)]
@@ -292,7 +292,7 @@ def test_domains(ways):
         assert took == np.isnan(bad)
         took = ways(fastll.gaussian_nll, X, X, v, reduction="none")
         assert took == (bad != -0.5)
-    large = np.full(pool.SHARE_FROM // 2 - 1, 0.5)
+    large = np.full(LONG, 0.5)
     assert ways(fastll.binary_cross_entropy, large, large)
     large[-1] = 2
     took = ways(fastll.binary_cross_entropy, large, large)
@@ -348,15 +348,15 @@ def test_outputs_over_other_inputs(ways, name):
 
 
 def test_size(ways, threads):
-    """What threads would share is declined."""
-    n = pool.SHARE_FROM // 2
+    """What is large is declined; what threads share is not."""
     for function in (fastll.logsumexp, fastll.softmax, fastll.sigmoid):
-        for count, shared in ((n - 1, False), (n, True)):
-            assert ways(function, np.ones(count)) != shared
+        for count, took in ((LONG, True), (LONG + 1, False)):
+            assert ways(function, np.ones(count)) == took
+    assert dispatch._LOOK_FROM > LONG  # below which Cython is the default
     threads(2, share_from=10)
-    assert ways(fastll.softmax, np.ones(4))
-    assert not ways(fastll.softmax, np.ones(5))
-    assert n <= dispatch._LOOK_FROM  # below which Cython is the default
+    for name in DIRECT:
+        function, arrays, keywords = call_of(name)
+        assert ways(function, *arrays, **keywords)
 
 
 def test_totals(ways, rng):

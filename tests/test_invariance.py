@@ -11,7 +11,8 @@ from table import DTYPES, LAYOUTS, Call, assert_same_bits, eps, inputs, parts
 
 import fastll
 from fastll import direct, dispatch
-from fastll.contract import LONG, STREAM_FROM
+from fastll.backend.host import STREAM_FROM
+from fastll.contract import LONG
 from fastll.operations import OPERATIONS
 
 ROWS = 70

@@ -9,7 +9,7 @@ from table import inputs
 from test_processes import run
 
 import fastll
-from fastll.contract import STREAM_FROM
+from fastll.backend.host import STREAM_FROM
 from fastll.operations import OPERATIONS
 
 ROWS, CLASSES = 66_000, 33_000  # 2.18e9 elements

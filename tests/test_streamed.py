@@ -8,7 +8,7 @@ import pytest
 from table import DTYPES, Call, assert_same_bits, label
 
 import fastll
-from fastll.contract import STREAM_FROM
+from fastll.backend.host import STREAM_FROM
 from fastll.operations import OPERATIONS
 
 ROWS, CLASSES = 500, 20_011

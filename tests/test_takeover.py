@@ -16,7 +16,7 @@ from test_processes import run
 import fastll
 from fastll import dispatch, takeover
 
-X = np.random.default_rng(0).standard_normal((64, 1024), np.float32)  # no small call
+X = np.random.default_rng(0).standard_normal((257, 1024), np.float32)  # no small call
 
 
 class Fake(ModuleType):
@@ -213,7 +213,7 @@ from fastll import dispatch, takeover
 kinds = [("maps", "float16"), ("maps", "float32"), ("rows", "float32")]
 dispatch.NUMBA_FROM = dict.fromkeys(kinds, 1)
 dispatch._LOOK_FROM = dispatch.NUMBA_PAYS_AFTER = 1
-x = np.random.default_rng(0).standard_normal(1 << 16).astype({dtype!r})  # no small call
+x = np.random.default_rng(0).standard_normal((1 << 18) + 1).astype({dtype!r})  # no small call
 def finish():
     while takeover._worker is not None: time.sleep(0.01)
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,20 @@ from fastll.contract import CHUNK, SHORT, Array, Floats, Kept, add_sums, bad_lab
 
 _INT64, _FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
+
+
+def _last_level_cache() -> int:
+    """Bytes of the last cache on the way to memory; a usual number where the system does not say."""
+    for level in (3, 2):
+        with suppress(OSError, ValueError):
+            size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text("ascii")
+            return int(size.rstrip("K\n")) << 10
+    return 1 << 25
+
+
+#: Minimum size in bytes of an output that is written by non-temporal stores: with an input as large, it
+#: would not stay in the caches. Servers report sizes that all of their virtual machines share.
+STREAM_FROM = min(max(_last_level_cache() // 2, 1 << 22), 1 << 25)
 
 
 def crosses(x: Array) -> tuple[bool, bool]:

@@ -1,10 +1,9 @@
 # The direct way of a small call: from the arguments of a public function to its results in one step.
 #
 # It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over the last
-# axis, on the default backend, with too few elements to be shared among threads. Everything else, and above
-# all what is wrong, it declines: it returns None before anything is written, and the call goes by
-# `fastll.calls`, where every error is raised. Both ways tell the same kernels the same, so that no bit depends
-# on the way.
+# axis, on the default backend, with up to `LONG` elements. Everything else, and above all what is wrong, it
+# declines: it returns None before anything is written, and the call goes by `fastll.calls`, where every error is
+# raised. Both ways tell the same kernels the same, so that no bit depends on the way.
 
 from cpython.contextvars cimport get_value
 from cpython.long cimport PyLong_AsLongLongAndOverflow
@@ -19,7 +18,6 @@ cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void*, cnp.dtype, object)
 
 cdef enum:
-    RELEASE_FROM = 1 << 12  # elements of a call that lets other Python threads run, which takes 0.1 us
     FEW = 128  # values up to which NumPy's order of sums is known and short; to call NumPy takes 1.4 us
 
 cdef enum Reduction:
@@ -27,7 +25,6 @@ cdef enum Reduction:
 
 cdef cnp.dtype SINGLE = _np.dtype(_np.float32), DOUBLE = _np.dtype(_np.float64)
 cdef object add_up = _np.add.reduce
-cdef dict SHARING = vars(_threads)  # whose SHARE_FROM may change
 
 
 cdef bint is_plain(a) noexcept:
@@ -223,18 +220,18 @@ cdef class Small(Kernel):
 
     cdef bint bind_labels(self, cnp.ndarray labels, double* kept) noexcept:
         """Bind labels, and count those that are not ignored; False if one is out of range."""
-        cdef double rows
         self.call.labels.address = cnp.PyArray_BYTES(labels)
         self.call.labels.outer = self.call.labels.inner = 8
-        return 0 > scan_labels(
-            self.call.labels.address,
-            self.units,
-            self.length,
-            self.call.options.ignore_index,
-            NULL,
-            True,
-            kept,
-            &rows,
+        if self.units < RELEASE_FROM:
+            return 0 > self.scan(kept)
+        with nogil:
+            return 0 > self.scan(kept)
+
+    cdef Py_ssize_t scan(self, double* kept) noexcept nogil:
+        cdef double rows
+        cdef int64_t ignore_index = self.call.options.ignore_index
+        return scan_labels(
+            self.call.labels.address, self.units, self.length, ignore_index, NULL, True, kept, &rows
         )
 
     cdef cnp.ndarray bind_sums(self, double* number):
@@ -254,7 +251,7 @@ cdef class Small(Kernel):
         return scalar(read(number, 0, self.call.single), self.call.single) if a is None else a
 
     cdef int work(self) except -1:
-        return self.handle(0, self.units, cnp.PyArray_SIZE(self.x) >= RELEASE_FROM)
+        return self.handle_all(self.units, cnp.PyArray_SIZE(self.x))
 
 
 cdef class Direct:
@@ -274,7 +271,7 @@ cdef class Direct:
             return None
         if not is_plain(x) or not is_known(x) or format_of(x) > BFLOAT16:
             return None
-        if cnp.PyArray_NDIM(x) == 0 or not 0 < cnp.PyArray_SIZE(x) < (SHARING["SHARE_FROM"] + 1) // 2:
+        if cnp.PyArray_NDIM(x) == 0 or not 0 < cnp.PyArray_SIZE(x) <= LONG:
             return None
         call = Small.__new__(Small)
         call.x = x

@@ -6,13 +6,13 @@ from libc.stdint cimport int64_t
 cimport numpy as cnp
 
 from fastll import threads as _threads
-from fastll.backend.host import Host as _Host
+from fastll.backend.host import STREAM_FROM as _STREAM_FROM, Host as _Host
 from fastll.dtypes import kind_of
 
 cnp.import_array()
 
 cdef extern from "pool.hpp" nogil:
-    const Py_ssize_t CHUNK, SHORT, STREAM_FROM, STREAM_CLASSES
+    const Py_ssize_t CHUNK, LONG, SHORT, STREAM_CLASSES
 
     enum Format:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
@@ -46,10 +46,18 @@ cdef extern from "pool.hpp" nogil:
     const char** element_names
     const char** term_names
     int run(const Call&, Py_ssize_t, Py_ssize_t)
-    int share(const Call&, Py_ssize_t, Py_ssize_t, int)
+    int run_shared(const Call&, Py_ssize_t, Py_ssize_t, int, Py_ssize_t)
     Py_ssize_t scan_labels(
         const char*, Py_ssize_t, Py_ssize_t, int64_t, const char*, bint, double*, double*
     )
+
+
+cdef enum:
+    RELEASE_FROM = 1 << 12  # elements of a call that lets other Python threads run, which takes 0.1 us
+
+cdef int bfloat16_number = -1  # of the dtype, once it is known
+cdef Py_ssize_t stream_from = _STREAM_FROM
+cdef dict SHARING = vars(_threads)  # whose SHARE_FROM may change
 
 
 cdef dict names(const char** table, int first):
@@ -87,7 +95,17 @@ cdef int format_of(cnp.ndarray a) except -2:
         return FLOAT32
     if number == cnp.NPY_DOUBLE:
         return FLOAT64
-    return kind_of(a.dtype).code
+    if number == cnp.NPY_FLOAT16:
+        return FLOAT16
+    return BFLOAT16 if number == bfloat16_number else find_format(a.dtype)
+
+
+cdef int find_format(cnp.dtype dtype) except -2:
+    global bfloat16_number
+    cdef int code = kind_of(dtype).code
+    if code == BFLOAT16 and dtype.type_num > cnp.NPY_VOID:  # that of ml_dtypes
+        bfloat16_number = dtype.type_num
+    return code
 
 
 cdef int is_single(cnp.ndarray x) except -1:
@@ -121,11 +139,15 @@ cdef class Kernel:
             status = run(self.call, start, stop)
         return check_memory(status)
 
-    cdef int share(self, Py_ssize_t units, Py_ssize_t parts, int threads) except -1:
-        """Run all units on several threads."""
-        cdef int status
+    cdef int handle_all(self, Py_ssize_t units, Py_ssize_t elements) except -1:
+        """The same of all units, on several threads if they have enough elements."""
+        cdef int status, threads
+        cdef Py_ssize_t share_from = (SHARING["SHARE_FROM"] + 1) // 2
+        if units < 2 or elements < min(RELEASE_FROM, share_from):
+            return self.handle(0, units, elements >= RELEASE_FROM) if units else 0
+        threads = _threads.get_num_threads()
         with nogil:
-            status = share(self.call, units, parts, threads)
+            status = run_shared(self.call, units, elements, threads, share_from)
         return check_memory(status)
 
     cdef int walk_rows(self, cnp.ndarray x) except -1:
@@ -186,7 +208,7 @@ cdef class Kernel:
     cdef int stream(self, Operand* operand, cnp.ndarray a) except -1:
         """Use non-temporal stores for an output that is larger than the caches."""
         cdef Py_ssize_t size
-        if a is None or cnp.PyArray_NBYTES(a) < STREAM_FROM:
+        if a is None or cnp.PyArray_NBYTES(a) < stream_from:
             return 0
         if self.call.across and self.call.classes < SHORT and operand.classes < operand.inner:
             size = cnp.PyArray_ITEMSIZE(a)  # short rows are written as one piece
@@ -271,18 +293,10 @@ class Backend(_Host):
 
     @staticmethod
     def run(kernel, Py_ssize_t units, Py_ssize_t elements):
-        cdef Py_ssize_t parts = 1, share_from = (_threads.SHARE_FROM + 1) // 2
-        cdef int threads = 1
-        if not isinstance(kernel, Kernel):  # of another backend that took over
+        if isinstance(kernel, Kernel):
+            (<Kernel> kernel).handle_all(units, elements)
+        else:  # of another backend that took over
             _threads.run(kernel, units, elements)
-            return
-        if units > 1 and elements >= share_from:
-            threads = _threads.get_num_threads()
-            parts = _threads.parts_of(units, elements, threads, share_from)
-        if parts > 1:
-            (<Kernel> kernel).share(units, parts, threads)
-        elif units:
-            kernel(0, units)
 
     def scan_labels(
         self, cnp.ndarray labels, Py_ssize_t classes, int64_t ignore_index, cnp.ndarray weight

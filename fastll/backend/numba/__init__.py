@@ -16,7 +16,7 @@ from numba.core import config
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set, and interpreted kernels have no vectors")
 
-from fastll.backend.host import Host, crosses
+from fastll.backend.host import STREAM_FROM, Host, crosses
 from fastll.backend.numba import (
     cache,  # before the kernels: see its end
     columns,
@@ -26,7 +26,7 @@ from fastll.backend.numba import (
     rows,
 )
 from fastll.backend.numba.calls import NO_ROWS, NOTHING, Operand, RowOperand
-from fastll.contract import SHORT, STREAM_CLASSES, STREAM_FROM, Array, Fold, Kernel, Map, units_of
+from fastll.contract import SHORT, STREAM_CLASSES, Array, Fold, Kernel, Map, units_of
 from fastll.dtypes import kind_of
 
 #: ("rows", "columns" or "maps", operation, compute dtype), or ("reader" or "writer", *its arguments).
