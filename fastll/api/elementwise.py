@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from fastll import direct
+from fastll.adapted import adapted
 from fastll.api import Reduction, number
 from fastll.api.formula import elementwise_loss
 from fastll.arrays import Array, broadcast
@@ -20,6 +21,9 @@ _LOGITS_POS_WEIGHT = elementwise_loss(elements.binary_cross_entropy_with_logits_
 _PROBS = elementwise_loss(elements.binary_cross_entropy)
 _GAUSSIAN = elementwise_loss(elements.gaussian_nll)
 _MSE = elementwise_loss(elements.mse)
+#: PyTorch's `kl_div`, which `fastll.interop.torch` has.
+_KL_DIV = elementwise_loss(elements.kl_div)
+_KL_DIV_LOG_TARGET = elementwise_loss(elements.kl_div_log_target)
 _FOCAL = elementwise_loss(elements.sigmoid_focal_loss)
 #: By `log_input` and `full`.
 _POISSON = {
@@ -30,6 +34,7 @@ _POISSON = {
 }
 
 
+@adapted
 def binary_cross_entropy_with_logits(
     logits: ArrayLike,
     target: ArrayLike,
@@ -94,6 +99,7 @@ def binary_cross_entropy_with_logits(
     return loss.finish(call, others, (), weight, *options)
 
 
+@adapted
 def binary_cross_entropy(
     probs: ArrayLike,
     target: ArrayLike,
@@ -162,6 +168,7 @@ def binary_cross_entropy(
     return _PROBS.finish(call, (t,), (), weight, *options)
 
 
+@adapted
 def gaussian_nll(
     mean: ArrayLike,
     target: ArrayLike,
@@ -237,6 +244,7 @@ def gaussian_nll(
     return _GAUSSIAN.finish(call, others, parameters, None, *options)
 
 
+@adapted
 def mse(
     prediction: ArrayLike,
     target: ArrayLike,
@@ -289,6 +297,7 @@ def mse(
     return _MSE.finish(call, others, (), None, *options)
 
 
+@adapted
 def poisson_nll(
     prediction: ArrayLike,
     target: ArrayLike,
@@ -359,6 +368,7 @@ def poisson_nll(
     return loss.finish(call, others, parameters, None, *options)
 
 
+@adapted
 def sigmoid_focal_loss(
     logits: ArrayLike,
     target: ArrayLike,

@@ -100,6 +100,8 @@ ELEMENTS = {
         elements.poisson_nll_of_rate_full, inputs=2, parameters=1, slope=True
     ),
     "sigmoid_focal_loss": Element(elements.sigmoid_focal_loss, inputs=2, parameters=3, slope=True),
+    "kl_div": Element(elements.kl_div, inputs=2, slope=True),
+    "kl_div_log_target": Element(elements.kl_div_log_target, inputs=2, slope=True),
 }
 
 #: Those that users have made, by names that their texts decide: see `fastll.formulas.own`.

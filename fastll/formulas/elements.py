@@ -101,6 +101,19 @@ def binary_cross_entropy(p, target):
     )
 
 
+def kl_div(x, target):
+    """target (log target - x), of a logarithm of a probability."""
+    c = constants(x)
+    return product(target, log(target) - x), c.zero - target
+
+
+def kl_div_log_target(x, target):
+    """The same of the logarithm of a target."""
+    c = constants(x)
+    share = exp(target)
+    return product(share, target - x), c.zero - share
+
+
 def stirling(t):
     """t log t - t + log(2 pi t) / 2, nearly log t!, where t is above 1; else 0."""
     c = constants(t)

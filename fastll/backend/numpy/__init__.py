@@ -149,6 +149,8 @@ ELEMENTS: dict[str, Callable[..., Any]] = {
     "poisson_nll_of_rate": _poisson_nll_of_rate,
     "poisson_nll_of_rate_full": lambda x, t, eps: _with_stirling(t, *_poisson_nll_of_rate(x, t, eps)),
     "sigmoid_focal_loss": _sigmoid_focal_loss,
+    "kl_div": lambda x, t: (_times(t, np.log(t) - x), -t),
+    "kl_div_log_target": lambda x, t: (_times(np.exp(t), t - x), -np.exp(t)),
 }
 
 
