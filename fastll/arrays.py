@@ -60,8 +60,8 @@ class Place:
         library = self._library_of(out, name)
         if library is None and not isinstance(out, np.ndarray):
             raise TypeError(f"{name} is a {type(out).__name__}; expected an array")
-        if library is not None and not library.mutable:
-            raise TypeError(f"{name} is an array of {library.name}, which cannot be written")
+        if library is not None:
+            library.check_writable(out, name)
         check_unmasked(out, name)
         array: Array = out if library is None else self._view(library, out, name)
         check_output(array, name, shape, dtype, inputs, like, cast)

@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from fastll import calls, direct, dispatch
+from fastll.adapted import adapted
 from fastll.api import Reduction, check_reduction, number
 from fastll.arrays import Array
 from fastll.calls import Call
@@ -14,6 +15,7 @@ from fastll.contract import Fold, Options
 from fastll.dtypes import name_of
 
 
+@adapted
 def selective_log_softmax(
     logits: ArrayLike,
     index: ArrayLike,
@@ -110,6 +112,7 @@ def selective_log_softmax(
     return tuple(results) if len(results) > 1 else results[0]
 
 
+@adapted
 def entropy_from_logits(
     logits: ArrayLike,
     *,
@@ -168,6 +171,7 @@ def entropy_from_logits(
     )
 
 
+@adapted
 def kl_divergence_from_logits(
     logits: ArrayLike,
     target_logits: ArrayLike,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastll import calls, direct, dispatch
+from fastll.adapted import adapted
 from fastll.api import Reduction, check_reduction, integer, number
 from fastll.arrays import Array
 from fastll.calls import Call
@@ -15,6 +16,7 @@ from fastll.contract import Backend, Fold, Options, new
 from fastll.dtypes import as_floats, kind_of, name_of
 
 
+@adapted
 def cross_entropy(
     logits: ArrayLike,
     target: ArrayLike,
@@ -129,6 +131,7 @@ def cross_entropy(
     return _row_loss("any", first, target, axis, weights, options, reduction, outputs)
 
 
+@adapted
 def sparse_cross_entropy(
     logits: ArrayLike,
     target: ArrayLike,
@@ -171,6 +174,7 @@ def sparse_cross_entropy(
     return _row_loss("sparse", first, target, axis, weights, options, reduction, outputs)
 
 
+@adapted
 def dense_cross_entropy(
     logits: ArrayLike,
     target: ArrayLike,
@@ -212,6 +216,7 @@ def dense_cross_entropy(
     return _row_loss("dense", first, target, axis, weights, options, reduction, outputs)
 
 
+@adapted
 def nll_loss(
     log_probs: ArrayLike,
     target: ArrayLike,
@@ -288,16 +293,19 @@ def _row_loss(
     options: tuple[int, float, float, float | None],
     reduction: str,
     outputs: tuple[bool, bool, Any],
+    temperature: float = 1.0,
 ) -> Any:
     """A loss of rows and their targets; see `losses_of_rows`."""
     operation, x, _ = first
     if weights[0] is None and weights[1] is None:
         inputs = x, target
-        done = direct.loss(operation, kind, inputs, axis, options, 1.0, reduction, outputs)
+        done = direct.loss(operation, kind, inputs, axis, options, temperature, reduction, outputs)
         if done is not None:
             return done
     call = Call(*first)
-    found = losses_of_rows(kind, call, target, axis, weights, options, reduction, outputs)
+    found = losses_of_rows(
+        kind, call, target, axis, weights, options, reduction, outputs, temperature=temperature
+    )
     loss = found.losses
     if reduction != "none":
         loss = found.backend.total(loss, found.kept, call.compute)
@@ -314,6 +322,7 @@ def losses_of_rows(
     reduction: str,
     outputs: tuple[bool, bool, Any],
     name: str = "target",
+    temperature: float = 1.0,
 ) -> RowLosses:
     """The losses of a call's rows, and the gradient of what the reduction makes of them.
 
@@ -350,7 +359,7 @@ def losses_of_rows(
         scale, z_loss = backend.averaged(kept, z_loss)
     losses = (place.empty if reduction == "none" else place.scratch)(rows, compute)
     lse = place.empty(rows, compute) if return_lse else None
-    scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale, 1.0))
+    scalars = new(Options, (ignore_index, smoothing, z_loss, cap, scale, 1 / temperature))
     operands = call.operation, x, dense, labels, weight, sample, scalars
     calls.fold(backend, place, new(Fold, (*operands, None, losses, lse, None, None, grad)), (axis,))
     return RowLosses(backend, losses, kept if mean else None, lse, grad)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastll import calls, direct
+from fastll.adapted import adapted
 from fastll.api import number
 from fastll.arrays import Array, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
@@ -16,6 +17,7 @@ from fastll.contract import DEFAULTS, Fold, Options, new
 from fastll.dtypes import kind_of, rounded
 
 
+@adapted
 def logsumexp(
     a: ArrayLike,
     axis: Axis = None,
@@ -130,6 +132,7 @@ def logsumexp(
     return returned if sign is None else (returned, place.give(sign))
 
 
+@adapted
 def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     r"""Softmax over the last axis (where SciPy takes all axes), in one read and one write.
 
@@ -171,6 +174,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     return _softmax("softmax", x, axis, out)
 
 
+@adapted
 def log_softmax(x: ArrayLike, axis: Axis = -1, *, out: Array | None = None) -> Any:
     r"""Logarithm of the softmax over the last axis (where SciPy takes all axes).
 
@@ -217,6 +221,7 @@ def _softmax(operation: str, x: ArrayLike, axis: Axis, out: Array | None) -> Any
     return call.place.give(result) if out is None else out
 
 
+@adapted
 def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     r"""Entropy of distributions over the last axis, in one read.
 
@@ -256,6 +261,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     return _sum_of_terms("entropy", (p,), axis, base)
 
 
+@adapted
 def kl_divergence(p: ArrayLike, q: ArrayLike, axis: Axis = -1, base: float | None = None) -> Any:
     r"""Kullback-Leibler divergence of q from p over the last axis, each read once.
 
@@ -291,6 +297,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, axis: Axis = -1, base: float | Non
     return _sum_of_terms("kl_divergence", (p, q), axis, base)
 
 
+@adapted
 def distribution_cross_entropy(
     p: ArrayLike, q: ArrayLike, axis: Axis = -1, base: float | None = None
 ) -> Any:
@@ -342,6 +349,7 @@ def _sum_of_terms(operation: str, inputs: tuple[ArrayLike, ...], axis: Axis, bas
     return call.place.give(value)
 
 
+@adapted
 def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     r"""Logistic sigmoid, accurate in both tails.
 
@@ -370,6 +378,7 @@ def sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     return _elementwise("sigmoid", x, out)
 
 
+@adapted
 def log_sigmoid(x: ArrayLike, *, out: Array | None = None) -> Any:
     r"""Logarithm of the logistic sigmoid, accurate in both tails.
 

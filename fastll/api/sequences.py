@@ -7,11 +7,13 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from fastll import calls
+from fastll.adapted import adapted
 from fastll.api.losses import RowLosses, losses_of_rows
 from fastll.calls import Call
 from fastll.contract import Fold, Options
 
 
+@adapted
 def sequence_log_likelihood(logits: ArrayLike, tokens: ArrayLike, *, ignore_index: int = -100) -> Any:
     r"""Log-likelihood of sequences of tokens.
 
@@ -61,6 +63,7 @@ def sequence_log_likelihood(logits: ArrayLike, tokens: ArrayLike, *, ignore_inde
     return call.place.give(value)
 
 
+@adapted
 def perplexity(logits: ArrayLike, tokens: ArrayLike, *, ignore_index: int = -100) -> Any:
     r"""Perplexity: the exponential of the mean negative log-likelihood of all tokens.
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fastll.adapted import AdapterNeededError
+
 Array = NDArray[Any]
 Shape = tuple[int, ...]  # also an order of axes
 
@@ -48,6 +50,11 @@ class Library(Protocol):
 
     def view(self, x: Any, name: str) -> Array:
         """NumPy object with an array's geometry; `TypeError` with the array's name if it has none."""
+
+    def check_writable(self, x: Any, name: str) -> None:
+        """Raise an error if an array, called `name`, cannot be written to."""
+        if not self.mutable:
+            raise TypeError(f"{name} is an array of {self.name}, which cannot be written")
 
     def writes(self, x: Any) -> None:
         """Notify the library before writing to `x`."""
@@ -167,6 +174,8 @@ def _find(x: Any) -> Library | None:
         return _known.setdefault(kind, None)
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
+        if (package, base.__name__) == ("dask", "Array"):
+            raise AdapterNeededError("dask")
         if (package, base.__name__) in _ARRAYS:
             return _known.setdefault(kind, load(package))
     if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack_device__"):

@@ -1,4 +1,4 @@
-"""torch tensors, on the CPU and on CUDA devices. Those that require a gradient are detached."""
+"""torch tensors, on the CPU and on CUDA devices. What PyTorch records or batches an adapter does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
+from fastll import adapted
 from fastll import array_libraries as libraries
 from fastll.array_libraries import CPU, Array, Device, Library, Shape
 from fastll.dtypes import ACCEPTED, BFLOAT16
@@ -21,6 +23,14 @@ _DTYPES[torch.bfloat16] = BFLOAT16
 _TORCH = {dtype: own for own, dtype in _DTYPES.items()}
 
 _devices = {torch.device("cpu"): CPU}
+
+
+adapted.torch = torch
+
+
+def _stands_for_others(x: Any) -> bool:
+    """Whether a tensor has no memory of its own, as in a transformation of ``torch.func``."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x)) or isinstance(x, FakeTensor)
 
 
 class Torch(Library):
@@ -46,12 +56,21 @@ class Torch(Library):
             )
         if x.is_neg():
             raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
+        if (x.requires_grad and torch.is_grad_enabled()) or _stands_for_others(x):
+            raise adapted.AdapterNeededError("_torch_graph")
         x = x.detach() if x.requires_grad else x
         if not x.is_cpu:
             strides = tuple([stride * dtype.itemsize for stride in x.stride()])
             return libraries.device_view(x.data_ptr(), tuple(x.shape), strides, dtype, x)
         array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
         return array
+
+    def check_writable(self, x: Any, name: str) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name} requires a gradient, which writing to it would make wrong; expected a tensor "
+                "that does not, or torch.no_grad()"
+            )
 
     def writes(self, x: Any) -> None:
         # a backward pass that needs the old values then raises
