@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 import fastll
-from bench import card, gpu, gpu_report, grid, grid_report, report
+from bench import card, frameworks, gpu, gpu_report, grid, grid_report, report
+from bench.adapters import FRAMEWORKS
 from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
 from bench.jobs import Settings, measures, select
@@ -250,6 +251,33 @@ def measure_grid(
     ctx.exit(code)
 
 
+@main.command("frameworks")
+@click.option("--only", callback=_list_of(FRAMEWORKS), help=", ".join(FRAMEWORKS))
+@click.option("--quick", is_flag=True, help="Fewer shapes, rounds and rivals, in 2 minutes.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of fastll and of every framework.")
+@click.option("--output", type=Folder, default="results", show_default=True, help="Folder to write to.")
+@click.pass_context
+def measure_frameworks(
+    ctx: click.Context, only: tuple[str, ...], quick: bool, threads: int | None, output: Path
+) -> None:
+    """Measure the adapters for other frameworks beside the frameworks' own functions."""
+    warn_without_extension()
+    if threads is not None:
+        _limit(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "frameworks.json"
+    path.unlink(missing_ok=True)
+    code = frameworks.measure(only, quick, path)
+    results = report.load(path)
+    console = Console(highlight=False)
+    console.print(frameworks.table(results), "")
+    for note in frameworks.notes(results):
+        console.print(note, markup=False)
+    for written in draw(results, output):
+        click.echo(f"Wrote {written}", err=True)
+    ctx.exit(code)
+
+
 @main.command()
 @click.argument("old", type=Results)
 @click.argument("new", type=Results)
@@ -282,6 +310,8 @@ def table(results: Path, device: str) -> None:
     found = report.load(results)
     on_gpu = found["environment"]["device"] == "cuda"
     words = gpu_report if on_gpu else grid_report if grid_report.is_grid(found) else report
+    if frameworks.is_frameworks(found):
+        words = frameworks
     click.echo(words.markdown(found))
 
 

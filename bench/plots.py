@@ -65,6 +65,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
             written += _save(_peers(compared), folder / "peers")
         if by_group["sizes"]:
             written += _save(_sizes(by_group["sizes"]), folder / "sizes")
+        if by_group["frameworks"]:
+            written += _save(_frameworks(by_group["frameworks"]), folder / "frameworks")
         if by_group["rows"] or by_group["classes"]:
             written += _save(_scaling(by_group["rows"], by_group["classes"]), folder / "scaling")
     return written
@@ -102,6 +104,38 @@ def _peers(compared: list[Record]) -> Figure:
     axes.set_yticks(range(len(compared)), labels, fontsize=7)
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=len(points))
+    return figure
+
+
+def _frameworks(measured: list[Record]) -> Figure:
+    """How many times as fast as the frameworks' own, and how many times it should be."""
+    compared = [(r, rival) for r in measured for rival, told in r["peers"].items() if "faster" in told]
+    figure = Figure((9, 1.4 + 0.2 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(
+        [record["peers"][rival]["faster"] for record, rival in compared],
+        range(len(compared)),
+        c="#000000",
+        s=24,
+        label="measured",
+        zorder=2,
+    )
+    aims = [
+        (bound, y)
+        for y, (record, rival) in enumerate(compared)
+        for kind, bound in [record["targets"].get(rival, ("", 0))]
+        if kind == "faster"
+    ]
+    if aims:
+        axes.scatter(*zip(*aims, strict=True), marker="|", c="#D55E00", s=80, label="target", zorder=3)
+    axes.axvline(1, color="0.4", lw=1)
+    axes.set(xscale="log", xlabel="time of the other, divided by that of fastll")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid(axis="x")
+    labels = [f"{title(r)}, {r['case']}, {r['dtype']}; {rival}" for r, rival in compared]
+    axes.set_yticks(range(len(compared)), labels, fontsize=7)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

@@ -17,10 +17,12 @@ from source_tree import make_tree, run_in
 
 import fastll
 from bench import (
+    adapters,
     card,
     cases,
     crossover,
     families,
+    frameworks,
     gpu,
     gpu_report,
     grid,
@@ -732,3 +734,84 @@ def test_families_of_kernels(emulated: card.Card, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(families, "off_by", lambda card, call, arrays: 3.0)
     assert families.check(emulated, ["some"]) == 2
     assert "weighted logsumexp: off by 3 times the tolerance" in capsys.readouterr().out
+
+
+def tasks(quick: bool) -> Any:
+    """A sum beside others that are slow, broken, wrong, or the same; and a task that fails."""
+    x = np.arange(20000.0)
+    rivals = {
+        "slow": lambda: sum(x),
+        "broken": lambda: [][0],
+        "wrong": lambda: x.sum() + 1e6,
+        "plain": x.sum,
+    }
+    targets = {
+        "slow": ("faster", 3.0),
+        "broken": ("faster", 0.0),
+        "wrong": ("seconds", 1e-9),
+        "plain": ("more", 1.0),
+    }
+
+    def fails() -> Any:
+        raise AttributeError("no such [function]")
+
+    made = adapters.Made(x.sum, rivals, 2)
+    yield adapters.Task("scipy", "total", "value", x.shape, "float64", lambda: made, targets)
+    yield adapters.Task("scipy", "nothing", "value", x.shape, "float64", fails)
+
+
+def test_frameworks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adapters.FRAMEWORKS, "scipy", tasks)
+    monkeypatch.setitem(adapters.FRAMEWORKS, "abacus", tasks)
+    run = ("frameworks", "--output", tmp_path, "--only", "scipy,abacus", "--quick")
+    done = invoke(*run)
+    assert done.exit_code == 1, done.output  # a task failed
+    assert "2/2" in done.stderr
+    file = tmp_path / "frameworks.json"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"frameworks.{kind}" for kind in ("json", "png", "svg")
+    }
+    results = json.loads(file.read_text())
+    (record,) = report.records(results)
+    assert record["peers"]["slow"]["rounds"] >= 3
+    # a time is that of one of the two: of 20000 additions by NumPy
+    assert 0 < record["seconds"] < record["peers"]["slow"]["seconds"] < 0.1
+    judged = {row[1]: row[4:] for row in frameworks.rows(results)}
+    assert judged["slow"][1:] == ("ratio 3.00", "yes")
+    assert judged["broken"] == ("failed", "ratio 0.00", "no")
+    assert judged["wrong"][0].endswith(" !")
+    assert judged["wrong"][1:] == ("0.001 us", "no")
+    assert judged["plain"][1:] == ("1 s more", "yes")
+    for said in (
+        "scipy: total, 20000, float64",
+        "Targets met: 2 of 4.",
+        "Missing: abacus: No module named 'fastll.interop.abacus'",
+        "Not measured: scipy-nothing-value-20000-float64: AttributeError: no such [function]",
+        "broken failed: scipy-total-value-20000-float64: IndexError: list index out of range",
+        "wrong differs by 5e-03 of the largest value",
+    ):
+        assert said in done.stdout
+    lines = invoke("table", file).output.splitlines()
+    assert lines[0] == "| case | beside | fastll | beside it | ratio | target | met |"
+    assert "Targets met: 2 of 4." in lines
+    assert invoke("compare", file, file).exit_code == 0
+    missed = results | {"benchmarks": [_missed(results)]}
+    assert [row[-1] for row in frameworks.rows(missed)] == ["no"] * 4
+
+
+def _missed(results: dict[str, Any]) -> dict[str, Any]:
+    """The record with targets out of reach."""
+    benchmark = deepcopy(results["benchmarks"][0])
+    benchmark["extra_info"]["targets"] = {
+        name: (kind, bound * 1e9 if kind == "faster" else -bound)
+        for name, (kind, bound) in benchmark["extra_info"]["targets"].items()
+    }
+    return benchmark
+
+
+def test_frameworks_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adapters.FRAMEWORKS, "abacus", tasks)
+    done = invoke("frameworks", "--output", tmp_path, "--only", "abacus")
+    assert done.exit_code == 2
+    assert "nothing was measured" in done.stderr
+    assert "abacus: No module named 'fastll.interop.abacus'" in done.stderr

@@ -16,11 +16,10 @@ from fastll import binary_cross_entropy_with_logits, cross_entropy, poisson_nll
 from fastll.api import number
 from fastll.arrays import Array
 
-Derivatives = tuple[Array, Array]
 Hessian = Literal["exact", "doubled", "scaled", "residual"]
 
-#: Elements of a block: its arrays stay in the cache until the Hessian has been made of the gradient.
-BLOCK = 1 << 16
+#: Elements of a block. Its arrays stay in the cache until the Hessian has been made of the gradient.
+BLOCK = 1 << 17
 
 
 def taken(first: Any, second: Any, sample_weight: Any) -> tuple[Array, Array, Array | None]:
@@ -53,6 +52,11 @@ def check(labels: Array, good: Array, expected: str, error: type[Exception] = Va
         raise error(f"the label of row {row} is {labels[row]}; expected {expected}")
 
 
+def check_one_score(scores: Array) -> None:
+    if scores.ndim != 1:
+        raise ValueError(f"scores have the shape {scores.shape}; expected (rows,)")
+
+
 def check_probabilities(labels: Array) -> None:
     check(labels, (labels >= 0) & (labels <= 1), "a number in [0, 1]")
 
@@ -78,27 +82,38 @@ def class_labels(scores: Array, labels: Array) -> Array:
 class Objective:
     """A loss of scores, to be called as frameworks call objectives."""
 
-    def __call__(self, first: Any, second: Any, sample_weight: Any = None) -> Derivatives:
+    floor: ClassVar[float] = 0.0  # the least Hessian
+
+    def __call__(self, first: Any, second: Any, sample_weight: Any = None) -> tuple[Array, Array]:
         """Gradient and diagonal of the Hessian: float32, in shape and memory layout of the scores."""
         scores, labels, weight = taken(first, second, sample_weight)
         labels = self.checked(scores, labels)
+        if weight is not None:
+            weight = weight.reshape(-1, *(1,) * (scores.ndim - 1))
         grad = np.empty_like(scores, dtype=np.float32)
         hess = np.empty_like(grad)
+        direct = weight is None and scores.dtype == grad.dtype
         step = max(1, BLOCK // math.prod(scores.shape[1:]))
+        g, h, spare = (np.empty_like(scores[:step]) for _ in range(3))
         for start in range(0, len(scores), step):
-            rows = slice(start, start + step)
-            g, h = self.derivatives(scores[rows], labels[rows])
-            w = 1 if weight is None else weight[rows].reshape(-1, *(1,) * (scores.ndim - 1))
-            np.multiply(g, w, out=grad[rows])
-            np.multiply(h, w, out=hess[rows])
+            rows = slice(start, min(start + step, len(scores)))
+            some = slice(0, rows.stop - start)
+            first, second = (grad[rows], hess[rows]) if direct else (g[some], h[some])
+            self.derivatives(scores[rows], labels[rows], first, second, spare[some])
+            if self.floor and second.min() < self.floor:  # rare, and the maximum with a scalar is slow
+                np.maximum(second, self.floor, out=second)
+            if not direct:
+                w = 1.0 if weight is None else weight[rows]
+                np.multiply(first, w, out=grad[rows])
+                np.multiply(second, w, out=hess[rows])
         return grad, hess
 
     def checked(self, scores: Array, labels: Array) -> Array:
         """The labels as `derivatives` takes them."""
         raise NotImplementedError
 
-    def derivatives(self, scores: Array, labels: Array) -> Derivatives:
-        """Gradient and Hessian diagonal of some rows, in their dtype."""
+    def derivatives(self, scores: Array, labels: Array, g: Array, h: Array, spare: Array) -> None:
+        """Write gradient and Hessian diagonal of some rows, in their dtype."""
         raise NotImplementedError
 
 
@@ -106,19 +121,21 @@ class Objective:
 class Logistic(Objective):
     """Binary cross-entropy of scores (n,) with labels in [0, 1]."""
 
-    floor: ClassVar[float] = 0.0
-
     def checked(self, scores: Array, labels: Array) -> Array:
-        if scores.ndim != 1:
-            raise ValueError(f"scores have the shape {scores.shape}; expected (rows,)")
+        check_one_score(scores)
         check_probabilities(labels)
         return labels.astype(scores.dtype)
 
-    def derivatives(self, scores: Array, labels: Array) -> Derivatives:
-        _, g = binary_cross_entropy_with_logits(scores, labels, reduction="sum", return_grad=True)
-        # p (1 - p) with p = g + y; for y = 0 and 1 it keeps the digits of g where p rounds to 1
-        h = g * ((1 - 2 * labels) - g) + labels * (1 - labels)
-        return g, np.maximum(h, self.floor, out=h) if self.floor else h
+    def derivatives(self, scores: Array, labels: Array, g: Array, h: Array, spare: Array) -> None:
+        binary_cross_entropy_with_logits(scores, labels, reduction="sum", grad_out=g)
+        # p (1 - p) with p = g + y, which for y = 0 and 1 keeps the digits of g where p rounds to 1:
+        # g (1 - 2 y - g) + y (1 - y)
+        np.subtract(1, labels, out=spare)
+        np.subtract(spare, labels, out=h)
+        h -= g
+        h *= g
+        spare *= labels
+        h += spare
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,6 @@ class Softmax(Objective):
     """Cross-entropy of scores (n, K) with labels in [0, K)."""
 
     hessian: Hessian = "exact"
-    floor: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         if self.hessian not in get_args(Hessian):
@@ -135,15 +151,17 @@ class Softmax(Objective):
     def checked(self, scores: Array, labels: Array) -> Array:
         return class_labels(scores, labels)
 
-    def derivatives(self, scores: Array, labels: Array) -> Derivatives:
-        _, g = cross_entropy(scores, labels, reduction="sum", return_grad=True)
-        h = np.abs(g)
-        if self.hessian != "residual":
-            h *= 1 - h  # g is p, or p - 1 at the label: p (1 - p) in both
-            classes = scores.shape[1]
-            factor = {"exact": 1.0, "doubled": 2.0, "scaled": classes / max(1, classes - 1)}
-            h *= factor[self.hessian]
-        return g, np.maximum(h, self.floor, out=h) if self.floor else h
+    def derivatives(self, scores: Array, labels: Array, g: Array, h: Array, spare: Array) -> None:
+        cross_entropy(scores, labels, reduction="sum", grad_out=g)
+        np.abs(g, out=h)
+        if self.hessian == "residual":
+            return
+        np.subtract(1, h, out=spare)
+        h *= spare  # g is p, or p - 1 at the label: p (1 - p) in both cases
+        classes = scores.shape[1]
+        factor = {"exact": 1.0, "doubled": 2.0, "scaled": classes / max(1, classes - 1)}[self.hessian]
+        if factor != 1:
+            h *= factor
 
 
 @dataclass(frozen=True)
@@ -156,15 +174,15 @@ class Poisson(Objective):
         number(self.max_delta_step, "max_delta_step", 0.0)
 
     def checked(self, scores: Array, labels: Array) -> Array:
-        if scores.ndim != 1:
-            raise ValueError(f"scores have the shape {scores.shape}; expected (rows,)")
+        check_one_score(scores)
         check_counts(labels)
         return labels.astype(scores.dtype)
 
-    def derivatives(self, scores: Array, labels: Array) -> Derivatives:
-        # with counts of 0 the gradient is the rate itself: rate - y + y would lose digits
-        _, rate = poisson_nll(scores, np.zeros(1, scores.dtype), reduction="sum", return_grad=True)
-        return rate - labels, rate * math.exp(self.max_delta_step)
+    def derivatives(self, scores: Array, labels: Array, g: Array, h: Array, spare: Array) -> None:
+        # the gradient for counts of 0 is the rate, which g + y would give with the digits of y
+        poisson_nll(scores, np.zeros(1, scores.dtype), reduction="sum", grad_out=g)
+        np.multiply(g, math.exp(self.max_delta_step), out=h)
+        g -= labels
 
 
 def logistic_loss(scores: Array, labels: Array, weight: Array | None) -> float:
