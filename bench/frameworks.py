@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from bench import report
 from bench.adapters import FRAMEWORKS, PACKAGES, Target, Task, why_not
-from bench.grid import FULL, QUICK, Effort, free_memory, in_turn
+from bench.grid import FULL, QUICK, Effort, free_memory, in_turn, seconds_of_others
 from bench.jobs import Settings, Workload
 from bench.peers import disagreement
 from bench.report import Record, ReportError, Results
@@ -43,8 +44,9 @@ def measure(only: tuple[str, ...], quick: bool, path: Path) -> int:
     tasks = [task for name in names if name not in missing for task in FRAMEWORKS[name](quick)]
     results: Results = {"benchmarks": [], "unmeasured": {}}
     results["environment"] = environment(Settings(against=(), rounds=effort.rounds))
-    results["environment"] |= {"peers": _versions(), "frameworks": list(names), "missing": missing}
-    code = 0
+    about = {"only": only, "quick": quick}
+    results["environment"] |= {"peers": _versions(), "frameworks": about, "missing": missing}
+    code, start, others = 0, perf_counter(), seconds_of_others()
     try:
         with progress_bar(Console(stderr=True)) as progress:
             bar = progress.add_task("", total=len(tasks))
@@ -62,6 +64,7 @@ def measure(only: tuple[str, ...], quick: bool, path: Path) -> int:
     if not results["benchmarks"]:
         reasons = (missing | results["unmeasured"]).items()
         raise ReportError("nothing was measured" + "".join(f"\n{name}: {why}" for name, why in reasons))
+    about |= {"seconds": perf_counter() - start, "others": seconds_of_others() - others}
     path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return code
 
@@ -176,7 +179,8 @@ def notes(results: Results) -> Iterator[str]:
         "slow calls. A ratio is the other's time divided by fastll's (! if its result differs)."
     )
     judged = [row[-1] for row in rows(results) if row[-1]]
-    yield f"Targets met: {judged.count('yes')} of {len(judged)}."
+    if judged:
+        yield f"Targets met: {judged.count('yes')} of {len(judged)}."
     for name, reason in environment["missing"].items():
         yield f"Missing: {name}: {reason}"
     yield from report.of_peers(results)

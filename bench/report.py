@@ -124,7 +124,8 @@ IDLE = 0.1
 
 def taken_by_others(results: Results) -> float:
     """The number of CPUs that other processes took on average, where that was measured."""
-    about = results["environment"].get("grid", {})
+    environment = results["environment"]
+    about = environment.get("grid") or environment.get("frameworks", {})
     return float(about["others"] / about["seconds"]) if about.get("seconds") else 0.0
 
 
