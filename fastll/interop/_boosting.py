@@ -93,19 +93,19 @@ class Objective:
         grad = np.empty_like(scores, dtype=np.float32)
         hess = np.empty_like(grad)
         direct = weight is None and scores.dtype == grad.dtype
-        step = max(1, BLOCK // math.prod(scores.shape[1:]))
+        step = max(1, BLOCK // max(1, math.prod(scores.shape[1:])))
         g, h, spare = (np.empty_like(scores[:step]) for _ in range(3))
         for start in range(0, len(scores), step):
             rows = slice(start, min(start + step, len(scores)))
             some = slice(0, rows.stop - start)
-            first, second = (grad[rows], hess[rows]) if direct else (g[some], h[some])
-            self.derivatives(scores[rows], labels[rows], first, second, spare[some])
-            if self.floor and second.min() < self.floor:  # rare, and the maximum with a scalar is slow
-                np.maximum(second, self.floor, out=second)
+            slope, curvature = (grad[rows], hess[rows]) if direct else (g[some], h[some])
+            self.derivatives(scores[rows], labels[rows], slope, curvature, spare[some])
+            if self.floor and curvature.min() < self.floor:  # rare, and np.maximum of a scalar is slow
+                np.maximum(curvature, self.floor, out=curvature)
             if not direct:
                 w = 1.0 if weight is None else weight[rows]
-                np.multiply(first, w, out=grad[rows])
-                np.multiply(second, w, out=hess[rows])
+                np.multiply(slope, w, out=grad[rows])
+                np.multiply(curvature, w, out=hess[rows])
         return grad, hess
 
     def checked(self, scores: Array, labels: Array) -> Array:
@@ -187,6 +187,7 @@ class Poisson(Objective):
 
 def logistic_loss(scores: Array, labels: Array, weight: Array | None) -> float:
     """Mean binary cross-entropy."""
+    check_one_score(scores)
     check_probabilities(labels)
     if weight is None:
         return float(binary_cross_entropy_with_logits(scores, labels))
@@ -201,6 +202,7 @@ def softmax_loss(scores: Array, labels: Array, weight: Array | None) -> float:
 
 def poisson_loss(scores: Array, labels: Array, weight: Array | None) -> float:
     """Mean Poisson negative log-likelihood, without the term that does not depend on the scores."""
+    check_one_score(scores)
     check_counts(labels)
     return mean(poisson_nll(scores, labels, reduction="none"), weight)
 

@@ -233,8 +233,9 @@ def test_bad_labels(call, labels, error, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"scores have the shape \(2,\); .*set num_class"):
         Softmax()([0, 1], [0.0, 1.0])
-    with pytest.raises(ValueError, match=r"scores have the shape \(1, 2\); expected \(rows,\)"):
-        BinaryLogistic()([0], [[0.0, 1.0]])
+    for call in (BinaryLogistic(), Poisson(), logloss, poisson_nloglik):
+        with pytest.raises(ValueError, match=r"scores have the shape \(1, 2\); expected \(rows,\)"):
+            call([0], [[0.0, 1.0]])
     with pytest.raises(ValueError, match=r"sample_weight has the shape \(1,\); expected \(2,\)"):
         Poisson()([0, 1], [0.0, 1.0], [1.0])
     with pytest.raises(ValueError, match=r"hessian is 'double'; expected one of \('exact', 'doubled'"):
