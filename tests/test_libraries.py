@@ -141,7 +141,7 @@ def test_torch_outputs(torch, rng):
 
 
 def test_torch_tensors_that_autograd_knows(torch):
-    x = torch.zeros(2, 3, requires_grad=True)  # see tests/interop/test_torch.py
+    x = torch.zeros(2, 3, requires_grad=True)  # see tests/interop/test_torch_adapter.py
     squared = (y := x * 1) * y
     fastll.softmax(y, out=y)  # which the backward pass needs
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
