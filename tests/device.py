@@ -53,13 +53,11 @@ class DeviceArray:
             self.memory.release(self.address)
 
 
-class Library:
+class Library(libraries.Library):
     """A library of arrays on a device, whose memory is NaN in every format before it is written.
 
     What it stands on: `allocate`, `release`, `write` and `contents`.
     """
-
-    mutable = True
 
     def __init__(self):
         self.array = type(self.name, (DeviceArray,), {})
@@ -80,9 +78,6 @@ class Library:
         g = x.geometry
         address = g.__array_interface__["data"][0]
         return libraries.device_view(address, g.shape, g.strides, g.dtype, x, g.flags.writeable)
-
-    def writes(self, x):
-        pass
 
     def empty(self, shape, dtype, device, order):
         permuted, inverse = shape, tuple(range(len(shape)))
