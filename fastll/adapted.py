@@ -38,7 +38,7 @@ def adapted(function: Callable[P, R]) -> Callable[P, R]:
             except AdapterNeededError as needed:
                 module = import_module(f"fastll.interop.{needed.adapter}")
         else:
-            from fastll.interop import _torch_graph as module
+            from fastll.interop import _torch_calls as module
         result: R = module.call(function.__name__, args, kwargs)
         return result
 

@@ -33,7 +33,8 @@ from fastll import (
     kl_divergence_from_logits,
     selective_log_softmax,
 )
-from fastll.interop._torch_graph import Tensors, run
+from fastll.interop._torch_graph import run
+from fastll.interop._torch_rules import THEIRS, Tensors
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -58,28 +59,11 @@ __all__ = [
 
 Tensor = Any  # torch.Tensor
 
-_functional = torch.nn.functional
-#: PyTorch's own, whatever `patch` does.
-_THEIRS = {
-    name: getattr(_functional, name)
-    for name in (
-        "cross_entropy",
-        "nll_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-        "kl_div",
-        "gaussian_nll_loss",
-        "poisson_nll_loss",
-        "softmax",
-        "log_softmax",
-    )
-} | {"logsumexp": torch.logsumexp}
-
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: What autocasting computes in float32, on CPUs and on GPUs.
 _WIDE_UNDER_AUTOCAST = {
-    "cpu": {*_THEIRS} - {"gaussian_nll_loss", "softmax", "log_softmax", "logsumexp"},
-    "cuda": {*_THEIRS} - {"gaussian_nll_loss", "logsumexp"},
+    "cpu": {*THEIRS} - {"gaussian_nll_loss", "softmax", "log_softmax", "logsumexp"},
+    "cuda": {*THEIRS} - {"gaussian_nll_loss", "logsumexp"},
 }
 
 
@@ -120,7 +104,7 @@ def _apply(
     try:
         value = run(rule, tensors, options, reduction)
     except (IndexError, NotImplementedError, TypeError, ValueError):
-        return _THEIRS[name](*given)
+        return THEIRS[name](*given)
     return value.to(_dtype_of(name, tensors[0]))
 
 
@@ -174,7 +158,7 @@ def cross_entropy(
         and input.ndim
         and _is_target(input, target)
     ):
-        return _THEIRS["cross_entropy"](*given)
+        return THEIRS["cross_entropy"](*given)
     options = (_class_axis(input), ignore_index, label_smoothing, 0.0, math.nan, 1.0)
     tensors = input, target, weight, None
     return _apply("cross_entropy", given, "cross_entropy", tensors, options, reduction)
@@ -199,7 +183,7 @@ def nll_loss(
         and target.dtype is torch.int64
         and _is_target(input, target)
     ):
-        return _THEIRS["nll_loss"](*given)
+        return THEIRS["nll_loss"](*given)
     options = (_class_axis(input), ignore_index, 0.0, 0.0, math.nan, 1.0)
     return _apply("nll_loss", given, "nll_loss", (input, target, weight, None), options, reduction)
 
@@ -234,7 +218,7 @@ def binary_cross_entropy_with_logits(
     """
     given = input, target, weight, size_average, reduce, reduction, pos_weight
     if not (_is_usual(reduction, size_average, reduce) and _pair(input, target, weight, pos_weight)):
-        return _THEIRS["binary_cross_entropy_with_logits"](*given)
+        return THEIRS["binary_cross_entropy_with_logits"](*given)
     name, tensors = "binary_cross_entropy_with_logits", (input, target, pos_weight, weight)
     return _apply(name, given, name, tensors, (), reduction)
 
@@ -250,7 +234,7 @@ def binary_cross_entropy(
     """`torch.nn.functional.binary_cross_entropy`; see `fastll.binary_cross_entropy`."""
     given = input, target, weight, size_average, reduce, reduction
     if not (_is_usual(reduction, size_average, reduce) and _pair(input, target, weight)):
-        return _THEIRS["binary_cross_entropy"](*given)
+        return THEIRS["binary_cross_entropy"](*given)
     tensors = input, target, weight
     return _apply("binary_cross_entropy", given, "binary_cross_entropy", tensors, (), reduction)
 
@@ -271,7 +255,7 @@ def kl_div(
     batch = reduction == "batchmean"
     usual = _is_usual("sum" if batch else reduction, size_average, reduce)
     if not (usual and _pair(input, target) and input.ndim >= batch):
-        return _THEIRS["kl_div"](*given)
+        return THEIRS["kl_div"](*given)
     how = "sum" if batch else reduction
     value = _apply(
         "kl_div", (*given[:4], how, log_target), "kl_div", given[:2], (float(log_target),), how
@@ -299,7 +283,7 @@ def gaussian_nll_loss(
         and _takes(input, var)
         and (var.shape == input.shape or per_row)
     ):
-        return _THEIRS["gaussian_nll_loss"](*given)
+        return THEIRS["gaussian_nll_loss"](*given)
     options = float(full), eps
     return _apply("gaussian_nll_loss", given, "gaussian_nll", given[:3], options, reduction)
 
@@ -317,7 +301,7 @@ def poisson_nll_loss(
     """`torch.nn.functional.poisson_nll_loss`; see `fastll.poisson_nll`."""
     given = input, target, log_input, full, size_average, eps, reduce, reduction
     if not (_is_usual(reduction, size_average, reduce) and _pair(input, target)):
-        return _THEIRS["poisson_nll_loss"](*given)
+        return THEIRS["poisson_nll_loss"](*given)
     options = float(log_input), float(full), eps
     return _apply("poisson_nll_loss", given, "poisson_nll", given[:2], options, reduction)
 
@@ -332,7 +316,7 @@ def _pair(x: Tensor, target: Tensor, *others: Tensor) -> bool:
 def logsumexp(input: Tensor, dim: int, keepdim: bool = False, *, out: Tensor = None) -> Tensor:
     """`torch.logsumexp`; see `fastll.logsumexp`."""
     if out is not None or not (_takes(input) and _is_axis(input, dim)):
-        return _THEIRS["logsumexp"](input, dim, keepdim, out=out)
+        return THEIRS["logsumexp"](input, dim, keepdim, out=out)
     axis = dim % input.ndim - input.ndim
     value = _apply("logsumexp", (input, dim), "logsumexp", (input,), (axis,))
     return value.unsqueeze(axis) if keepdim else value
@@ -356,10 +340,10 @@ def _normalised(
     name: str, input: Tensor, dim: int | None, level: int, dtype: torch.dtype | None
 ) -> Tensor:
     if not (_takes(input) and _is_axis(input, dim)):
-        return _THEIRS[name](input, dim, level, dtype)
+        return THEIRS[name](input, dim, level, dtype)
     wanted = _dtype_of(name, input) if dtype is None else dtype
     if wanted not in _FLOATS:
-        return _THEIRS[name](input, dim, level, dtype)
+        return THEIRS[name](input, dim, level, dtype)
     x = input.to(wanted)
     given = x, dim, level, None
     assert dim is not None
@@ -424,12 +408,12 @@ def patch() -> Iterator[None]:
     ...     torch.nn.functional.cross_entropy is fastll.interop.torch.cross_entropy
     True
     """
-    names = [name for name in _THEIRS if name != "logsumexp"]
-    before = {name: getattr(_functional, name) for name in names}
+    names = [name for name in THEIRS if name != "logsumexp"]
+    before = {name: getattr(torch.nn.functional, name) for name in names}
     try:
         for name in names:
-            setattr(_functional, name, globals()[name])
+            setattr(torch.nn.functional, name, globals()[name])
         yield
     finally:
         for name, function in before.items():
-            setattr(_functional, name, function)
+            setattr(torch.nn.functional, name, function)

@@ -10,7 +10,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import fastll  # noqa: E402
 import fastll.interop.torch as ours  # noqa: E402
+from fastll.interop import _torch_calls as calls  # noqa: E402
 from fastll.interop import _torch_graph as graph  # noqa: E402
+from fastll.interop._torch_rules import RULES, THEIRS  # noqa: E402
 
 F = torch.nn.functional
 REDUCTIONS = ("none", "sum", "mean")
@@ -116,7 +118,7 @@ def both(name):
     """The call by fastll, by PyTorch, and the first tensor."""
     x, call = CALLS[name]
     function = name.partition(",")[0]
-    mine, theirs = getattr(ours, function), ours._THEIRS[function]
+    mine, theirs = getattr(ours, function), THEIRS[function]
     return (lambda x, r="mean": call(mine, x, r)), (lambda x, r="mean": call(theirs, x, r)), x
 
 
@@ -141,7 +143,7 @@ def test_the_kernels_do_the_work(name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("PyTorch's function was called")
 
-    monkeypatch.setattr(ours, "_THEIRS", dict.fromkeys(ours._THEIRS, refuse))
+    monkeypatch.setattr(ours, "THEIRS", dict.fromkeys(THEIRS, refuse))
     for reduction in REDUCTIONS:
         gradient(lambda x, r=reduction: mine(x, r), x)
 
@@ -248,7 +250,7 @@ def tensors_of(rule):
     return [x, *others], list(OPTIONS.get(rule, ()))
 
 
-@pytest.mark.parametrize("rule", graph.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_operators(rule):
     tensors, options = tensors_of(rule)
     x = tensors[0].requires_grad_()
@@ -259,18 +261,18 @@ def test_operators(rule):
     with torch.no_grad():
         value = torch.ops.fastll.value(*call)
     of = x.detach(), *tensors[1:]
-    if graph.RULES[rule].by_result:
+    if RULES[rule].by_result:
         given, of = [True], (value,)
     call = rule, torch.ones_like(value), given, list(of), options or [0.0]
     torch.library.opcheck(torch.ops.fastll.slope.default, call)
 
 
-@pytest.mark.parametrize("rule", graph.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_formulas(rule):
     """What PyTorch's own operations make of a rule is what fastll computes."""
     tensors, options = tensors_of(rule)
     x = tensors[0].requires_grad_()
-    for reduction in REDUCTIONS if graph.RULES[rule].divisor else ("none",):
+    for reduction in REDUCTIONS if RULES[rule].divisor else ("none",):
         values = [way(rule, tensors, options, reduction) for way in (graph.run, graph.by_formula)]
         slopes = [torch.autograd.grad(value.sum(), x)[0] for value in values]
         close(values[0], values[1])
@@ -412,7 +414,7 @@ def test_gradients_of_targets():
 
 
 def test_patch():
-    before = {name: getattr(F, name) for name in ours._THEIRS if hasattr(F, name)}
+    before = {name: getattr(F, name) for name in THEIRS if hasattr(F, name)}
     loss = torch.nn.CrossEntropyLoss()
 
     def use():
@@ -426,6 +428,9 @@ def test_patch():
 
     with pytest.raises(KeyError):
         use()
+    with ours.patch():  # a derivative that takes PyTorch's own operations
+        share = SHARES.clone().requires_grad_()
+        F.kl_div(LOGITS, share, reduction="sum").backward()
     assert before == {name: getattr(F, name) for name in before}
 
 
@@ -550,9 +555,9 @@ def test_own_functions(name):
 
 
 def test_every_own_function_is_here():
-    assert graph._CALLS.keys() - {"sparse_cross_entropy"} <= {name.partition(",")[0] for name in OWN}
+    assert calls._CALLS.keys() - {"sparse_cross_entropy"} <= {name.partition(",")[0] for name in OWN}
     public = {name for name in fastll.__all__ if hasattr(getattr(fastll, name), "__wrapped__")}
-    assert graph._CALLS.keys() == public - {"use_backend", "debug_labels"}
+    assert calls._CALLS.keys() == public - {"use_backend", "debug_labels"}
 
 
 def test_a_loss_beside_another():
