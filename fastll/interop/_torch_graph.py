@@ -49,6 +49,8 @@ class _Recorded(torch.autograd.Function):
             with torch.enable_grad():
                 value = by_formula(name, tensors, options, reduction)
             (grad,) = torch.autograd.grad(value, tensors[0], upstream, create_graph=True)
+        elif reduction != "none" and upstream.is_cpu and upstream.item() == 1:
+            grad = rule.value(tensors, options, reduction, grad=True)
         else:
             if reduction == "mean":
                 assert rule.divisor is not None
@@ -253,6 +255,8 @@ def run(
         return by_formula(name, tensors, options, reduction)
     traced = torch.compiler.is_compiling()
     if not traced and not transforms():
+        if not (torch.is_grad_enabled() and tensors[0].requires_grad):
+            return known[0] if known else RULES[name].value(tensors, options, reduction)
         return _Recorded.apply(name, options, reduction, list(known), *tensors)
     if reduction == "mean" and name == "cross_entropy" and options[3] and tensors[2] is not None:
         return by_formula(name, tensors, options, reduction)

@@ -12,10 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import fastll
 from fastll.api import elementwise, losses
+from fastll.array_libraries.torch import library
+from fastll.dtypes import BFLOAT16
 
 Tensor = Any  # torch.Tensor
 Tensors = Sequence[Any]  # of tensors, or None for those that are not given
@@ -43,8 +46,8 @@ THEIRS = {
 class Rule(NamedTuple):
     """How a function of some tensors is computed and differentiated with respect to the first one."""
 
-    #: value(tensors, options, reduction)
-    value: Callable[[Tensors, Options, str], Tensor]
+    #: value(tensors, options, reduction); or with ``grad=True`` its gradient, where it has a divisor
+    value: Callable[..., Tensor]
     #: slope(upstream, tensors, options): the upstream gradients are those of unreduced values
     slope: Callable[[Tensor, Tensors, Options], Tensor]
     #: formula(tensors, options): unreduced values in PyTorch's own operations
@@ -54,6 +57,26 @@ class Rule(NamedTuple):
     rows: bool = False  # a value for each row, without the axis that is the first option
     wide: bool = True  # values of halves are of float32
     by_result: bool = False  # `slope` takes the result in place of the tensors
+
+
+def called(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """What a function returns. Tensors on the CPU it is given as NumPy's: small calls of those are fast."""
+    given = [t for t in (*arguments, *keywords.values()) if isinstance(t, torch.Tensor)]
+    if not all(t.is_cpu for t in given):
+        return function(*arguments, **keywords)
+    found = function(*map(_array, arguments), **{k: _array(v) for k, v in keywords.items()})
+    return tuple(map(_tensor, found)) if isinstance(found, tuple) else _tensor(found)
+
+
+def _array(argument: Any) -> Any:
+    return library.view(argument, "tensor") if isinstance(argument, torch.Tensor) else argument
+
+
+def _tensor(result: Any) -> Tensor:
+    array = np.asarray(result)
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def row_shape(x: Tensor, axis: int) -> list[int]:
@@ -74,28 +97,30 @@ def _is_sparse(tensors: Tensors) -> bool:
 
 
 def _row_loss(
-    operation: str, tensors: Tensors, options: Options, reduction: str, upstream: Tensor = None
+    operation: str,
+    tensors: Tensors,
+    options: Options,
+    reduction: str,
+    upstream: Tensor = None,
+    grad: bool = False,
 ) -> Any:
-    """The value; or the gradient, where there is an upstream one for each row."""
+    """The value; or the gradient, also for an upstream one of each row."""
     x, target, weight, sample = tensors
     axis, ignore_index, smoothing, z_loss, softcap, temperature = options
     own = (int(ignore_index), smoothing, float(z_loss), None if math.isnan(softcap) else softcap)
-    outputs = (False, upstream is not None, None)
     if upstream is not None:
-        sample = upstream if sample is None else upstream * sample
+        sample, grad = upstream if sample is None else upstream * sample, True
     name = "logits" if operation == "cross_entropy" else "log_probs"
-    found = losses._row_loss(
-        "any",
-        (operation, x, name),
-        target,
-        int(axis),
-        (weight, sample),
-        own,
-        reduction,
-        outputs,
-        temperature,
-    )
-    return found if upstream is None else found[1]
+
+    def call(x: Any, target: Any, weight: Any, sample: Any) -> Any:
+        first, outputs = (operation, x, name), (False, grad, None)
+        weights = weight, sample
+        return losses._row_loss(
+            "any", first, target, int(axis), weights, own, reduction, outputs, temperature
+        )
+
+    found = called(call, x, target, weight, sample)
+    return found[1] if grad else found
 
 
 def _targets(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -154,7 +179,8 @@ def row_divisor(tensors: Tensors, options: Options) -> Any:
 
 def _selected(tensors: Tensors, options: Options, reduction: str) -> Tensor:
     axis, temperature = options
-    return fastll.selective_log_softmax(*tensors, axis=int(axis), temperature=temperature)
+    own = {"axis": int(axis), "temperature": temperature}
+    return called(fastll.selective_log_softmax, *tensors, **own)
 
 
 def _selected_slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
@@ -185,14 +211,15 @@ def _of_logits(function: Callable[..., Any], formula: Callable[..., Tensor]) -> 
     def call(tensors: Tensors, options: Options, sample: Tensor, reduction: str, grad: bool) -> Any:
         axis, temperature = options
         own = {"axis": int(axis), "temperature": temperature, "sample_weight": sample}
-        return function(*tensors[:-1], **own, reduction=reduction, return_grad=grad)
+        found = called(function, *tensors[:-1], **own, reduction=reduction, return_grad=grad)
+        return found[1] if grad else found
 
-    def value(tensors: Tensors, options: Options, reduction: str) -> Tensor:
-        return call(tensors, options, tensors[-1], reduction, False)
+    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
+        return call(tensors, options, tensors[-1], reduction, grad)
 
     def slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
         sample = upstream if tensors[-1] is None else upstream * tensors[-1]
-        return call(tensors, options, sample, "sum", True)[1]
+        return call(tensors, options, sample, "sum", True)
 
     def weighted(tensors: Tensors, options: Options) -> Tensor:
         axis, temperature = int(options[0]), options[1]
@@ -223,20 +250,22 @@ def _elements(
     named: Callable[[Tensors, Options], dict[str, Any]],
     formula: Callable[..., Tensor],
     weighted: bool = False,
+    count: int = 2,
 ) -> Rule:
-    """The rule of an element-wise loss: as a public function, and as a formula's loss with operands and
-    parameters. If it is weighted, the last tensor is the weight."""
+    """The rule of an element-wise loss: as a public function of `count` tensors, and as the loss of a
+    formula with operands and parameters. If it is weighted, the last tensor is the weight."""
 
-    def value(tensors: Tensors, options: Options, reduction: str) -> Tensor:
-        count = 3 if function is fastll.gaussian_nll else 2
-        return function(*tensors[:count], **named(tensors, options), reduction=reduction)
+    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
+        own = named(tensors, options)
+        found = called(function, *tensors[:count], **own, reduction=reduction, return_grad=grad)
+        return found[1] if grad else found
 
     def slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
         if weighted and tensors[-1] is not None:
             upstream = upstream * tensors[-1]
         of_formula, operands, parameters = loss(tensors, options)
-        weight = upstream.expand(tensors[0].shape)
-        return of_formula(*operands, **parameters, weight=weight, reduction="sum", return_grad=True)[1]
+        own = parameters | {"weight": upstream.expand(tensors[0].shape), "reduction": "sum"}
+        return called(of_formula, *operands, **own, return_grad=True)[1]
 
     def divisor(tensors: Tensors, options: Options) -> Any:
         return tensors[0].numel()
@@ -295,8 +324,13 @@ def _poisson_formula(tensors: Tensors, options: Options) -> Tensor:
     return THEIRS["poisson_nll_loss"](*tensors, **own, reduction="none")
 
 
-def _kl_div(tensors: Tensors, options: Options, reduction: str = "") -> Any:
-    return elementwise._KL_DIV_LOG_TARGET if options[0] else elementwise._KL_DIV, tensors, {}
+def _kl_div(
+    tensors: Tensors, options: Options, reduction: str, upstream: Tensor = None, grad: bool = False
+) -> Any:
+    loss = elementwise._KL_DIV_LOG_TARGET if options[0] else elementwise._KL_DIV
+    grad = grad or upstream is not None
+    found = called(loss, *tensors, weight=upstream, reduction=reduction, return_grad=grad)
+    return found[1] if grad else found
 
 
 # Folds and maps without a reduction
@@ -304,7 +338,7 @@ def _kl_div(tensors: Tensors, options: Options, reduction: str = "") -> Any:
 
 def _lse_slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
     axis = int(options[0])
-    grad = fastll.softmax(tensors[0], axis)
+    grad = called(fastll.softmax, tensors[0], axis)
     return grad.mul_(upstream.unsqueeze(axis))
 
 
@@ -318,7 +352,7 @@ def _softmax_slope(backward: Any) -> Callable[..., Tensor]:
 
 def _along(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def value(tensors: Tensors, options: Options, reduction: str) -> Tensor:
-        return function(tensors[0], int(options[0]))
+        return called(function, tensors[0], int(options[0]))
 
     return value
 
@@ -329,14 +363,14 @@ def _log_sigmoid_slope(upstream: Tensor, tensors: Tensors, options: Options) -> 
 
 RULES = {
     "cross_entropy": Rule(
-        lambda t, o, reduction: _row_loss("cross_entropy", t, o, reduction),
+        lambda t, o, reduction, grad=False: _row_loss("cross_entropy", t, o, reduction, grad=grad),
         lambda u, t, o: _row_loss("cross_entropy", t, o, "sum", u),
         _cross_entropy_formula,
         row_divisor,
         rows=True,
     ),
     "nll_loss": Rule(
-        lambda t, o, reduction: _row_loss("nll_loss", t, o, reduction),
+        lambda t, o, reduction, grad=False: _row_loss("nll_loss", t, o, reduction, grad=grad),
         lambda u, t, o: _row_loss("nll_loss", t, o, "sum", u),
         _nll_formula,
         row_divisor,
@@ -370,6 +404,7 @@ RULES = {
         lambda t, o: THEIRS["gaussian_nll_loss"](
             *_variances(t), full=bool(o[0]), eps=o[1], reduction="none"
         ),
+        count=3,
     ),
     "mse": _elements(
         fastll.mse,
@@ -390,8 +425,8 @@ RULES = {
         _focal_formula,
     ),
     "kl_div": Rule(
-        lambda t, o, reduction: _kl_div(t, o)[0](*t, reduction=reduction),
-        lambda u, t, o: _kl_div(t, o)[0](*t, weight=u, reduction="sum", return_grad=True)[1],
+        lambda t, o, reduction, grad=False: _kl_div(t, o, reduction, grad=grad),
+        lambda u, t, o: _kl_div(t, o, "sum", u),
         lambda t, o: THEIRS["kl_div"](*t, reduction="none", log_target=bool(o[0])),
         lambda t, o: t[0].numel(),
     ),
@@ -416,14 +451,14 @@ RULES = {
         by_result=True,
     ),
     "sigmoid": Rule(
-        lambda t, o, reduction: fastll.sigmoid(t[0]),
+        lambda t, o, reduction: called(fastll.sigmoid, t[0]),
         lambda u, t, o: _aten.sigmoid_backward(u, t[0]),
         lambda t, o: torch.sigmoid(t[0]),
         wide=False,
         by_result=True,
     ),
     "log_sigmoid": Rule(
-        lambda t, o, reduction: fastll.log_sigmoid(t[0]),
+        lambda t, o, reduction: called(fastll.log_sigmoid, t[0]),
         _log_sigmoid_slope,
         lambda t, o: torch.nn.functional.logsigmoid(t[0]),
         wide=False,
