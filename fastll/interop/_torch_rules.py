@@ -60,7 +60,7 @@ class Rule(NamedTuple):
 
 
 def called(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What a function returns. Tensors on the CPU it is given as NumPy's: small calls of those are fast."""
+    """What a function returns. Tensors on the CPU become NumPy's arrays, whose small calls are fast."""
     given = [t for t in (*arguments, *keywords.values()) if isinstance(t, torch.Tensor)]
     if not all(t.is_cpu for t in given):
         return function(*arguments, **keywords)
