@@ -332,17 +332,12 @@ def losses_of_rows(
     """
     axis, rows = call.rows(axis)
     x, classes = call.x, call.x.shape[axis]
-    dense, labels = _target(call, kind, target, rows, name)
-    weight = None if weights[0] is None else _class_weight(call, weights[0], classes)
+    dense, labels = target_of(call, kind, target, rows, name)
+    weight = None if weights[0] is None else class_weight_of(call, weights[0], classes)
     sample = call.sample_weight(weights[1], rows)
     mean = check_reduction(reduction) == "mean"
-    ignore_index, smoothing, z_loss, softcap = options
-    ignore_index = integer(ignore_index, "ignore_index")
-    if dense is not None and ignore_index >= 0:
-        raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
-    smoothing = number(smoothing, "label_smoothing", 0.0, 1.0)
-    z_loss = number(z_loss, "z_loss", 0.0)
-    cap = 0.0 if softcap is None else number(softcap, "softcap", 0.0, above=True)
+    ignore_index, smoothing, z_loss, softcap = check_options(options, dense is not None)
+    cap = softcap or 0.0
     return_lse, return_grad, grad_out = outputs
     grad = None
     if return_grad or grad_out is not None:
@@ -365,7 +360,22 @@ def losses_of_rows(
     return RowLosses(backend, losses, kept if mean else None, lse, grad)
 
 
-def _target(
+def check_options(
+    options: tuple[int, float, float, float | None], dense: bool
+) -> tuple[int, float, float, float | None]:
+    """The options of `losses_of_rows` as numbers, for a target that is `dense` or not."""
+    ignore_index, smoothing, z_loss, softcap = options
+    ignore_index = integer(ignore_index, "ignore_index")
+    if dense and ignore_index >= 0:
+        raise ValueError(f"ignore_index is {ignore_index}; a dense target has no labels to ignore")
+    smoothing = number(smoothing, "label_smoothing", 0.0, 1.0)
+    z_loss = number(z_loss, "z_loss", 0.0)
+    if softcap is not None:
+        softcap = number(softcap, "softcap", 0.0, above=True)
+    return ignore_index, smoothing, z_loss, softcap
+
+
+def target_of(
     call: Call, kind: str, target: ArrayLike, rows: tuple[int, ...], name: str
 ) -> tuple[Array | None, Array | None]:
     """A target as a dense one, or as labels; `kind` is as for `losses_of_rows`."""
@@ -397,7 +407,7 @@ def _target(
     return None, t
 
 
-def _class_weight(call: Call, weight: ArrayLike, classes: int) -> Array:
+def class_weight_of(call: Call, weight: ArrayLike, classes: int) -> Array:
     """One weight per class; on the CPU contiguous and in the compute dtype."""
     w = call.place.take(weight, "weight")
     if w.shape != (classes,):
