@@ -493,7 +493,9 @@ def _states(x: Any, axes: Indices, dtype: Any) -> Any:
 # ---- Graphs ----
 
 
-def _map(function: Callable[..., Any], out: Indices, dtype: Any, arrays: Arrays, /, **options: Any) -> Any:
+def _map(
+    function: Callable[..., Any], out: Indices, dtype: Any, arrays: Arrays, /, **options: Any
+) -> Any:
     """A function of the chunks of arrays, as an array with the axes `out`. Axes of `arrays` that are not
     among them are in one chunk. What the function returns may be any object."""
     pairs = [item for of in arrays.values() for item in of]
@@ -630,7 +632,8 @@ def _whole(
     """The losses of rows and what is asked for beside; `scaled` as a mean has them."""
     scale, z_loss = _averaged(kept, options.z_loss)
     if scaled:
-        sample = scale if sample is None else scale * as_floats(sample).reshape(sample.shape)
+        rows = kept_shape(logits.shape, (options.axis,))
+        sample = parts.scaled(parts.kept_of(rows, labels, sample, options.ignore_index), scale)
     found = fastll.cross_entropy(
         logits,
         dense if labels is None else labels,

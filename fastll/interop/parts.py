@@ -37,6 +37,10 @@ Array = NDArray[Any]
 _BYTES = 1 << 18
 
 
+#: Infinities and NaN are ordinary values here: no warnings.
+_quiet = np.errstate(all="ignore")
+
+
 class Part(NamedTuple):
     """What is found of a part of the classes of rows."""
 
@@ -87,6 +91,7 @@ class Target(NamedTuple):
         return (1 - self.smoothing) * w, self.smoothing / self.count * w
 
 
+@_quiet
 def part_of(x: Array, axis: int, target: Target) -> Part:
     """A part of logits, whose classes are on `axis`."""
     if target.softcap is not None:
@@ -110,8 +115,7 @@ def part_of(x: Array, axis: int, target: Target) -> Part:
     at, classes = target.local(classes_last.shape[-1])
     c, _ = target.at_labels(classes)
     x_y = as_floats(classes_last[(*at, classes)])
-    with np.errstate(invalid="ignore"):
-        loss[at] += _times(c, np.log1p(r[at]) + (m[at] - x_y))
+    loss[at] += _times(c, np.log1p(r[at]) + (m[at] - x_y))
     mass[at] += c
     # -inf is infinitely far from any other logits that a row may have
     loss[m == -np.inf] = np.inf
@@ -119,25 +123,26 @@ def part_of(x: Array, axis: int, target: Target) -> Part:
     return Part(state, loss, mass)
 
 
+@_quiet
 def merged(a: Part, b: Part) -> Part:
     """Two parts of rows as one. Neither is changed."""
     state = copy.copy(a.state).merge(b.state)
     (m_a, s_a), (m_b, s_b) = a.state.state, b.state.state
-    with np.errstate(all="ignore"):
-        gap = np.where(m_a == m_b, 0, m_b - m_a) + (np.log(s_b) - np.log(s_a))
-        gap = np.where((s_a == 0) & (s_b == 0), 0, gap)
-        lifted = _times(a.mass, np.logaddexp(0, gap)) + _times(b.mass, np.logaddexp(0, -gap))
+    gap = np.where(m_a == m_b, 0, m_b - m_a) + (np.log(s_b) - np.log(s_a))
+    gap = np.where((s_a == 0) & (s_b == 0), 0, gap)
+    lifted = _times(a.mass, np.logaddexp(0, gap)) + _times(b.mass, np.logaddexp(0, -gap))
     return Part(state, a.loss + b.loss + lifted, a.mass + b.mass)
 
 
+@_quiet
 def losses(part: Part, labels: Array | None, sample: Any, ignore_index: int, z_loss: float) -> Array:
     """The losses of whole rows, in float64."""
     m, _, lse = _sums(part.state)
-    with np.errstate(invalid="ignore", over="ignore"):
-        loss = np.where(m == -np.inf, np.nan, part.loss) + _times(z_loss, lse * lse)
-        return _times(_kept(part, labels, sample, ignore_index), loss)
+    loss = np.where(m == -np.inf, np.nan, part.loss) + _times(z_loss, lse * lse)
+    return _times(kept_of(m.shape, labels, sample, ignore_index), loss)
 
 
+@_quiet
 def gradient(
     x: Array, axis: int, part: Part, target: Target, sample: Any, scale: float, z_loss: float
 ) -> Array:
@@ -146,15 +151,14 @@ def gradient(
     result = np.empty_like(x, element, subok=False)
     logits, out = np.moveaxis(x, axis, -1), np.moveaxis(result, axis, -1)
     m, r, lse = _sums(part.state)
-    kept = _kept(part, target.labels, sample, target.ignore_index)
-    with np.errstate(all="ignore"):
-        upstream = np.where(kept == 0, 0, scale * kept)
-        total = part.mass + _times(2 * z_loss, lse)
-        # probabilities times a factor are those of a sum that is so many times smaller
-        divisor = np.where(kept == 0, 1, upstream * total)
-        state = part.state._state / divisor[..., None]
-        state[divisor == 0] = np.inf
-        state[..., 0] = m
+    kept = kept_of(m.shape, target.labels, sample, target.ignore_index)
+    upstream = scaled(kept, scale)
+    total = part.mass + _times(2 * z_loss, lse)
+    # probabilities times a factor are those of a sum that is so many times smaller
+    divisor = np.where(kept == 0, 1, upstream * total)
+    state = part.state._state / divisor[..., None]
+    state[divisor == 0] = np.inf
+    state[..., 0] = m
     spread = target.spread(logits.shape)
     if spread is None and target.softcap is None and element == x.dtype:
         _softmax_of("softmax", logits, state, out, (logits.ndim - 1,))
@@ -187,13 +191,12 @@ def gradient(
     if target.softcap is not None:
         slope_y = _slope_of_cap(x_y, target.softcap)
         x_y = _capped(x_y, target.softcap)
-    with np.errstate(all="ignore"):
-        s, below = r[at] + 1, x_y - m[at]
-        # 1 - p without cancellation
-        q = (r[at] - np.expm1(below)) / s
-        of_label = (total[at] - c) * (np.exp(below) / s) - c * q - even
-        of_label[np.isinf(m[at])] = np.nan
-        out[(*at, classes)] = rounded(upstream[at] * slope_y * of_label, element)
+    s, below = r[at] + 1, x_y - m[at]
+    # 1 - p without cancellation
+    q = (r[at] - np.expm1(below)) / s
+    of_label = (total[at] - c) * (np.exp(below) / s) - c * q - even
+    of_label[np.isinf(m[at])] = np.nan
+    out[(*at, classes)] = rounded(upstream[at] * slope_y * of_label, element)
     out[kept == 0] = 0
     return result
 
@@ -215,17 +218,23 @@ def _softmax_of(operation: str, x: Array, state: Array, out: Array, axes: tuple[
 def _sums(state: LogSumExp) -> tuple[Array, Array, Array]:
     """The maxima, the sums less one, with all of their digits, and their log-sum-exp, in float64."""
     m, e, k = np.moveaxis(state._state, -1, 0)
-    with np.errstate(all="ignore"):
-        r = e + (k - 1)
-        return m, r, m + np.log1p(r)
+    r = e + (k - 1)
+    return m, r, m + np.log1p(r)
 
 
-def _kept(part: Part, labels: Array | None, sample: Any, ignore_index: int) -> Array:
-    """Sample weights, 0 of the rows that are dropped."""
-    kept = np.ones(part.mass.shape) if sample is None else as_floats(np.asarray(sample)).copy()
+def kept_of(rows: tuple[int, ...], labels: Array | None, sample: Any, ignore_index: int) -> Array:
+    """Sample weights, 0 of the rows that are dropped; a new array."""
+    kept = np.ones(rows)
+    if sample is not None:
+        kept *= as_floats(np.asarray(sample)).reshape(np.shape(sample))
     if labels is not None:
         kept[labels == ignore_index] = 0
     return kept
+
+
+def scaled(kept: Array, scale: float) -> Array:
+    """Sample weights times a factor, NaN of a mean over nothing; dropped rows stay dropped."""
+    return np.where(kept == 0, 0, scale * kept)
 
 
 def _times(factor: Any, value: Any) -> Any:
@@ -242,9 +251,8 @@ def _capped(x: Array, softcap: float) -> Array:
 
 def _slope_of_cap(x: Array, softcap: float) -> Array:
     """The derivative of capped logits, a new array."""
-    with np.errstate(over="ignore"):
-        slope: Array = np.cosh(x / softcap)
-        slope *= slope
+    slope: Array = np.cosh(x / softcap)
+    slope *= slope
     return np.reciprocal(slope, out=slope)
 
 
