@@ -18,11 +18,11 @@ R = TypeVar("R")
 torch: Any = sys.modules.get("torch")
 
 
-class AdapterNeededError(Exception):
-    """An argument that no kernel takes, but an adapter of `fastll.interop`."""
+class AdapterNeededError(TypeError):
+    """An argument, `what`, that no kernel takes, but an adapter of `fastll.interop`."""
 
-    def __init__(self, adapter: str) -> None:
-        super().__init__(adapter)
+    def __init__(self, adapter: str, what: str = "an array") -> None:
+        super().__init__(f"there is {what}, which fastll.interop.{adapter} takes; here, none is taken")
         self.adapter = adapter
 
 

@@ -1,19 +1,23 @@
 """fastll for dask: its functions over chunked arrays, lazily, on any scheduler.
 
-Each function returns dask arrays and computes nothing. Where the classes of a row are in one chunk, each
-chunk is a call of fastll's function; where they are in several, running states of the chunks
+Each function returns dask arrays and computes nothing. Where the classes of a row are in one chunk, a
+chunk is a call of fastll's function. Where they are in several, running states of the chunks
 (`fastll.LogSumExp`) are merged as a tree, and what has the shape of the array, a softmax or a gradient,
-is made of each chunk and the merged state: there is no rechunking of `logits`, and no array beyond the
-result. Chunks are NumPy arrays.
+is made of each chunk and the merged state: `logits` are not rechunked, and there is no array of their
+size beyond the result. A state takes 40 bytes per row and chunk, which is little where chunks have some
+hundred classes and more. Chunks are NumPy arrays.
 
 Arguments are checked when a function is called, with the errors of fastll's function of that name.
 Labels are not known then: a chunk with a label that is out of range raises `IndexError` when it is
 computed, with the position in that chunk.
 """
 
+# ruff: noqa: E402 (dask's version is checked first)
+
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -31,7 +35,8 @@ from fastll.arrays import HOST, Axis, axes_of, broadcast, kept_shape
 from fastll.calls import Call
 from fastll.contract import Kept
 from fastll.dtypes import as_floats, kind_of
-from fastll.interop import parts, require
+from fastll.interop import _parts as parts
+from fastll.interop import require
 
 require("dask", "2025.1")
 
@@ -67,8 +72,8 @@ def logsumexp(
     Returns
     -------
     res, sgn : dask array
-        As of `fastll.logsumexp`: equal to the bit where the reduced axes are in one chunk, and within the
-        rounding of merges elsewhere.
+        As of `fastll.logsumexp`: equal to the bit where the reduced axes are in one chunk, and within
+        the rounding of merges elsewhere.
 
     Raises
     ------
@@ -134,8 +139,8 @@ def softmax(x: Any, axis: Axis = -1) -> Any:
     Returns
     -------
     dask array
-        As of `fastll.softmax`: equal to the bit where `axis` is in one chunk, and within the rounding of
-        merges elsewhere. An array in several chunks is read twice.
+        As of `fastll.softmax`: equal to the bit where `axis` is in one chunk, and within the rounding
+        of merges elsewhere. An array in several chunks is read twice.
 
     Raises
     ------
@@ -328,7 +333,7 @@ class NegativeLogLikelihood:
         """
         if not isinstance(other, NegativeLogLikelihood):
             raise TypeError(
-                f"other is a {type(other).__name__}; expected a NegativeLogLikelihood of fastll.interop.dask"
+                f"other is a {type(other).__name__}; expected a {type(self).__name__} of dask arrays"
             )
         self._weighted |= other._weighted
         return self._add(other._total)
@@ -370,6 +375,22 @@ class NegativeLogLikelihood:
     def bits_per_token(self) -> Any:
         """``mean / log(2)``."""
         return self._result("bits_per_token")
+
+
+#: What takes a dask array in fastll itself.
+_TAKING = (logsumexp, softmax, log_softmax, cross_entropy)
+
+
+def call(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A public function of fastll, of arguments one of which is a dask array."""
+    own = {taking.__name__: taking for taking in _TAKING}
+    if function not in own:
+        raise TypeError(f"{function} takes no dask array; {', '.join(own)} do")
+    bound = inspect.signature(getattr(fastll, function)).bind(*args, **kwargs)
+    for name in ("out", "grad_out"):
+        if bound.arguments.pop(name, None) is not None:
+            raise TypeError(f"{name} is given, but dask arrays are not written to; expected none")
+    return own[function](*bound.args, **bound.kwargs)
 
 
 class _Options(NamedTuple):
@@ -496,8 +517,8 @@ def _states(x: Any, axes: Indices, dtype: Any) -> Any:
 def _map(
     function: Callable[..., Any], out: Indices, dtype: Any, arrays: Arrays, /, **options: Any
 ) -> Any:
-    """A function of the chunks of arrays, as an array with the axes `out`. Axes of `arrays` that are not
-    among them are in one chunk. What the function returns may be any object."""
+    """A function of the chunks of arrays, as an array with the axes `out`; it may return any object.
+    Axes of `arrays` that are not among `out` are in one chunk."""
     pairs = [item for of in arrays.values() for item in of]
     return da.blockwise(
         partial(_of_chunks, tuple(arrays), function, options),
@@ -610,7 +631,8 @@ def _averaged(kept: Array | None, z_loss: float) -> tuple[float, float]:
     """The scale of a gradient, and the factor of the z-loss."""
     if kept is None:
         return 1.0, z_loss
-    return _backend(1).averaged(Kept(*kept.tolist()), z_loss)
+    scale, z_loss = _backend(1).averaged(Kept(*kept.tolist()), z_loss)
+    return scale, z_loss
 
 
 def _backend(size: int) -> Any:
@@ -636,7 +658,7 @@ def _whole(
         sample = parts.scaled(parts.kept_of(rows, labels, sample, options.ignore_index), scale)
     found = fastll.cross_entropy(
         logits,
-        dense if labels is None else labels,
+        dense if labels is None else labels,  # type: ignore[arg-type]  # one of them is there
         axis=options.axis,
         weight=weight,
         ignore_index=options.ignore_index,
@@ -735,7 +757,7 @@ def _accumulated(
 ) -> fastll.NegativeLogLikelihood:
     return fastll.NegativeLogLikelihood().update(
         logits,
-        dense if labels is None else labels,
+        dense if labels is None else labels,  # type: ignore[arg-type]  # one of them is there
         axis=options.axis,
         weight=weight,
         ignore_index=options.ignore_index,

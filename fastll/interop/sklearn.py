@@ -1,8 +1,13 @@
 """fastll for scikit-learn: `log_loss`, a scorer made of it, and multinomial logistic regression."""
 
+# ruff: noqa: E402, N803, N806 (scikit-learn's version is checked first; its names of arguments)
+
 from __future__ import annotations
 
+import math
+import os
 import warnings
+from functools import cache
 from numbers import Real
 from typing import Any, Self
 
@@ -24,6 +29,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from threadpoolctl import ThreadpoolController
 
 Array = NDArray[Any]
 
@@ -161,6 +167,12 @@ def _codes_of(y: Array, labels: Any, count: int) -> Array | None:
     classes = np.asarray(labels)
     if classes.dtype.kind == "b":
         classes = classes.view(np.uint8)
+    if classes.dtype.kind in "iu" and y.dtype.kind in "iu" and count > 1:
+        least = int(classes[0]) if classes.size else 0
+        if np.array_equal(classes, np.arange(least, least + count)):
+            if not (least <= y.min() and y.max() < least + count):
+                return None
+            return _above(y, least)
     alike = classes.dtype.kind == y.dtype.kind or {classes.dtype.kind, y.dtype.kind} <= set("iuf")
     if not alike or classes.shape != (count,) or count < 2 or not np.all(classes[:-1] < classes[1:]):
         return None
@@ -171,7 +183,7 @@ def _codes_without_labels(y: Array, count: int) -> Array | None:
     if y.dtype.kind in "iu":
         least, most = int(y.min()), int(y.max())
         if most - least <= _NEAR:
-            y = (y - y.dtype.type(least)).astype(np.intp, copy=False)
+            y = _above(y, least)
             there = np.bincount(y) > 0
             codes = np.cumsum(there) - 1
             if codes[-1] + 1 != count or count < 2:
@@ -181,6 +193,13 @@ def _codes_without_labels(y: Array, count: int) -> Array | None:
     if len(classes) != count or count < 2:
         return None
     return _found(classes, y)
+
+
+def _above(y: Array, least: int) -> Array:
+    """Integers less the least one of them, all of which are near it."""
+    if y.dtype == np.uint64:
+        return (y - np.uint64(least)).astype(np.int64)
+    return y.astype(np.int64) - least if least else y.astype(np.int64, copy=False)
 
 
 def _found(classes: Array, y: Array) -> Array | None:
@@ -207,7 +226,7 @@ neg_log_loss_scorer = metrics.make_scorer(
 """A scorer for `cross_val_score`, `GridSearchCV` and their like: ``-log_loss``, as "neg_log_loss"."""
 
 
-class SoftmaxRegression(ClassifierMixin, BaseEstimator):
+class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     r"""Multinomial logistic regression with an L2 penalty: ``LogisticRegression(solver="lbfgs")``.
 
     It minimises
@@ -270,7 +289,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        C: float = 1.0,  # noqa: N803  scikit-learn's name
+        C: float = 1.0,
         *,
         fit_intercept: bool = True,
         class_weight: Any = None,
@@ -285,7 +304,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.max_iter = max_iter
         self.warm_start = warm_start
 
-    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
         """Fit coefficients and intercepts.
 
         Parameters
@@ -307,13 +326,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         TypeError, ValueError
             If an argument or a parameter is not right, in scikit-learn's words or in those of fastll.
         """
-        if self.C != np.inf:
-            number(self.C, "C", 0.0, above=True)
+        inverse = self.C
+        if inverse != math.inf:
+            inverse = number(inverse, "C", 0.0, above=True)
         number(self.tol, "tol", 0.0)
         number(self.max_iter, "max_iter", 0.0)
-        X, y = validate_data(  # noqa: N806
-            self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], order="C"
-        )
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], order="C")
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         count = len(self.classes_)
@@ -322,19 +340,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         weight = self._weights(X, y, labels, sample_weight)
 
         rows = 1 if count == 2 else count
-        objective = _Objective(X, labels, weight, rows, bool(self.fit_intercept), self.C)
-        result = optimize.minimize(
-            objective,
-            self._start(objective),
-            method="L-BFGS-B",
-            jac=True,
-            options={
-                "maxiter": self.max_iter,
-                "maxls": 50,
-                "gtol": self.tol,
-                "ftol": 64 * np.finfo(np.float64).eps,
-            },
-        )
+        objective = _Objective(X, labels, weight, rows, bool(self.fit_intercept), inverse)
+        options = {"maxiter": self.max_iter, "maxls": 50, "gtol": self.tol}
+        options["ftol"] = 64 * np.finfo(np.float64).eps
+        start = self._start(objective)
+        with _blas_of_scipy().limit(limits=1):
+            result = optimize.minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
         n_iter = min(result.nit, self.max_iter)
         if result.status != 0:
             warnings.warn(
@@ -349,7 +360,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.intercept_ = solution[-1].copy() if self.fit_intercept else np.zeros(rows, X.dtype)
         return self
 
-    def _weights(self, X: Any, y: Array, labels: Array, sample_weight: Any) -> Array | None:  # noqa: N803
+    def _weights(self, X: Any, y: Array, labels: Array, sample_weight: Any) -> Array | None:
         """Sample weights times class weights; None if there are neither."""
         weight = None
         if sample_weight is not None:
@@ -365,12 +376,14 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 raise ValueError(f"sample_weight has {weight.ndim} dimensions; expected one")
             check_consistent_length(X, weight)
         if self.class_weight is not None:
-            of_classes = compute_class_weight(
-                self.class_weight, classes=self.classes_, y=y, sample_weight=weight
-            )
-            weight = of_classes[labels] if weight is None else weight * of_classes[labels]
+            # balanced weights of a class whose samples have weight 0 are infinite
+            with np.errstate(divide="ignore", invalid="ignore"):
+                of_classes = compute_class_weight(
+                    self.class_weight, classes=self.classes_, y=y, sample_weight=weight
+                )
+                weight = of_classes[labels] if weight is None else weight * of_classes[labels]
         if weight is not None and not weight.sum() > 0:
-            raise ValueError(f"the weights sum to {weight.sum()}; expected more than zero")
+            raise ValueError(f"sample and class weights sum to {weight.sum()}; expected more than zero")
         return weight
 
     def _start(self, objective: _Objective) -> Array:
@@ -388,29 +401,29 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             start[...] = last
         return start.ravel()
 
-    def decision_function(self, X: Any) -> Array:  # noqa: N803
+    def decision_function(self, X: Any) -> Array:
         """Logits of the classes; with two classes, those of the second one, of shape (n_samples,)."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", reset=False)  # noqa: N806
+        X = validate_data(self, X, accept_sparse="csr", reset=False)
         logits: Array = X @ self.coef_.T
         logits += self.intercept_
         return logits[:, 0] if len(self.classes_) == 2 else logits
 
-    def predict(self, X: Any) -> Array:  # noqa: N803
+    def predict(self, X: Any) -> Array:
         """The most probable label of each sample."""
         logits = self.decision_function(X)
         at = (logits > 0).astype(np.intp) if logits.ndim == 1 else logits.argmax(axis=1)
         found: Array = self.classes_[at]
         return found
 
-    def predict_proba(self, X: Any) -> Array:  # noqa: N803
+    def predict_proba(self, X: Any) -> Array:
         """Probabilities of the classes, of shape (n_samples, n_classes)."""
         logits = self.decision_function(X)
         if logits.ndim == 1:
             return np.stack((sigmoid(-logits), sigmoid(logits)), axis=1)
         return softmax(logits, out=logits)  # type: ignore[no-any-return]
 
-    def predict_log_proba(self, X: Any) -> Array:  # noqa: N803
+    def predict_log_proba(self, X: Any) -> Array:
         """Their logarithms, finite where a probability is too small for its dtype."""
         logits = self.decision_function(X)
         if logits.ndim == 1:
@@ -423,6 +436,18 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return tags
 
 
+@cache
+def _blas_of_scipy() -> Any:
+    """SciPy's BLAS, where it has one of its own, as in wheels: one thread is enough for it here.
+
+    L-BFGS solves systems of 20 equations, for which two threads wait for each other: on two CPUs that
+    others use too, a fit of iris took 1.7 s in place of 30 ms.
+    """
+    every = ThreadpoolController()
+    own = [of["filepath"] for of in every.info() if f"{os.sep}scipy" in os.path.dirname(of["filepath"])]
+    return every.select(filepath=own)
+
+
 class _Objective:
     """The penalised mean loss of coefficients (n_features, rows), intercepts below, and its slope."""
 
@@ -433,7 +458,7 @@ class _Objective:
         weight: Array | None,
         rows: int,
         intercept: bool,
-        C: float,  # noqa: N803
+        C: float,
     ) -> None:
         samples, self.features = X.shape
         self.shape = self.features + intercept, rows

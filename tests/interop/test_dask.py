@@ -1,7 +1,11 @@
-"""fastll over chunked arrays: the results of NumPy calls, from any chunks, and nothing before it is asked."""
+"""fastll over chunked arrays: the results of NumPy calls, from any chunks, and not before time."""
+
+# ruff: noqa: E402 (dask may be missing)
 
 import copy
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -11,8 +15,8 @@ dask = pytest.importorskip("dask", reason="dask is not installed")
 da = pytest.importorskip("dask.array", reason="dask has no arrays")
 
 import fastll
+from fastll.interop import _parts as parts
 from fastll.interop import dask as lazy
-from fastll.interop import parts
 
 N, C = 12, 37
 #: Of (N, C) arrays: whole, by rows, by classes, by both, odd, and with chunks that are empty.
@@ -179,7 +183,7 @@ def test_bits_of_whole_rows(rng, dtype):
 
 
 def test_a_small_loss_keeps_its_digits():
-    """A label that is ahead by 40 and more, in one chunk, of classes in others: 1 - p is 1e-17 and less."""
+    """A label that is ahead of classes in other chunks by 40 and more: 1 - p is 1e-17 and less."""
     for ahead in (40.0, 200.0):
         for offset in (0.0, 4096.0):
             x = np.full((1, 9), offset)
@@ -364,7 +368,7 @@ def test_parts_are_not_changed(rng):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_memory_of_a_gradient(options, axis):
-    """A gradient takes its result, and slices of 256 KiB: with smoothing and a soft cap, five of them."""
+    """A gradient takes its result, and a few slices of 256 KiB where there are options."""
     shape = (4096, 512) if axis else (512, 4096)
     target = np.zeros(4096, int)
     one = parts.Target(
@@ -379,8 +383,64 @@ def test_memory_of_a_gradient(options, axis):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # of a row: a dozen float64
+    # five slices, and two dozen float64 of each row
     assert peak < result.nbytes + 5 * 2**18 + 4096 * 8 * 24
+
+
+# ---- fastll's own functions ----
+
+
+def test_fastll_itself(rng):
+    x, labels = rng.standard_normal((N, C)), rng.integers(0, C, N)
+    lazily, lazy_labels = da.from_array(x, chunks=(5, 10)), da.from_array(labels, chunks=4)
+    results = [
+        fastll.logsumexp(lazily, 1),
+        fastll.logsumexp(x, axis=0, b=lazily, keepdims=True, return_sign=True)[1],
+        fastll.softmax(lazily, axis=0),
+        fastll.log_softmax(lazily),
+        fastll.cross_entropy(lazily, labels),
+        *fastll.cross_entropy(x, target=lazy_labels, return_grad=True),
+    ]
+    expected = [
+        fastll.logsumexp(x, 1),
+        fastll.logsumexp(x, axis=0, b=x, keepdims=True, return_sign=True)[1],
+        fastll.softmax(x, axis=0),
+        fastll.log_softmax(x),
+        fastll.cross_entropy(x, labels),
+        *fastll.cross_entropy(x, labels, return_grad=True),
+    ]
+    assert all(isinstance(result, da.Array) for result in results)
+    assert_lazily(results, expected, size=20)
+
+
+REFUSED = [
+    (
+        lambda x: fastll.sigmoid(x),
+        "sigmoid takes no dask array; logsumexp, softmax, log_softmax, cross",
+    ),
+    (lambda x: fastll.nll_loss(x, np.zeros(N, int)), "nll_loss takes no dask array"),
+    (lambda x: fastll.softmax(x, out=np.zeros((N, C))), "out is given"),
+    (lambda x: fastll.cross_entropy(x, x, grad_out=np.zeros((N, C))), "grad_out is given"),
+    (lambda x: fastll.LogSumExp((N,)).update(x), "dask array, which fastll.interop.dask takes"),
+    (
+        lambda x: fastll.NegativeLogLikelihood().update(x, x),
+        "dask array, which fastll.interop.dask takes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_what_takes_none(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(uncomputable((N, C), (5, 10)))
+
+
+def test_dask_is_not_imported_for_others():
+    code = (
+        "import sys, fastll; fastll.softmax([1.0]); print([m for m in sys.modules if m[:4] == 'dask'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 # ---- Elsewhere ----

@@ -1,7 +1,7 @@
 """Rows whose classes are in several parts: what is found of each part, and how parts come together.
 
-For the classes j of a part, with targets ``u_j`` as in `fastll.contract`, a row has the running state of
-their logits, whose log-sum-exp is ``lse``, and
+For the classes j of a part, with targets ``u_j`` as in `fastll.contract`, a row has the running state
+of their logits, whose log-sum-exp is ``lse``, and
 
     loss = sum_j u_j (lse - x_j),   mass = sum_j u_j
 
@@ -55,8 +55,8 @@ class Target(NamedTuple):
     labels: Array | None  # of the rows
     dense: Array | None
     weight: Array | None  # of these classes
-    first: int  # the number of the first one
-    count: int  # of all classes
+    first: int  # the first one of these
+    total: int  # number of all classes
     ignore_index: int
     smoothing: float
     softcap: float | None
@@ -67,10 +67,10 @@ class Target(NamedTuple):
         if labels is None:
             return (np.zeros(0, np.intp),), np.zeros(0, np.intp)
         kept = labels != self.ignore_index
-        bad = kept & ((labels < 0) | (labels >= self.count))
+        bad = kept & ((labels < 0) | (labels >= self.total))
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise bad_label("target", self.count, self.ignore_index, labels[at], at)
+            raise bad_label("target", self.total, self.ignore_index, labels[at], at)
         there = kept & (labels >= self.first) & (labels < self.first + here)
         return np.nonzero(there), labels[there].astype(np.int64) - self.first
 
@@ -79,7 +79,7 @@ class Target(NamedTuple):
         with the classes, with its label smoothing and a factor; None if there is no such part."""
         here = shape[-1]
         share = 0.0 if self.dense is None else 1 - self.smoothing
-        even = self.smoothing * here / self.count if here else 0.0
+        even = self.smoothing * here / self.total if here else 0.0
         if share + even == 0 or not here:
             return None
         dense = np.broadcast_to(np.float32(0), shape) if self.dense is None else self.dense
@@ -88,7 +88,7 @@ class Target(NamedTuple):
     def at_labels(self, classes: Array) -> tuple[Array, Array]:
         """The point mass at labels, and what smoothing adds to it there."""
         w = np.ones(len(classes)) if self.weight is None else as_floats(self.weight)[classes]
-        return (1 - self.smoothing) * w, self.smoothing / self.count * w
+        return (1 - self.smoothing) * w, self.smoothing / self.total * w
 
 
 @_quiet
@@ -139,7 +139,8 @@ def losses(part: Part, labels: Array | None, sample: Any, ignore_index: int, z_l
     """The losses of whole rows, in float64."""
     m, _, lse = _sums(part.state)
     loss = np.where(m == -np.inf, np.nan, part.loss) + _times(z_loss, lse * lse)
-    return _times(kept_of(m.shape, labels, sample, ignore_index), loss)
+    of_rows: Array = _times(kept_of(m.shape, labels, sample, ignore_index), loss)
+    return of_rows
 
 
 @_quiet
@@ -187,7 +188,7 @@ def gradient(
             out[rows] = rounded(block, element)
     at, classes = target.local(logits.shape[-1])
     c, even = target.at_labels(classes)
-    x_y, slope_y = as_floats(logits[(*at, classes)]), np.float64(1.0)
+    x_y, slope_y = as_floats(logits[(*at, classes)]), np.ones(())
     if target.softcap is not None:
         slope_y = _slope_of_cap(x_y, target.softcap)
         x_y = _capped(x_y, target.softcap)
