@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SECTIONS = [README.partition(f"## {name}")[2].partition("\n## ")[0] for name in ("Examples", "Other frameworks")]
+SECTIONS = [
+    README.partition(f"## {name}")[2].partition("\n## ")[0] for name in ("Examples", "Other frameworks")
+]
 EXAMPLES = re.findall(
     r"^\*\*([\w ]+).*?^```python\n(.*?)^```", "".join(SECTIONS), re.DOTALL | re.MULTILINE
 )
