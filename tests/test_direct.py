@@ -174,10 +174,20 @@ def test_operands_of_other_dtypes(ways, name):
 @pytest.mark.parametrize("axis", [0, -2, 2, -3, (1,), [-1], True, np.int64(1), 1.0, "1", None])
 @pytest.mark.parametrize("name", [name for name in DIRECT if not OPERATIONS[name].elementwise])
 def test_axes(ways, name, axis):
-    """The last one by its number; or all, where that is an axis."""
+    """Any by its number, of losses the last one; or all, where that is an axis."""
     function, arrays, _ = call_of(name)
     took = ways(function, *arrays, axis=axis)
-    assert took == (axis is None and not OPERATIONS[name].gradient)
+    plain = axis is None or (type(axis) is int and axis in (0, -2))
+    assert took == (plain and not OPERATIONS[name].gradient)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 1), (1, 7, 2), (2, 70, 3), (70, 2), (1, 1, 1)])
+@pytest.mark.parametrize("name", [name for name in DIRECT if not OPERATIONS[name].gradient])
+def test_any_axis(ways, name, shape):
+    operation = OPERATIONS[name]
+    for axis in range(len(shape)):
+        arrays, keywords = inputs(name, np.float32, shape, axis, {})
+        assert ways(operation.function, *arrays, **keywords), axis
 
 
 def test_the_last_axis_by_both_numbers(ways):

@@ -1,8 +1,8 @@
 # The direct way of a small call: from the arguments of a public function to its results in one step.
 #
-# It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over the last
-# axis, on the default backend, with up to `LONG` elements. Everything else, and above all what is wrong, it
-# declines: it returns None before anything is written, and the call goes by `fastll.calls`, where every error is
+# It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over one axis (by
+# losses over the last one) or all, on the default backend, with up to `LONG` elements. Everything else, and above
+# all what is wrong, it declines: it returns None before anything is written, and the call goes by `fastll.calls`, where every error is
 # raised. Both ways tell the same kernels the same, so that no bit depends on the way.
 
 from cpython.contextvars cimport get_value
@@ -18,6 +18,7 @@ cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void*, cnp.dtype, object)
 
 cdef enum:
+    MAX_AXES = 64  # NumPy's limit
     FEW = 128  # values up to which NumPy's order of sums is known and short; to call NumPy takes 1.4 us
 
 cdef enum Reduction:
@@ -144,20 +145,28 @@ cdef class Small(Kernel):
 
     cdef cnp.ndarray x
     cdef Py_ssize_t length, units  # elements of a row, and the number of rows; or of all, and units of a map
+    cdef Py_ssize_t inner  # from one element of a row to the next one
+    cdef int axis  # of a row's elements
 
-    cdef bint reduce_over(self, axis) except -1:
-        """Take the last axis, or with None all elements as one row; choose the kernels."""
-        cdef int ndim = cnp.PyArray_NDIM(self.x)
+    cdef bint reduce_over(self, axis, bint any_axis) except -1:
+        """Take the last axis, or `any_axis`, or with None all elements as one row; choose the kernels."""
+        cdef int i, ndim = cnp.PyArray_NDIM(self.x)
         cdef cnp.npy_intp[3] shape
         cdef cnp.npy_intp[3] strides
+        self.axis = ndim - 1
         if axis is None:
             self.length = cnp.PyArray_SIZE(self.x)
         elif type(axis) is int and (axis == -1 or axis == ndim - 1):
             self.length = cnp.PyArray_DIM(self.x, ndim - 1)
+        elif any_axis and type(axis) is int and -ndim <= axis < ndim:
+            self.axis = axis if axis >= 0 else axis + ndim
+            self.length = cnp.PyArray_DIM(self.x, self.axis)
+            for i in range(self.axis + 1, ndim):
+                self.inner *= cnp.PyArray_DIM(self.x, i)
         else:
             return False
         self.units = cnp.PyArray_SIZE(self.x) // self.length
-        shape[0], shape[1], shape[2] = self.units, self.length, 1
+        shape[0], shape[1], shape[2] = self.units // self.inner, self.length, self.inner
         self.find_strides(self.x, strides)
         self.walk(shape, strides)
         self.bind_like(&self.call.inputs[0], self.x)
@@ -177,7 +186,8 @@ cdef class Small(Kernel):
         return True
 
     cdef void find_strides(self, cnp.ndarray a, cnp.npy_intp* strides) noexcept:
-        strides[1] = strides[2] = cnp.PyArray_ITEMSIZE(a)
+        strides[2] = cnp.PyArray_ITEMSIZE(a)
+        strides[1] = self.inner * strides[2]
         strides[0] = self.length * strides[1]
 
     cdef int bind_like(self, Operand* operand, cnp.ndarray a) except -1:
@@ -208,13 +218,20 @@ cdef class Small(Kernel):
         return a
 
     cdef cnp.ndarray bind_values(self, Operand* operand, double* number, int ndim):
-        """Bind values in the shape of the first axes of x: in a new array, or in a number if that is none."""
+        """Bind values in the shape of the first axes of x but the one of the rows' elements: in a new array, or in
+        a number if there are none.
+        """
         cdef cnp.ndarray a = None
-        operand.outer = operand.inner = sizeof(float) if self.call.single else sizeof(double)
+        cdef cnp.npy_intp[MAX_AXES] shape
+        cdef int i
+        operand.inner = sizeof(float) if self.call.single else sizeof(double)
+        operand.outer = self.inner * operand.inner
         operand.address = <char*> number
         if ndim:
+            for i in range(ndim):
+                shape[i] = cnp.PyArray_DIM(self.x, i + (i >= self.axis))
             dtype = cnp.NPY_FLOAT if self.call.single else cnp.NPY_DOUBLE
-            a = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(self.x), dtype, 0)
+            a = cnp.PyArray_EMPTY(ndim, shape, dtype, 0)
             operand.address = cnp.PyArray_BYTES(a)
         return a
 
@@ -275,6 +292,8 @@ cdef class Direct:
             return None
         call = Small.__new__(Small)
         call.x = x
+        call.inner = 1
+        call.axis = MAX_AXES  # none
         call.call.operation = code
         call.call.single = is_single(x)
         call.call.options.scale = call.call.options.inverse_temperature = 1
@@ -286,7 +305,7 @@ cdef class Direct:
         cdef Operand* to
         cdef double number
         cdef cnp.ndarray result
-        if call is None or not call.reduce_over(axis):
+        if call is None or not call.reduce_over(axis, True):
             return None
         if len(inputs) == 2:
             if not is_like(inputs[1], call.x):
@@ -324,7 +343,7 @@ cdef class Direct:
         cdef int ndim
         cdef double value = 0, lse_value, kept
         cdef cnp.ndarray labels, values, lse = None, grad = None
-        if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis):
+        if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis, False):
             return None
         if not read_options(options, temperature, &call.call.options):
             return None
