@@ -54,6 +54,8 @@ extensions = [
     )
     for name, flags in modules.items()
 ]
+# what other Cython modules cimport; it finds the best of the others when it is imported
+extensions.append(Extension("fastll.cython_kernels", ["fastll/cython_kernels.pyx"]))
 directives = {
     "language_level": 3,
     "boundscheck": False,

@@ -37,3 +37,5 @@ def _remedy(error: ImportError) -> str:
 _module = _best()
 backend: Backend = _module.backend
 Direct = _module.Direct
+#: Of C functions: see exported.hpp.
+ADDRESSES: dict[str, int] = _module.ADDRESSES

@@ -80,6 +80,16 @@ struct Call {
     Operand value, partial, lse, sign, selected;
     Operand out;  // in the shape of x; of a map: the slope
 
+    // Choose the kernels that suit an array's shape and strides, (outer, classes, inner), and say whether its
+    // outer axis takes the place of the inner one, as the faster one of the two.
+    bool walk(const Index *shape, const Index *strides) {
+        const bool swap = shape[2] == 1 || (shape[0] > 1 && std::abs(strides[0]) < std::abs(strides[2]));
+        const int near = swap ? 0 : 2;
+        classes = shape[1], inner = shape[near];
+        across = (std::abs(strides[1]) > std::abs(strides[near]) && inner > 1) || classes < SHORT;
+        return swap;
+    }
+
     const Operand &x() const { return inputs[0]; }
     const Operand &second() const { return inputs[1]; }
     bool log() const { return operation == LOG_SOFTMAX; }

@@ -40,6 +40,7 @@ cdef extern from "pool.hpp" nogil:
         Operand[4] inputs
         Operand labels, weight, sample, state, value, partial, lse, sign, selected, out
         bint capped()
+        bint walk(const cnp.npy_intp*, const cnp.npy_intp*)
         bint writes_halves(const Operand&)
         bint spread()
 
@@ -157,11 +158,7 @@ cdef class Kernel:
 
     cdef void walk(self, const cnp.npy_intp* shape, const cnp.npy_intp* strides) noexcept:
         """Choose the kernels that suit an array's strides, and the order of its row axes."""
-        self.swap = shape[2] == 1 or (shape[0] > 1 and abs(strides[0]) < abs(strides[2]))
-        cdef int inner = 0 if self.swap else 2
-        cdef bint across = abs(strides[1]) > abs(strides[inner]) and shape[inner] > 1
-        self.call.classes, self.call.inner = shape[1], shape[inner]
-        self.call.across = across or shape[1] < SHORT
+        self.swap = self.call.walk(shape, strides)
 
     cdef int bind_full(self, Operand* operand, cnp.ndarray a) except -1:
         """An array in the shape of x: (outer, classes, inner), or (outer, n) of a map."""
@@ -314,3 +311,4 @@ class Backend(_Host):
 backend = Backend()
 
 include "direct.pxi"
+include "exported.pxi"
