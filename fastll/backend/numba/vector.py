@@ -203,12 +203,17 @@ def _llvm(builder, name, result, *arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
 
+def _element(v):
+    return v.type.element if isinstance(v.type, ir.VectorType) else v.type
+
+
 def _code(v):
-    """The type of a vector as LLVM's names of functions have it."""
-    return f"v{v.type.count}f{_FORMATS[v.type.element].bits}"
+    """The type of a vector or a number as LLVM's names of functions have it."""
+    lanes = f"v{v.type.count}" if isinstance(v.type, ir.VectorType) else ""
+    return f"{lanes}f{_FORMATS[_element(v)].bits}"
 
 
-# Lane by lane
+# Lane by lane, or of numbers alone
 
 
 def _select(comparison):
@@ -245,21 +250,23 @@ absolute = elementwise(lambda builder, a: _llvm(builder, f"llvm.fabs.{_code(a)}"
 def horner(builder, coefficients, x):
     """The polynomial with a tuple of coefficients, from the highest power on."""
     coefficients = cgutils.unpack_tuple(builder, coefficients)
-    result, *others = (_splat(builder, c, x.type.count) for c in coefficients)
+    _, result, *others = _splatted(builder, [x, *coefficients])
     for coefficient in others:
         result = _fma(builder, result, x, coefficient)
     return result
 
 
 def _integers(v, number):
-    """A number in every lane of a vector of integers of the size of v's elements."""
-    bits = _FORMATS[v.type.element].bits
-    return ir.Constant(ir.VectorType(ir.IntType(bits), v.type.count), [number] * v.type.count)
+    """An integer of the size of v, or a vector of integers, of the size of its elements."""
+    kind = ir.IntType(_FORMATS[_element(v)].bits)
+    if not isinstance(v.type, ir.VectorType):
+        return kind(number)
+    return ir.Constant(ir.VectorType(kind, v.type.count), [number] * v.type.count)
 
 
 def _exponent(builder, x):
     """The integers n where x = 2**n f with sqrt(1/2) <= f < sqrt(2)."""
-    form = _FORMATS[x.type.element]
+    form = _FORMATS[_element(x)]
     root = _integers(x, form.root)
     above = builder.sub(builder.bitcast(x, root.type), root)
     return builder.ashr(above, _integers(x, form.mantissa))
@@ -268,7 +275,7 @@ def _exponent(builder, x):
 @elementwise
 def exponent(builder, x):
     """n where x = 2**n f with sqrt(1/2) <= f < sqrt(2)."""
-    whole = _integers(x, _FORMATS[x.type.element].whole)
+    whole = _integers(x, _FORMATS[_element(x)].whole)
     sum_with_whole = builder.bitcast(builder.add(_exponent(builder, x), whole), x.type)
     return builder.fsub(sum_with_whole, builder.bitcast(whole, x.type))
 
@@ -276,7 +283,7 @@ def exponent(builder, x):
 @elementwise
 def downscale(builder, x):
     """2**-n for the n of `exponent`."""
-    form = _FORMATS[x.type.element]
+    form = _FORMATS[_element(x)]
     biased = builder.sub(_integers(x, form.bias), _exponent(builder, x))
     return builder.bitcast(builder.shl(biased, _integers(x, form.mantissa)), x.type)
 
@@ -284,7 +291,7 @@ def downscale(builder, x):
 @elementwise
 def exponent_bits(builder, x):
     """The low bits of a number's representation as its sign and exponent, the rest zero."""
-    shift = _integers(x, _FORMATS[x.type.element].mantissa)
+    shift = _integers(x, _FORMATS[_element(x)].mantissa)
     return builder.bitcast(builder.shl(builder.bitcast(x, shift.type), shift), x.type)
 
 
@@ -337,10 +344,6 @@ def _to_lanes_of(context, builder, kind, result, v):
 @lower_cast(types.Float, Vector)
 def _to_lanes(context, builder, kind, result, number):
     return _splat(builder, number, result.ir.count)
-
-
-def _element(v):
-    return v.type.element if isinstance(v.type, ir.VectorType) else v.type
 
 
 def _cast_type(value, like):
