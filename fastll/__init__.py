@@ -5,6 +5,8 @@ DLPack or `__cuda_array_interface__`, on the CPU or on a CUDA device. Results ar
 of the first argument, on the same device, computed on the caller's current stream.
 """
 
+import sys as _sys
+
 from fastll import formulas, testing
 from fastll.api.elementwise import (
     binary_cross_entropy,
@@ -75,3 +77,6 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+if "_fastll_numba" in _sys.modules:
+    _sys.modules["_fastll_numba"].fastll_is_here()
