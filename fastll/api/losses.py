@@ -312,6 +312,39 @@ def _row_loss(
     return call.results(loss, found.lse, found.grad, *outputs[1:])
 
 
+class RowArguments(NamedTuple):
+    """What a loss of rows is made of, checked."""
+
+    axis: int
+    rows: tuple[int, ...]
+    dense: Array | None
+    labels: Array | None
+    weight: Array | None
+    sample: Array | None
+    options: Options  # but for `scale` and the temperature
+
+
+def arguments_of_rows(
+    kind: str,
+    call: Call,
+    target: ArrayLike,
+    axis: int,
+    weights: tuple[ArrayLike | None, ArrayLike | None],
+    options: tuple[int, float, float, float | None],
+    reduction: str,
+    name: str = "target",
+) -> RowArguments:
+    """Check the arguments of `losses_of_rows`; whether a label is out of range is not checked."""
+    axis, rows = call.rows(axis)
+    dense, labels = target_of(call, kind, target, rows, name)
+    weight = None if weights[0] is None else class_weight_of(call, weights[0], call.x.shape[axis])
+    sample = call.sample_weight(weights[1], rows)
+    check_reduction(reduction)
+    ignore_index, smoothing, z_loss, softcap = check_options(options, dense is not None)
+    scalars = new(Options, (ignore_index, smoothing, z_loss, softcap or 0.0, 1.0, 1.0))
+    return new(RowArguments, (axis, rows, dense, labels, weight, sample, scalars))
+
+
 def losses_of_rows(
     kind: str,
     call: Call,
@@ -330,24 +363,20 @@ def losses_of_rows(
     those of classes and samples, `options` ignore_index, label_smoothing, z_loss and softcap, `outputs`
     return_lse, return_grad and grad_out.
     """
-    axis, rows = call.rows(axis)
-    x, classes = call.x, call.x.shape[axis]
-    dense, labels = target_of(call, kind, target, rows, name)
-    weight = None if weights[0] is None else class_weight_of(call, weights[0], classes)
-    sample = call.sample_weight(weights[1], rows)
-    mean = check_reduction(reduction) == "mean"
-    ignore_index, smoothing, z_loss, softcap = check_options(options, dense is not None)
-    cap = softcap or 0.0
+    taken = arguments_of_rows(kind, call, target, axis, weights, options, reduction, name)
+    axis, rows, dense, labels, weight, sample, scalars = taken
+    ignore_index, smoothing, z_loss, cap, *_ = scalars
     return_lse, return_grad, grad_out = outputs
     grad = None
     if return_grad or grad_out is not None:
         grad = call.output(grad_out, "grad_out", (dense, labels, weight, sample))
 
+    x, mean = call.x, reduction == "mean"
     backend, place, compute = call.backend, call.place, call.compute
     kept, scale = None, 1.0
     if labels is not None:
         check, weighed = dispatch.debugging_labels(), sample if mean else None
-        labels, kept = backend.weigh(labels, classes, ignore_index, weight, weighed, check, name)
+        labels, kept = backend.weigh(labels, x.shape[axis], ignore_index, weight, weighed, check, name)
     elif mean:
         kept = calls.weight_of(backend, rows, sample)
     if mean:
