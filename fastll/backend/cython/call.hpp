@@ -121,6 +121,19 @@ struct Call {
     // Whether there is a loss of targets, and whether it has a u that is not 0.
     bool targeted() const { return operation == CROSS_ENTROPY || operation == NLL_LOSS; }
     bool spread() const { return targeted() && (second() || options.label_smoothing != 0); }
+
+    // Whether non-temporal stores pay for an output that is larger than the caches; `native` is one of the compute
+    // dtype, aligned and in the byte order of the CPU, `size` bytes an element.
+    bool may_stream(const Operand &to, bool native, Index size) const {
+        const bool in_place = to.address == x().address;
+        if (across && classes < SHORT && to.classes < to.inner)  // short rows are written as one piece
+            return native && !in_place && to.classes == size && to.inner == classes * size;
+        if (across)  // pieces of lines do not pay
+            return to.format == IN_PLACE && (to.outer | to.classes) % 64 == 0;
+        // nor what is in the cache: as the input, or because it is needed once more
+        return (to.format == IN_PLACE || writes_halves(to)) && !in_place && classes >= STREAM_CLASSES &&
+               !spread() && !capped();
+    }
 };
 
 INLINE Index least(Index a, Index b) {

@@ -12,7 +12,7 @@ from fastll.dtypes import kind_of
 cnp.import_array()
 
 cdef extern from "pool.hpp" nogil:
-    const Py_ssize_t CHUNK, LONG, SHORT, STREAM_CLASSES
+    const Py_ssize_t CHUNK, LONG
 
     enum Format:
         IN_PLACE, FLOAT32, FLOAT64, FLOAT16, BFLOAT16
@@ -39,10 +39,8 @@ cdef extern from "pool.hpp" nogil:
         Py_ssize_t classes, inner, choices
         Operand[4] inputs
         Operand labels, weight, sample, state, value, partial, lse, sign, selected, out
-        bint capped()
         bint walk(const cnp.npy_intp*, const cnp.npy_intp*)
-        bint writes_halves(const Operand&)
-        bint spread()
+        bint may_stream(const Operand&, bint, Py_ssize_t)
 
     const char** element_names
     const char** term_names
@@ -204,27 +202,9 @@ cdef class Kernel:
 
     cdef int stream(self, Operand* operand, cnp.ndarray a) except -1:
         """Use non-temporal stores for an output that is larger than the caches."""
-        cdef Py_ssize_t size
-        if a is None or cnp.PyArray_NBYTES(a) < stream_from:
-            return 0
-        if self.call.across and self.call.classes < SHORT and operand.classes < operand.inner:
-            size = cnp.PyArray_ITEMSIZE(a)  # short rows are written as one piece
-            operand.streamed = (
-                self.is_native(operand, a)
-                and operand.classes == size
-                and operand.inner == self.call.classes * size
-                and operand.address != self.call.inputs[0].address
-            )
-        elif self.call.across:  # pieces of lines do not pay
-            operand.streamed = (
-                operand.format == IN_PLACE and (operand.outer | operand.classes) % 64 == 0
-            )
-        elif operand.format == IN_PLACE or self.call.writes_halves(operand[0]):  # nor what is in the cache: as the input, or because it is needed once more
-            operand.streamed = (
-                operand.address != self.call.inputs[0].address
-                and self.call.classes >= STREAM_CLASSES
-                and not self.call.spread()
-                and not self.call.capped()
+        if a is not None and cnp.PyArray_NBYTES(a) >= stream_from:
+            operand.streamed = self.call.may_stream(
+                operand[0], self.is_native(operand, a), cnp.PyArray_ITEMSIZE(a)
             )
         return 0
 
