@@ -30,6 +30,7 @@ _PARTS = 4
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _threads: int | None = None
+_followers: list[Callable[[int], None]] = []
 
 
 def run(kernel: Kernel, units: int, elements: int) -> None:
@@ -159,6 +160,14 @@ def set_num_threads(n: int | None) -> None:
         pool, _pool, _threads = _pool, None, n
     if pool is not None:
         pool.shutdown(wait=False)  # calls in progress still finish on it
+    for follower in _followers:
+        follower(get_num_threads())
+
+
+def follow(follower: Callable[[int], None]) -> None:
+    """Call a function with the number of threads, now and when it is set: for code without Python."""
+    _followers.append(follower)
+    follower(get_num_threads())
 
 
 def _default_threads() -> int:

@@ -39,3 +39,4 @@ backend: Backend = _module.backend
 Direct = _module.Direct
 #: Of C functions: see exported.hpp.
 ADDRESSES: dict[str, int] = _module.ADDRESSES
+Xla = _module.Xla

@@ -292,3 +292,4 @@ backend = Backend()
 
 include "direct.pxi"
 include "exported.pxi"
+include "xla.pxi"
