@@ -20,7 +20,9 @@ A function that is compiled for anything but a CPU raises `NotImplementedError`.
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastll.interop import require
@@ -56,8 +58,18 @@ __all__ = [
 ]
 
 _TARGET = "fastll"
-jax.ffi.register_ffi_target(_TARGET, Xla.handler, platform="cpu")
-threads.follow(Xla.use)
+
+
+def _register() -> None:
+    """Register the kernels with XLA, in the version of its interface that jaxlib states."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text("utf-8")
+    found = dict(re.findall(r"define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    handler = Xla.handler(int(found["MAJOR"]), int(found["MINOR"]))
+    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    threads.follow(Xla.use)
+
+
+_register()
 
 #: Operands besides x and results, in the order of their bits in backend/cython/xla.hpp.
 _OPERANDS = ("second", "third", "labels", "weight", "sample", "upstream")
@@ -65,6 +77,10 @@ _RESULTS = ("value", "lse", "sign", "out")
 _REDUCTIONS = ("mean", "sum", "none")
 
 _INT64_MIN = -(1 << 63)
+
+#: Elements of unreduced losses from which on their gradients are computed with them. To multiply these
+#: later takes less time than to read x twice, but at least the 50 us that XLA's threads take to wake.
+_EARLY_FROM = 1 << 18
 
 
 class _Plan(NamedTuple):
@@ -199,9 +215,10 @@ def _loss_forward(plan: _Plan, x: Any, others: dict[str, Any]) -> Any:
     values = {name: a.value for name, a in others.items()}
     # keys, which say what is to be differentiated for
     asked = {name: None for name, a in {"x": x, **others}.items() if a.perturbed}
-    # A reduced loss mostly has the constant 1 as upstream gradient, by which XLA does not multiply; one
-    # that keeps halves from underflow must be applied before the gradient is rounded
-    early = "x" in asked and plan.reduction != "none" and x.value.dtype in (np.float32, np.float64)
+    # In one read, if the upstream gradient may come later: what keeps halves from underflow must be
+    # there before the gradient is rounded. XLA multiplies by it in place, or not at all if it is 1.
+    pays = plan.reduction != "none" or x.value.size >= _EARLY_FROM
+    early = "x" in asked and pays and x.value.dtype in (np.float32, np.float64)
     if early:
         value, slope = _value_and_slope(plan, x.value, values)
         return value, (x.value, values, asked, slope)
@@ -213,7 +230,10 @@ def _loss_backward(plan: _Plan, kept: Any, upstream: Any) -> Any:
     if isinstance(upstream, jax.custom_derivatives.SymbolicZero):
         upstream = jnp.zeros(upstream.shape, upstream.dtype)
     if slope is not None:
-        slope *= upstream
+        if plan.axis is not None and plan.reduction == "none":
+            upstream = jnp.expand_dims(upstream, plan.axis)
+        # 0 drops a row, even if its gradient is NaN
+        slope = jnp.where(upstream == 0, 0, slope * upstream)
     elif "x" in asked:
         slope = _slope(plan, x, others, upstream)
     slopes = dict.fromkeys(others)

@@ -20,6 +20,8 @@ from fastll import threads
 
 fj = pytest.importorskip("fastll.interop.jax", reason="fastll is not compiled", exc_type=ImportError)
 
+from fastll.backend.cython import Xla
+
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 REDUCTIONS = ["mean", "sum", "none"]
 #: What sums of rows may be off by, which both add in float64, in another order: of float32 it is the
@@ -191,6 +193,22 @@ def test_loss_scaling(rng, dtype):
     info = jnp.finfo(dtype)
     least = float(info.smallest_subnormal)
     np.testing.assert_allclose(scaled.astype(float), expected.astype(float), float(info.eps), least)
+
+
+def test_large_without_reduction(rng):
+    """The gradient is computed with the loss, and multiplied later, where 0 drops a row too."""
+    x, y = numbers(rng, (1 << 12, 64), "float32"), rng.integers(0, 64, 1 << 12)
+    x[1] = np.nan
+    factor = rng.integers(0, 3, len(x)).astype(np.float32)
+    factor[1] = 0
+
+    def f(x):
+        losses = fj.cross_entropy(x, y, reduction="none")
+        return jnp.where(factor == 0, 0, losses * factor).sum()
+
+    slope = jax.jit(jax.grad(f))(x)
+    given = {"sample_weight": factor, "reduction": "sum", "return_grad": True}
+    assert_same(slope, fastll.cross_entropy(x, y, **given)[1])  # by 2 nothing is rounded
 
 
 # vmap and scan
@@ -492,6 +510,14 @@ def test_other_backends():
         fj.logsumexp(np.zeros(3))
     with fastll.use_backend("cython"):
         fj.logsumexp(np.zeros(3))
+
+
+@pytest.mark.parametrize("version", [(1, 0), (0, 0)])
+def test_other_versions_of_the_interface(version):
+    with pytest.raises(
+        ImportError, match=r"fastll speaks versions 0.1 to 0.3 .*, not {}.{}".format(*version)
+    ):
+        Xla.handler(*version)
 
 
 # threads

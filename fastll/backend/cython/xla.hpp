@@ -1,7 +1,7 @@
 // Folds and maps for XLA: a handler of its foreign function interface, which runs without Python.
 //
-// The structures are those of xla/ffi/api/c_api.h, version 0.3, as far as they are read here; XLA checks the version
-// when the handler is registered, and the handler the sizes that XLA states. An array of XLA is contiguous, its last
+// The structures are those of xla/ffi/api/c_api.h, versions 0.1 to 0.3, as far as they are read here; XLA checks the
+// version when the handler is registered, and the handler the sizes that XLA states. An array of XLA is contiguous, its last
 // axis the fastest. What `vmap` adds are axes in front, one in each array for each `vmap`, of size 1 in those arrays
 // that it leaves as they are: an "entry" is what one position in them has, a call as it was before `vmap`.
 
@@ -103,7 +103,6 @@ struct Frame {
 };
 
 enum { METADATA = 1, EXECUTE = 3 };  // an extension, a stage
-enum { MAJOR = 0, MINOR = 3 };
 enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, FAILED_PRECONDITION = 9 };
 
 // What a function of fastll may use, set from Python: threads, the elements from which on they share a call, and the
@@ -111,8 +110,14 @@ enum { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8, FAILED_PRECONDITION = 9 };
 std::atomic<int> most_threads{1};
 std::atomic<Index> share_from{1 << 16}, stream_from{1 << 25};
 
+std::atomic<int> minor_version{3};  // that XLA is told: it refuses one that is newer than its own
+
 void configure(int threads, Index share, Index stream) {
     most_threads = threads, share_from = share, stream_from = stream;
+}
+
+void speak(int minor) {
+    minor_version = minor;
 }
 
 Error *error_of(const Frame *frame, int code, const std::string &message) {
@@ -560,7 +565,7 @@ Error *handle(Frame *frame) {
         if (extension->type == METADATA) {  // what is not written leaves a version that XLA refuses
             Metadata *metadata = ((MetadataExtension *) extension)->metadata;
             if (frame->size >= sizeof(Frame) && metadata->size >= offsetof(Metadata, traits) + sizeof(uint32_t))
-                metadata->version.major = MAJOR, metadata->version.minor = MINOR, metadata->traits = 0;
+                metadata->version.major = 0, metadata->version.minor = minor_version, metadata->traits = 0;
             return nullptr;
         }
     if (frame->stage != EXECUTE)
