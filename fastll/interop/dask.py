@@ -279,7 +279,7 @@ class NegativeLogLikelihood:
     >>> float(heldout.perplexity.compute())
     8.0
     >>> heldout.compute()
-    NegativeLogLikelihood(mean=2.0794415416798357, count=100)
+    NegativeLogLikelihood(mean=2.07944154, count=100)
     """
 
     def __init__(self) -> None:
