@@ -19,10 +19,10 @@ torch: Any = sys.modules.get("torch")
 
 
 class AdapterNeededError(TypeError):
-    """An argument, `what`, that no kernel takes, but an adapter of `fastll.interop`."""
+    """An argument that no kernel takes, but an adapter does; with what to say where none is asked."""
 
-    def __init__(self, adapter: str, what: str = "an array") -> None:
-        super().__init__(f"there is {what}, which fastll.interop.{adapter} takes; here, none is taken")
+    def __init__(self, adapter: str, message: str) -> None:
+        super().__init__(message)
         self.adapter = adapter
 
 

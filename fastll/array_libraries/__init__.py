@@ -175,7 +175,7 @@ def _find(x: Any) -> Library | None:
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
         if (package, base.__name__) == ("dask", "Array"):
-            raise AdapterNeededError("dask", "a dask array")
+            raise AdapterNeededError("dask", "a dask array is not taken here; expected a NumPy array")
         if (package, base.__name__) in _ARRAYS:
             return _known.setdefault(kind, load(package))
     if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack_device__"):

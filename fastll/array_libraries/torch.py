@@ -57,7 +57,10 @@ class Torch(Library):
         if x.is_neg():
             raise TypeError(f"{name} is a negated view; expected {name}.resolve_neg()")
         if (x.requires_grad and torch.is_grad_enabled()) or _stands_for_others(x):
-            raise adapted.AdapterNeededError("_torch_calls")
+            raise adapted.AdapterNeededError(
+                "_torch_calls",
+                f"{name} is in PyTorch's graph, where this has no part; expected {name}.detach()",
+            )
         x = x.detach() if x.requires_grad else x
         if not x.is_cpu:
             strides = tuple([stride * dtype.itemsize for stride in x.stride()])

@@ -568,6 +568,23 @@ def test_a_loss_beside_another():
     close(x.grad, expected)
 
 
+def test_what_has_no_part_in_a_graph():
+    """Nothing is silently outside."""
+    x = LOGITS.clone().requires_grad_()
+
+    @fastll.elementwise_loss
+    def square(x):
+        return x * x, x + x
+
+    for call in (
+        lambda: fastll.LogSumExp().update(x),
+        lambda: fastll.NegativeLogLikelihood().update(x, LABELS, axis=1),
+        lambda: square(x),
+    ):
+        with pytest.raises(TypeError, match=r"is in PyTorch's graph.*; expected \w+\.detach\(\)"):
+            call()
+
+
 def test_outputs():
     x = LOGITS.clone().requires_grad_()
     loss, lse, grad = fastll.cross_entropy(x, LABELS, axis=1, return_lse=True, return_grad=True)
