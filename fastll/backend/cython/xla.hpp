@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <cstdio>
 #include <new>
 #include <string>
 #include <vector>
@@ -126,6 +127,13 @@ Error *error_of(const Frame *frame, int code, const std::string &message) {
 }
 
 // The format of a dtype of XLA; of those that no function of fastll is given, any.
+// Digits of an integer. `std::to_string` would bring a table that all builds in a process share.
+std::string text_of(int64_t number, bool is_unsigned = false) {
+    char digits[24];
+    std::snprintf(digits, sizeof digits, is_unsigned ? "%llu" : "%lld", (long long) number);
+    return digits;
+}
+
 INLINE Format format_of_dtype(int dtype) {
     switch (dtype) {
         case 2: return INT8;
@@ -357,14 +365,14 @@ class Handler {
         Index axes = mapped + plan.axes - 1, rest = position;
         std::string at = axes == 1 ? "," : "";
         for (Index axis = axes; axis-- > 0; rest /= labels.shape[axis])
-            at = (axis ? ", " : "") + std::to_string(rest % labels.shape[axis]) + at;
+            at = (axis ? ", " : "") + text_of(rest % labels.shape[axis]) + at;
         int64_t label;
         labels.read(position, 1, &label);
-        const std::string name = labels.format == UINT64 ? std::to_string((uint64_t) label) : std::to_string(label);
+        const std::string name = text_of(label, labels.format == UINT64);
         return error_of(
             frame, INVALID_ARGUMENT,
-            "target has label " + name + " at (" + at + "); expected 0 <= label < " + std::to_string(classes) +
-                " or ignore_index = " + std::to_string(plan.ignore_index)
+            "target has label " + name + " at (" + at + "); expected 0 <= label < " + text_of(classes) +
+                " or ignore_index = " + text_of(plan.ignore_index)
         );
     }
 
