@@ -36,7 +36,7 @@ _followers: list[Callable[[int], None]] = []
 def run(kernel: Kernel, units: int, elements: int) -> None:
     """Run `kernel` over units 0 to `units`, which have `elements` elements in total."""
     threads = get_num_threads()  # once: another thread may set it
-    parts = parts_of(units, elements, threads, SHARE_FROM)
+    parts = _parts_of(units, elements, threads)
     if parts < 2:
         if units:
             kernel(0, units)
@@ -64,11 +64,11 @@ def run(kernel: Kernel, units: int, elements: int) -> None:
         raise error
 
 
-def parts_of(units: int, elements: int, threads: int, share_from: int) -> int:
+def _parts_of(units: int, elements: int, threads: int) -> int:
     """The number of parts of a call; fewer than 2 if it stays on the caller's thread."""
-    if elements < share_from or threads == 1:
+    if elements < SHARE_FROM or threads == 1:
         return 1
-    return min(units, _PARTS * threads, max(2, 2 * elements // share_from))
+    return min(units, _PARTS * threads, max(2, 2 * elements // SHARE_FROM))
 
 
 def _start(work: Callable[[], None], count: int, threads: int, helpers: list[Future[None]]) -> None:

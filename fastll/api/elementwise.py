@@ -428,14 +428,19 @@ def sigmoid_focal_loss(
     """
     alpha = number(alpha, "alpha", -math.inf, 1.0)
     gamma = number(gamma, "gamma", 0.0)
-    weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
-    parameters = (*weights, gamma)
+    parameters = _focal_parameters(alpha, gamma)
     inputs, options = (logits, target), (reduction, return_grad, grad_out)
     if (found := direct.elementwise(_FOCAL.operation, inputs, parameters, options)) is not None:
         return found
     call = _FOCAL.begin(logits, "logits")
     others = (_same_shape(call, target, "logits"),)
     return _FOCAL.finish(call, others, parameters, None, *options)
+
+
+def _focal_parameters(alpha: float, gamma: float) -> tuple[float, ...]:
+    """Those of the formula."""
+    weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+    return *weights, gamma
 
 
 def _same_shape(call: Call, target: ArrayLike, name: str) -> Array:

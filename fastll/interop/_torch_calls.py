@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastll
-from fastll.interop._torch_graph import run, transforms
+from fastll.interop._torch_graph import is_traced, run
 from fastll.interop._torch_rules import Options, Tensor, Tensors, widened
 
 
@@ -81,7 +81,7 @@ def _with_gradient(
     """The loss in the graph, and the gradient beside it, if one was asked for."""
     known: list[Tensor] = []
     grad = None
-    if not (torch.compiler.is_compiling() or transforms()):  # the function itself checks the arguments
+    if not is_traced():  # the function itself checks the arguments
         with torch.no_grad():
             own = given | ({"return_lse": False} if "return_lse" in given else {})
             found = function(**own)
@@ -161,8 +161,7 @@ def _selective(given: dict[str, Any]) -> Any:
     tensors = _taken(given, "logits", "index")
     options = (_last_axis(given["axis"], tensors[0]), given["temperature"])
     with torch.no_grad():
-        traced = torch.compiler.is_compiling() or transforms()
-        checked = None if traced else fastll.selective_log_softmax(**given)
+        checked = None if is_traced() else fastll.selective_log_softmax(**given)
     known = [checked[0] if isinstance(checked, tuple) else checked] if checked is not None else []
     results = [run("selective_log_softmax", tensors, options, known=known)]
     if given["return_entropy"]:

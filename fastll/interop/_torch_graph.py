@@ -22,7 +22,6 @@ from fastll.interop._torch_rules import (
     Tensor,
     Tensors,
     row_divisor,
-    row_shape,
     widened,
 )
 
@@ -46,8 +45,7 @@ class _Recorded(torch.autograd.Function):
         rule, tensors = RULES[name], ctx.saved_tensors
         tensors, results = (tensors[:-1], tensors[-1:]) if rule.by_result else (tensors, ())
         if torch.is_grad_enabled():  # for second derivatives
-            with torch.enable_grad():
-                value = by_formula(name, tensors, options, reduction)
+            value = by_formula(name, tensors, options, reduction)
             (grad,) = torch.autograd.grad(value, tensors[0], upstream, create_graph=True)
         elif reduction != "none" and upstream.is_cpu and upstream.item() == 1:
             grad = rule.value(tensors, options, reduction, grad=True)
@@ -57,16 +55,19 @@ class _Recorded(torch.autograd.Function):
                 upstream = upstream / rule.divisor(tensors, options)
                 options = _for_mean(name, tensors, options)
             if reduction != "none":
-                rows = rule.rows
-                shape = row_shape(tensors[0], int(options[0])) if rows else tensors[0].shape
-                upstream = upstream.expand(shape)
+                upstream = upstream.expand(rule.shape(tensors[0], options))
             grad = rule.slope(upstream, results or tensors, options)
         return None, None, None, None, grad, *[None] * (len(tensors) - 1)
 
 
+def _has_two_means(name: str, tensors: Tensors, options: Options) -> bool:
+    """Whether class weights count in the mean of the loss, but not in that of a z-loss."""
+    return name == "cross_entropy" and options[3] != 0 and tensors[2] is not None
+
+
 def _for_mean(name: str, tensors: Tensors, options: Options) -> Options:
     """With a z-loss times what its mean by the number of rows differs by from that by weights."""
-    if name != "cross_entropy" or not options[3] or tensors[2] is None:
+    if not _has_two_means(name, tensors, options):
         return options
     x, target, _, sample = tensors
     ratio = row_divisor(tensors, options) / row_divisor((x, target, None, sample), options)
@@ -120,9 +121,7 @@ def _value_of_fake(
     rule: str, given: Sequence[bool], tensors: Sequence[Tensor], options: Options
 ) -> Tensor:
     found, x = RULES[rule], tensors[0]
-    shape = row_shape(x, int(options[0])) if found.rows else x.shape
-    if rule == "selective_log_softmax":
-        shape = tensors[1].shape
+    shape = tensors[1].shape if rule == "selective_log_softmax" else found.shape(x, options)
     return x.new_empty(shape, dtype=widened(x).dtype if found.wide else x.dtype)
 
 
@@ -253,14 +252,13 @@ def run(
     """A call by a rule, in the graph where there is one; `known` has its value if that is known."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[1:]):
         return by_formula(name, tensors, options, reduction)
-    traced = torch.compiler.is_compiling()
-    if not traced and not transforms():
+    if not is_traced():
         if not (torch.is_grad_enabled() and tensors[0].requires_grad):
             return known[0] if known else RULES[name].value(tensors, options, reduction)
         return _Recorded.apply(name, options, reduction, list(known), *tensors)
-    if reduction == "mean" and name == "cross_entropy" and options[3] and tensors[2] is not None:
+    if reduction == "mean" and _has_two_means(name, tensors, options):
         return by_formula(name, tensors, options, reduction)
-    if traced:
+    if torch.compiler.is_compiling():
         given = [t is not None for t in tensors]
         kept = [t for t in tensors if t is not None]
         # an empty list is none of floats to PyTorch
@@ -270,6 +268,6 @@ def run(
     return _reduced(RULES[name], value, tensors, options, reduction)
 
 
-def transforms() -> bool:
-    """Whether ``torch.func`` is at work: tensors may then have no memory to read."""
-    return torch._C._functorch.maybe_current_level() is not None
+def is_traced() -> bool:
+    """Whether PyTorch traces or transforms: tensors may then have no memory to read."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None

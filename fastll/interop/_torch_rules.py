@@ -58,6 +58,10 @@ class Rule(NamedTuple):
     wide: bool = True  # values of halves are of float32
     by_result: bool = False  # `slope` takes the result in place of the tensors
 
+    def shape(self, x: Tensor, options: Options) -> Sequence[int]:
+        """That of unreduced values."""
+        return row_shape(x, int(options[0])) if self.rows else x.shape
+
 
 def called(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """What a function returns. Tensors on the CPU become NumPy's arrays, whose small calls are fast."""
@@ -66,6 +70,12 @@ def called(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> An
         return function(*arguments, **keywords)
     found = function(*map(_array, arguments), **{k: _array(v) for k, v in keywords.items()})
     return tuple(map(_tensor, found)) if isinstance(found, tuple) else _tensor(found)
+
+
+def _loss(function: Callable[..., Any], *arguments: Any, grad: bool, **keywords: Any) -> Tensor:
+    """The value of a loss, or its gradient."""
+    found = called(function, *arguments, **keywords, return_grad=grad)
+    return found[1] if grad else found
 
 
 def _array(argument: Any) -> Any:
@@ -112,15 +122,14 @@ def _row_loss(
         sample, grad = upstream if sample is None else upstream * sample, True
     name = "logits" if operation == "cross_entropy" else "log_probs"
 
-    def call(x: Any, target: Any, weight: Any, sample: Any) -> Any:
-        first, outputs = (operation, x, name), (False, grad, None)
+    def call(x: Any, target: Any, weight: Any, sample: Any, return_grad: bool) -> Any:
+        first, outputs = (operation, x, name), (False, return_grad, None)
         weights = weight, sample
         return losses._row_loss(
             "any", first, target, int(axis), weights, own, reduction, outputs, temperature
         )
 
-    found = called(call, x, target, weight, sample)
-    return found[1] if grad else found
+    return _loss(call, x, target, weight, sample, grad=grad)
 
 
 def _targets(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -211,8 +220,7 @@ def _of_logits(function: Callable[..., Any], formula: Callable[..., Tensor]) -> 
     def call(tensors: Tensors, options: Options, sample: Tensor, reduction: str, grad: bool) -> Any:
         axis, temperature = options
         own = {"axis": int(axis), "temperature": temperature, "sample_weight": sample}
-        found = called(function, *tensors[:-1], **own, reduction=reduction, return_grad=grad)
-        return found[1] if grad else found
+        return _loss(function, *tensors[:-1], **own, reduction=reduction, grad=grad)
 
     def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
         return call(tensors, options, tensors[-1], reduction, grad)
@@ -257,15 +265,14 @@ def _elements(
 
     def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
         own = named(tensors, options)
-        found = called(function, *tensors[:count], **own, reduction=reduction, return_grad=grad)
-        return found[1] if grad else found
+        return _loss(function, *tensors[:count], **own, reduction=reduction, grad=grad)
 
     def slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
         if weighted and tensors[-1] is not None:
             upstream = upstream * tensors[-1]
         of_formula, operands, parameters = loss(tensors, options)
         own = parameters | {"weight": upstream.expand(tensors[0].shape), "reduction": "sum"}
-        return called(of_formula, *operands, **own, return_grad=True)[1]
+        return _loss(of_formula, *operands, **own, grad=True)
 
     def divisor(tensors: Tensors, options: Options) -> Any:
         return tensors[0].numel()
@@ -288,12 +295,10 @@ def _bce_formula(function: Callable[..., Tensor], tensors: Tensors, **options: A
 
 
 def _variances(tensors: Tensors) -> Tensors:
+    """With one per row as the public function takes it."""
     mean, target, var = tensors
-    return mean, target, var if var.ndim in (0, mean.ndim) else _per_row(mean, var)
-
-
-def _per_row(mean: Tensor, var: Tensor) -> Tensor:
-    return var.unsqueeze(-1) if var.shape == mean.shape[:-1] else var
+    per_row = 0 < var.ndim == mean.ndim - 1 and var.shape == mean.shape[:-1]
+    return mean, target, var.unsqueeze(-1) if per_row else var
 
 
 def _poisson(tensors: Tensors, options: Options) -> Any:
@@ -302,10 +307,9 @@ def _poisson(tensors: Tensors, options: Options) -> Any:
 
 
 def _focal(tensors: Tensors, options: Options) -> Any:
-    alpha, gamma = options
-    weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
     names = "positive_weight", "negative_weight", "gamma"
-    return elementwise._FOCAL, tensors, dict(zip(names, (*weights, gamma), strict=True))
+    parameters = elementwise._focal_parameters(*options)
+    return elementwise._FOCAL, tensors, dict(zip(names, parameters, strict=True))
 
 
 def _focal_formula(tensors: Tensors, options: Options) -> Tensor:
@@ -329,8 +333,7 @@ def _kl_div(
 ) -> Any:
     loss = elementwise._KL_DIV_LOG_TARGET if options[0] else elementwise._KL_DIV
     grad = grad or upstream is not None
-    found = called(loss, *tensors, weight=upstream, reduction=reduction, return_grad=grad)
-    return found[1] if grad else found
+    return _loss(loss, *tensors, weight=upstream, reduction=reduction, grad=grad)
 
 
 # Folds and maps without a reduction

@@ -2,8 +2,8 @@
 #
 # It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over one axis (by
 # losses over the last one) or all, on the default backend, with up to `LONG` elements. Everything else, and above
-# all what is wrong, it declines: it returns None before anything is written, and the call goes by `fastll.calls`, where every error is
-# raised. Both ways tell the same kernels the same, so that no bit depends on the way.
+# all what is wrong, it declines: it returns None before anything is written, and the call goes by `fastll.calls`,
+# where every error is raised. Both ways tell the same kernels the same, so that no bit depends on the way.
 
 from cpython.contextvars cimport get_value
 from cpython.long cimport PyLong_AsLongLongAndOverflow
