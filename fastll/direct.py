@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastll import dispatch
+from fastll import array_libraries, dispatch
 
 
 def _decline(*_: Any) -> None:
@@ -26,7 +26,7 @@ def _when_called(name: str) -> Callable[..., Any]:
         if not isinstance(dispatch._load("cython"), str):
             from fastll.backend.cython import Direct
 
-            entry = Direct(dispatch._forced, dispatch._environment)
+            entry = Direct(dispatch._forced, dispatch._environment, array_libraries._known)
             fold, loss, elementwise = entry.fold, entry.loss, entry.elementwise
         return globals()[name](*arguments)
 

@@ -51,6 +51,14 @@ class Library(Protocol):
     def view(self, x: Any, name: str) -> Array:
         """NumPy object with an array's geometry; `TypeError` with the array's name if it has none."""
 
+    def are_plain(self, arrays: tuple[Any, ...]) -> bool:
+        """Whether arrays are this library's, and nothing has to be done before they are read."""
+        return False
+
+    def adopt(self, a: Array) -> Any:
+        """The library's array for the memory of a NumPy array on the CPU."""
+        return a
+
     def check_writable(self, x: Any, name: str) -> None:
         """Raise an error if an array, called `name`, cannot be written to."""
         if not self.mutable:
@@ -64,7 +72,7 @@ class Library(Protocol):
         """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
 
     def give(self, view: Array) -> Any:
-        """The library's array for a result: the view's `owner`, or a NumPy array or scalar."""
+        """The library's array for a result: the view's `owner`, or one for a NumPy array or scalar."""
         return view.owner  # type: ignore[attr-defined]
 
     def stream(self, device: Device) -> int:

@@ -22,6 +22,7 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
 _DTYPES[torch.bfloat16] = BFLOAT16
 _TORCH = {dtype: own for own, dtype in _DTYPES.items()}
 
+_TENSORS = torch.Tensor, torch.nn.Parameter
 _devices = {torch.device("cpu"): CPU}
 
 
@@ -68,6 +69,13 @@ class Torch(Library):
         array: Array = x.view(torch.int16).numpy().view(BFLOAT16) if dtype is BFLOAT16 else x.numpy()
         return array
 
+    def are_plain(self, arrays: tuple[Any, ...]) -> bool:
+        recorded = torch.is_grad_enabled()
+        for x in arrays:
+            if type(x) not in _TENSORS or (recorded and x.requires_grad) or x.is_neg():
+                return False
+        return True
+
     def check_writable(self, x: Any, name: str) -> None:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -89,9 +97,14 @@ class Torch(Library):
         result.owner = owner
         return result
 
+    def adopt(self, a: Array) -> Any:
+        if a.dtype is BFLOAT16:
+            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(a)
+
     def give(self, view: Array) -> Any:
         owner = getattr(view, "owner", None)
-        return torch.from_numpy(np.asarray(view)) if owner is None else owner
+        return self.adopt(np.asarray(view)) if owner is None else owner
 
     def stream(self, device: Device) -> int:
         handle: int = torch.cuda.current_stream(device.index).cuda_stream

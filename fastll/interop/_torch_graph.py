@@ -10,11 +10,14 @@ PyTorch then reduces the values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from fastll import direct
+from fastll.contract import LONG
 from fastll.interop._torch_rules import (
     RULES,
     Options,
@@ -25,39 +28,59 @@ from fastll.interop._torch_rules import (
     widened,
 )
 
+#: How fastll refuses arguments.
+REFUSALS = IndexError, NotImplementedError, TypeError, ValueError
+
+#: Dtypes of results whatever PyTorch's state.
+_WIDE = torch.float32, torch.float64
+
 # Recording
+
+#: Up to this many elements, a call that is recorded finds its gradient together with its value.
+_AT_ONCE = LONG
 
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, name: str, options: Options, reduction: str, known: list[Tensor], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, call: tuple[str, Options, str], known: Tensors, *tensors: Tensor) -> Tensor:
+        name, options, reduction = ctx.call = call
         rule = RULES[name]
-        value = known[0] if known else rule.value(tensors, options, reduction)
-        ctx.call = name, options, reduction
-        ctx.save_for_backward(*tensors, *([value] if rule.by_result else []))
+        grad = None
+        if known:
+            value = known[0]
+        elif reduction != "none" and tensors[0].numel() <= _AT_ONCE:
+            value, grad = rule.value(tensors, options, reduction, grad=True)
+        else:
+            value = rule.value(tensors, options, reduction)
+        ctx.save_for_backward(*tensors, value if rule.by_result else grad)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         name, options, reduction = ctx.call
-        rule, tensors = RULES[name], ctx.saved_tensors
-        tensors, results = (tensors[:-1], tensors[-1:]) if rule.by_result else (tensors, ())
+        *tensors, found = ctx.saved_tensors
+        nothing = [None] * (len(tensors) - 1)
         if torch.is_grad_enabled():  # for second derivatives
             value = by_formula(name, tensors, options, reduction)
             (grad,) = torch.autograd.grad(value, tensors[0], upstream, create_graph=True)
-        elif reduction != "none" and upstream.is_cpu and upstream.item() == 1:
-            grad = rule.value(tensors, options, reduction, grad=True)
-        else:
-            if reduction == "mean":
-                assert rule.divisor is not None
-                upstream = upstream / rule.divisor(tensors, options)
-                options = _for_mean(name, tensors, options)
-            if reduction != "none":
-                upstream = upstream.expand(rule.shape(tensors[0], options))
-            grad = rule.slope(upstream, results or tensors, options)
-        return None, None, None, None, grad, *[None] * (len(tensors) - 1)
+            return None, None, grad, *nothing
+        rule = RULES[name]
+        if reduction != "none" and upstream.is_cpu and upstream.item() == 1:
+            if found is None:
+                _, found = rule.value(tensors, options, reduction, grad=True)
+            return None, None, found, *nothing
+        if reduction == "mean":
+            assert rule.divisor is not None
+            upstream = upstream / rule.divisor(tensors, options)
+            options = _for_mean(name, tensors, options)
+        if reduction != "none":
+            upstream = upstream.expand(rule.shape(tensors[0], options))
+        grad = rule.slope(upstream, [found] if rule.by_result else tensors, options)
+        return None, None, grad, *nothing
+
+
+# PyTorch's `apply` is this one and, before it, a look at what `is_traced` tells: 2 us
+_record = super(torch.autograd.Function, _Recorded).apply
 
 
 def _has_two_means(name: str, tensors: Tensors, options: Options) -> bool:
@@ -250,12 +273,15 @@ def run(
     name: str, tensors: Tensors, options: Options, reduction: str = "none", known: Tensors = ()
 ) -> Tensor:
     """A call by a rule, in the graph where there is one; `known` has its value if that is known."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[1:]):
-        return by_formula(name, tensors, options, reduction)
+    recorded = torch.is_grad_enabled()
+    if recorded:
+        for t in tensors[1:]:
+            if t is not None and t.requires_grad:
+                return by_formula(name, tensors, options, reduction)
     if not is_traced():
-        if not (torch.is_grad_enabled() and tensors[0].requires_grad):
+        if not (recorded and tensors[0].requires_grad):
             return known[0] if known else RULES[name].value(tensors, options, reduction)
-        return _Recorded.apply(name, options, reduction, list(known), *tensors)
+        return _record((name, options, reduction), tuple(known), *tensors)
     if reduction == "mean" and _has_two_means(name, tensors, options):
         return by_formula(name, tensors, options, reduction)
     if torch.compiler.is_compiling():
@@ -266,6 +292,25 @@ def run(
     else:
         value = _Value.apply(name, options, *tensors)
     return _reduced(RULES[name], value, tensors, options, reduction)
+
+
+def quick_loss(x: Tensor, target: Tensor, own: tuple[int, float], reduction: str) -> Tensor | None:
+    """The cross-entropy of a plain matrix and its labels, about which nothing more has to be asked.
+
+    `own` are ignore_index and label_smoothing. None declines.
+    """
+    if is_traced() or type(x) is not torch.Tensor or type(target) is not torch.Tensor:
+        return None
+    if x.dtype not in _WIDE or x.ndim != 2 or x.numel() == 0 or target.dtype is not torch.int64:
+        return None
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        options, outputs = (*own, 0.0, None), (False, False, None)
+        return direct.loss("cross_entropy", "any", (x, target), -1, options, 1.0, reduction, outputs)
+    call = "cross_entropy", (-1, *own, 0.0, math.nan, 1.0), reduction
+    try:
+        return _record(call, (), x, target, None, None)
+    except REFUSALS:
+        return None
 
 
 def is_traced() -> bool:

@@ -12,13 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 import fastll
 from fastll.api import elementwise, losses
-from fastll.array_libraries.torch import library
-from fastll.dtypes import BFLOAT16
 
 Tensor = Any  # torch.Tensor
 Tensors = Sequence[Any]  # of tensors, or None for those that are not given
@@ -46,7 +43,7 @@ THEIRS = {
 class Rule(NamedTuple):
     """How a function of some tensors is computed and differentiated with respect to the first one."""
 
-    #: value(tensors, options, reduction); or with ``grad=True`` its gradient, where it has a divisor
+    #: value(tensors, options, reduction); where it has a divisor, ``grad=True`` adds its gradient
     value: Callable[..., Tensor]
     #: slope(upstream, tensors, options): the upstream gradients are those of unreduced values
     slope: Callable[[Tensor, Tensors, Options], Tensor]
@@ -61,32 +58,6 @@ class Rule(NamedTuple):
     def shape(self, x: Tensor, options: Options) -> Sequence[int]:
         """That of unreduced values."""
         return row_shape(x, int(options[0])) if self.rows else x.shape
-
-
-def called(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What a function returns. Tensors on the CPU become NumPy's arrays, whose small calls are fast."""
-    given = [t for t in (*arguments, *keywords.values()) if isinstance(t, torch.Tensor)]
-    if not all(t.is_cpu for t in given):
-        return function(*arguments, **keywords)
-    found = function(*map(_array, arguments), **{k: _array(v) for k, v in keywords.items()})
-    return tuple(map(_tensor, found)) if isinstance(found, tuple) else _tensor(found)
-
-
-def _loss(function: Callable[..., Any], *arguments: Any, grad: bool, **keywords: Any) -> Tensor:
-    """The value of a loss, or its gradient."""
-    found = called(function, *arguments, **keywords, return_grad=grad)
-    return found[1] if grad else found
-
-
-def _array(argument: Any) -> Any:
-    return library.view(argument, "tensor") if isinstance(argument, torch.Tensor) else argument
-
-
-def _tensor(result: Any) -> Tensor:
-    array = np.asarray(result)
-    if array.dtype == BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def row_shape(x: Tensor, axis: int) -> list[int]:
@@ -114,22 +85,18 @@ def _row_loss(
     upstream: Tensor = None,
     grad: bool = False,
 ) -> Any:
-    """The value; or the gradient, also for an upstream one of each row."""
+    """The value, or this and its gradient; or the latter alone, for an upstream one of each row."""
     x, target, weight, sample = tensors
     axis, ignore_index, smoothing, z_loss, softcap, temperature = options
     own = (int(ignore_index), smoothing, float(z_loss), None if math.isnan(softcap) else softcap)
     if upstream is not None:
         sample, grad = upstream if sample is None else upstream * sample, True
-    name = "logits" if operation == "cross_entropy" else "log_probs"
-
-    def call(x: Any, target: Any, weight: Any, sample: Any, return_grad: bool) -> Any:
-        first, outputs = (operation, x, name), (False, return_grad, None)
-        weights = weight, sample
-        return losses._row_loss(
-            "any", first, target, int(axis), weights, own, reduction, outputs, temperature
-        )
-
-    return _loss(call, x, target, weight, sample, grad=grad)
+    first = operation, x, "logits" if operation == "cross_entropy" else "log_probs"
+    weights, outputs = (weight, sample), (False, grad, None)
+    found = losses._row_loss(
+        "any", first, target, int(axis), weights, own, reduction, outputs, temperature
+    )
+    return found if upstream is None else found[1]
 
 
 def _targets(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -189,7 +156,7 @@ def row_divisor(tensors: Tensors, options: Options) -> Any:
 def _selected(tensors: Tensors, options: Options, reduction: str) -> Tensor:
     axis, temperature = options
     own = {"axis": int(axis), "temperature": temperature}
-    return called(fastll.selective_log_softmax, *tensors, **own)
+    return fastll.selective_log_softmax(*tensors, **own)
 
 
 def _selected_slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
@@ -220,14 +187,14 @@ def _of_logits(function: Callable[..., Any], formula: Callable[..., Tensor]) -> 
     def call(tensors: Tensors, options: Options, sample: Tensor, reduction: str, grad: bool) -> Any:
         axis, temperature = options
         own = {"axis": int(axis), "temperature": temperature, "sample_weight": sample}
-        return _loss(function, *tensors[:-1], **own, reduction=reduction, grad=grad)
+        return function(*tensors[:-1], **own, reduction=reduction, return_grad=grad)
 
-    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
+    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Any:
         return call(tensors, options, tensors[-1], reduction, grad)
 
     def slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
         sample = upstream if tensors[-1] is None else upstream * tensors[-1]
-        return call(tensors, options, sample, "sum", True)
+        return call(tensors, options, sample, "sum", True)[1]
 
     def weighted(tensors: Tensors, options: Options) -> Tensor:
         axis, temperature = int(options[0]), options[1]
@@ -263,16 +230,16 @@ def _elements(
     """The rule of an element-wise loss: as a public function of `count` tensors, and as the loss of a
     formula with operands and parameters. If it is weighted, the last tensor is the weight."""
 
-    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Tensor:
+    def value(tensors: Tensors, options: Options, reduction: str, grad: bool = False) -> Any:
         own = named(tensors, options)
-        return _loss(function, *tensors[:count], **own, reduction=reduction, grad=grad)
+        return function(*tensors[:count], **own, reduction=reduction, return_grad=grad)
 
     def slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
         if weighted and tensors[-1] is not None:
             upstream = upstream * tensors[-1]
         of_formula, operands, parameters = loss(tensors, options)
         own = parameters | {"weight": upstream.expand(tensors[0].shape), "reduction": "sum"}
-        return _loss(of_formula, *operands, **own, grad=True)
+        return of_formula(*operands, **own, return_grad=True)[1]
 
     def divisor(tensors: Tensors, options: Options) -> Any:
         return tensors[0].numel()
@@ -332,8 +299,10 @@ def _kl_div(
     tensors: Tensors, options: Options, reduction: str, upstream: Tensor = None, grad: bool = False
 ) -> Any:
     loss = elementwise._KL_DIV_LOG_TARGET if options[0] else elementwise._KL_DIV
-    grad = grad or upstream is not None
-    return _loss(loss, *tensors, weight=upstream, reduction=reduction, grad=grad)
+    found = loss(
+        *tensors, weight=upstream, reduction=reduction, return_grad=grad or upstream is not None
+    )
+    return found if upstream is None else found[1]
 
 
 # Folds and maps without a reduction
@@ -341,7 +310,7 @@ def _kl_div(
 
 def _lse_slope(upstream: Tensor, tensors: Tensors, options: Options) -> Tensor:
     axis = int(options[0])
-    grad = called(fastll.softmax, tensors[0], axis)
+    grad = fastll.softmax(tensors[0], axis)
     return grad.mul_(upstream.unsqueeze(axis))
 
 
@@ -355,7 +324,7 @@ def _softmax_slope(backward: Any) -> Callable[..., Tensor]:
 
 def _along(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def value(tensors: Tensors, options: Options, reduction: str) -> Tensor:
-        return called(function, tensors[0], int(options[0]))
+        return function(tensors[0], int(options[0]))
 
     return value
 
@@ -454,14 +423,14 @@ RULES = {
         by_result=True,
     ),
     "sigmoid": Rule(
-        lambda t, o, reduction: called(fastll.sigmoid, t[0]),
+        lambda t, o, reduction: fastll.sigmoid(t[0]),
         lambda u, t, o: _aten.sigmoid_backward(u, t[0]),
         lambda t, o: torch.sigmoid(t[0]),
         wide=False,
         by_result=True,
     ),
     "log_sigmoid": Rule(
-        lambda t, o, reduction: called(fastll.log_sigmoid, t[0]),
+        lambda t, o, reduction: fastll.log_sigmoid(t[0]),
         _log_sigmoid_slope,
         lambda t, o: torch.nn.functional.logsigmoid(t[0]),
         wide=False,

@@ -33,7 +33,7 @@ from fastll import (
     kl_divergence_from_logits,
     selective_log_softmax,
 )
-from fastll.interop._torch_graph import run
+from fastll.interop._torch_graph import REFUSALS, quick_loss, run
 from fastll.interop._torch_rules import THEIRS, Tensors
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
 
 Tensor = Any  # torch.Tensor
 
+_TENSORS = torch.Tensor, torch.nn.Parameter
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: What autocasting computes in float32, on CPUs and on GPUs.
 _WIDE_UNDER_AUTOCAST = {
@@ -71,22 +72,23 @@ def _takes(x: Tensor, *others: Tensor) -> bool:
     """Whether fastll takes a first tensor, and others of its dtype, where they are given."""
     if not _is_plain(x) or x.dtype not in _FLOATS or x.numel() == 0:
         return False
-    return all(t is None or (_is_plain(t) and t.dtype == x.dtype) for t in others)
+    return others.count(None) == len(others) or all(
+        t is None or (_is_plain(t) and t.dtype is x.dtype) for t in others
+    )
 
 
 def _is_plain(x: Any) -> bool:
     """Whether it is a dense tensor on a CPU or a GPU, of no other type, such as one on many devices."""
     return (
-        isinstance(x, torch.Tensor)
-        and (type(x) in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling())
+        (type(x) in _TENSORS or (torch.compiler.is_compiling() and isinstance(x, torch.Tensor)))
         and x.layout is torch.strided
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
     )
 
 
 def _dtype_of(name: str, x: Tensor) -> torch.dtype:
     """That of PyTorch's result."""
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else "cuda"
     if torch.is_autocast_enabled(kind) and name in _WIDE_UNDER_AUTOCAST[kind]:
         return torch.promote_types(x.dtype, torch.float32)
     return x.dtype
@@ -103,13 +105,14 @@ def _apply(
     """A call by its rule. What fastll refuses, PyTorch's function of that name is `given`."""
     try:
         value = run(rule, tensors, options, reduction)
-    except (IndexError, NotImplementedError, TypeError, ValueError):
+    except REFUSALS:
         return THEIRS[name](*given)
-    return value.to(_dtype_of(name, tensors[0]))
+    dtype = _dtype_of(name, tensors[0])
+    return value if value.dtype is dtype else value.to(dtype)
 
 
 def _is_usual(reduction: Any, *legacy: Any) -> bool:
-    return reduction in ("mean", "sum", "none") and all(argument is None for argument in legacy)
+    return reduction in ("mean", "sum", "none") and legacy.count(None) == len(legacy)
 
 
 def cross_entropy(
@@ -151,6 +154,10 @@ def cross_entropy(
     tensor([[-0.3750,  0.1250,  0.1250,  0.1250],
             [ 0.1250,  0.1250,  0.1250, -0.3750]])
     """
+    if weight is None and size_average is None and reduce is None:
+        loss = quick_loss(input, target, (ignore_index, label_smoothing), reduction)
+        if loss is not None:
+            return loss
     given = input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     if not (
         _is_usual(reduction, size_average, reduce)
@@ -197,10 +204,11 @@ def _is_target(x: Tensor, target: Tensor) -> bool:
     """Whether it is labels or probabilities as PyTorch wants them."""
     if not _is_plain(target):
         return False
-    if target.is_floating_point():
-        return bool(target.shape == x.shape and target.dtype == x.dtype)
-    axis = _class_axis(x) % x.ndim
-    return bool(target.dtype is torch.int64 and target.shape == x.shape[:axis] + x.shape[axis + 1 :])
+    if target.dtype is x.dtype:
+        return bool(target.shape == x.shape)
+    shape = x.shape
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    return bool(target.dtype is torch.int64 and target.shape == rows)
 
 
 def binary_cross_entropy_with_logits(
@@ -344,7 +352,7 @@ def _normalised(
     wanted = _dtype_of(name, input) if dtype is None else dtype
     if wanted not in _FLOATS:
         return THEIRS[name](input, dim, level, dtype)
-    x = input.to(wanted)
+    x = input if input.dtype is wanted else input.to(wanted)
     given = x, dim, level, None
     assert dim is not None
     return _apply(name, given, name, (x,), (dim % x.ndim - x.ndim,))

@@ -1,16 +1,14 @@
 # The direct way of a small call: from the arguments of a public function to its results in one step.
 #
-# It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, reduced over one axis (by
-# losses over the last one) or all, on the default backend, with up to `LONG` elements. Everything else, and above
-# all what is wrong, it declines: it returns None before anything is written, and the call goes by `fastll.calls`,
-# where every error is raised. Both ways tell the same kernels the same, so that no bit depends on the way.
+# It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, or arrays that their library
+# gives as such, reduced over one axis (by losses over the last one) or all, on the default backend, with up to `LONG`
+# elements. Everything else, and above all what is wrong, it declines: it returns None before anything is written, and
+# the call goes by `fastll.calls`, where every error is raised. Both ways tell the same kernels the same, so that no
+# bit depends on the way.
 
 from cpython.contextvars cimport get_value
 from cpython.long cimport PyLong_AsLongLongAndOverflow
-from cpython.ref cimport Py_INCREF
 from libc.math cimport INFINITY, NAN, isfinite
-
-import numpy as _np
 
 
 cdef extern from "numpy/arrayobject.h":
@@ -18,7 +16,6 @@ cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void*, cnp.dtype, object)
 
 cdef enum:
-    MAX_AXES = 64  # NumPy's limit
     FEW = 128  # values up to which NumPy's order of sums is known and short; to call NumPy takes 1.4 us
 
 cdef enum Reduction:
@@ -143,7 +140,9 @@ cdef object total(cnp.ndarray values, double number, double divisor, bint single
 cdef class Small(Kernel):
     """A call on its direct way."""
 
-    cdef cnp.ndarray x
+    cdef tuple inputs  # as NumPy's arrays
+    cdef object library  # whose arrays they were, if it is another one
+    cdef cnp.ndarray x  # the first of them
     cdef Py_ssize_t length, units  # elements of a row, and the number of rows; or of all, and units of a map
     cdef Py_ssize_t inner  # from one element of a row to the next one
     cdef int axis  # of a row's elements
@@ -263,35 +262,53 @@ cdef class Small(Kernel):
             self.call.partial.address = cnp.PyArray_BYTES(a)
         return a
 
-    cdef object give(self, cnp.ndarray a, double* number):
-        """What `bind_values` bound, as a result."""
+    cdef object value_of(self, cnp.ndarray a, double* number):
+        """What `bind_values` bound."""
         return scalar(read(number, 0, self.call.single), self.call.single) if a is None else a
+
+    cdef object give(self, result):
+        """A result, as an array of the caller's library."""
+        if self.library is None:
+            return result
+        return self.library.adopt(result if type(result) is cnp.ndarray else cnp.PyArray_FROM_O(result))
 
     cdef int work(self) except -1:
         return self.handle_all(self.units, cnp.PyArray_SIZE(self.x))
 
 
 cdef class Direct:
-    """The direct way, where `chosen`, a context variable, or else `environment` does not say otherwise."""
+    """The direct way, where `chosen`, a context variable, or else `environment` does not say otherwise.
+
+    `libraries` has those of other arrays by the type of these.
+    """
 
     cdef object chosen
     cdef bint by_default
+    cdef dict libraries
 
-    def __cinit__(self, chosen, environment):
+    def __cinit__(self, chosen, environment, libraries):
         self.chosen, self.by_default = chosen, environment is None or environment == "cython"
+        self.libraries = libraries
 
-    cdef Small begin(self, dict codes, str operation, x):
-        """A call of a first array, or None."""
+    cdef Small begin(self, dict codes, str operation, tuple inputs, out):
+        """A call of some arrays, and perhaps an output, or None."""
         cdef Small call
+        cdef object library = None
         name, code = get_value(self.chosen), codes.get(operation)
         if code is None or not (self.by_default if name is None else name == "cython"):
             return None
+        if type(inputs[0]) is not cnp.ndarray:
+            library = self.libraries.get(type(inputs[0]))
+            if library is None or out is not None or not library.are_plain(inputs):
+                return None
+            inputs = tuple([exchanged(a) for a in inputs])
+        x = inputs[0]
         if not is_plain(x) or not is_known(x) or format_of(x) > BFLOAT16:
             return None
         if cnp.PyArray_NDIM(x) == 0 or not 0 < cnp.PyArray_SIZE(x) <= LONG:
             return None
         call = Small.__new__(Small)
-        call.x = x
+        call.inputs, call.library, call.x = inputs, library, x
         call.inner = 1
         call.axis = MAX_AXES  # none
         call.call.operation = code
@@ -301,26 +318,27 @@ cdef class Direct:
 
     def fold(self, str operation, tuple inputs, axis, double scale=1, out=None):
         """What is made of each row: a value, or for "softmax" and "log_softmax" something of its shape."""
-        cdef Small call = self.begin(FOLDS, operation, inputs[0])
+        cdef Small call = self.begin(FOLDS, operation, inputs, out)
         cdef Operand* to
         cdef double number
         cdef cnp.ndarray result
         if call is None or not call.reduce_over(axis, True):
             return None
         if len(inputs) == 2:
-            if not is_like(inputs[1], call.x):
+            if not is_like(call.inputs[1], call.x):
                 return None
-            call.bind_like(&call.call.inputs[1], inputs[1])
+            call.bind_like(&call.call.inputs[1], call.inputs[1])
         call.call.options.scale = scale
         if call.call.operation == SOFTMAX or call.call.operation == LOG_SOFTMAX:
             result = call.bind_output(&call.call.out, out, ())
-            if result is not None:
-                call.work()
-            return result
+            if result is None:
+                return None
+            call.work()
+            return call.give(result)
         to = &call.call.lse if call.call.operation == LOGSUMEXP else &call.call.value
         result = call.bind_values(to, &number, 0 if axis is None else cnp.PyArray_NDIM(call.x) - 1)
         call.work()
-        return call.give(result, &number)
+        return call.give(call.value_of(result, &number))
 
     def loss(
         self,
@@ -337,7 +355,7 @@ cdef class Direct:
 
         `outputs` are return_lse, return_grad and grad_out.
         """
-        cdef Small call = self.begin(FOLDS, operation, inputs[0])
+        cdef Small call = self.begin(FOLDS, operation, inputs, outputs[2])
         cdef Reduction how = reduction_of(reduction)
         cdef bint return_lse = outputs[0], return_grad = outputs[1]
         cdef int ndim
@@ -349,7 +367,7 @@ cdef class Direct:
             return None
         kept = call.units
         if len(inputs) == 2:
-            target = inputs[1]
+            target = call.inputs[1]
             if not is_plain(target):
                 return None
             if kind != "dense" and cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(<cnp.ndarray> target)):
@@ -365,7 +383,7 @@ cdef class Direct:
         if how == MEAN:
             call.call.options.scale = 1 / kept if kept else NAN
         if return_grad or outputs[2] is not None:
-            grad = call.bind_output(&call.call.out, outputs[2], inputs[1:])
+            grad = call.bind_output(&call.call.out, outputs[2], call.inputs[1:])
             if grad is None:
                 return None
         ndim = cnp.PyArray_NDIM(call.x) - 1
@@ -374,13 +392,15 @@ cdef class Direct:
             lse = call.bind_values(&call.call.lse, &lse_value, ndim)
         call.work()
         if how == NONE:
-            loss = call.give(values, &value)
+            loss = call.value_of(values, &value)
         else:
             value = read(&value, 0, call.call.single)
             loss = total(values, value, kept if how == MEAN else 1, call.call.single)
-        if not return_grad:
-            return (loss, call.give(lse, &lse_value)) if return_lse else loss
-        return (loss, call.give(lse, &lse_value), grad) if return_lse else (loss, grad)
+        loss = call.give(loss)
+        if return_lse:
+            found = call.give(call.value_of(lse, &lse_value))
+            return (loss, found, call.give(grad)) if return_grad else (loss, found)
+        return (loss, call.give(grad)) if return_grad else loss
 
     def elementwise(
         self, str operation, tuple inputs, tuple parameters, tuple options, tuple domain=None
@@ -389,24 +409,25 @@ cdef class Direct:
 
         `options` are reduction, return_grad and grad_out; or of an operation without a gradient, `out` alone.
         """
-        cdef Small call = self.begin(MAPS, operation, inputs[0])
         cdef bint is_loss = len(options) == 3, return_grad = is_loss and options[1]
+        cdef object out = options[2] if is_loss else options[0]
+        cdef Small call = self.begin(MAPS, operation, inputs, out)
         cdef Reduction how = reduction_of(options[0]) if is_loss else NONE
         cdef double value
         cdef cnp.ndarray values, grad = None
-        if how == UNKNOWN or call is None or not call.map_over(inputs, parameters):
+        if how == UNKNOWN or call is None or not call.map_over(call.inputs, parameters):
             return None
-        if domain is not None and not self.is_within(inputs[domain[0]], domain[1:]):
+        if domain is not None and not self.is_within(call.inputs[domain[0]], domain[1:]):
             return None
-        out = options[2] if is_loss else options[0]
         if not is_loss:
-            values = call.bind_output(&call.call.value, out, inputs[1:])
-            if values is not None:
-                call.work()
-            return values
+            values = call.bind_output(&call.call.value, out, call.inputs[1:])
+            if values is None:
+                return None
+            call.work()
+            return call.give(values)
         if return_grad or out is not None:
             call.call.options.scale = 1 / <double> call.length if how == MEAN else 1
-            grad = call.bind_output(&call.call.out, out, inputs[1:])
+            grad = call.bind_output(&call.call.out, out, call.inputs[1:])
             if grad is None:
                 return None
         if how == NONE:
@@ -417,14 +438,14 @@ cdef class Direct:
             values = call.bind_sums(&value)
             call.work()
             loss = total(values, value, call.length if how == MEAN else 1, call.call.single)
-        return (loss, grad) if return_grad else loss
+        return (call.give(loss), call.give(grad)) if return_grad else call.give(loss)
 
     cdef bint is_within(self, x, tuple limits) except -1:
         """Whether no number is outside the limits."""
-        cdef Small call = self.begin(MAPS, "outside", x)
+        cdef Small call = self.begin(MAPS, "outside", (x,), None)
         cdef double count
         cdef cnp.ndarray counts
-        if call is None or not call.map_over((x,), limits):
+        if call is None or not call.map_over(call.inputs, limits):
             return False
         counts = call.bind_sums(&count)
         call.work()

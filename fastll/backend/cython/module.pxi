@@ -7,7 +7,7 @@ cimport numpy as cnp
 
 from fastll import threads as _threads
 from fastll.backend.host import STREAM_FROM as _STREAM_FROM, Host as _Host
-from fastll.dtypes import kind_of
+from fastll.dtypes import BFLOAT16 as _BFLOAT16, kind_of
 
 cnp.import_array()
 
@@ -54,7 +54,8 @@ cdef extern from "pool.hpp" nogil:
 cdef enum:
     RELEASE_FROM = 1 << 12  # elements of a call that lets other Python threads run, which takes 0.1 us
 
-cdef int bfloat16_number = -1  # of the dtype, once it is known
+cdef cnp.dtype BFLOAT16_DTYPE = _BFLOAT16
+cdef int bfloat16_number = -1  # of that of ml_dtypes, once it is known
 cdef Py_ssize_t stream_from = _STREAM_FROM
 cdef dict SHARING = vars(_threads)  # whose SHARE_FROM may change
 
@@ -96,7 +97,9 @@ cdef int format_of(cnp.ndarray a) except -2:
         return FLOAT64
     if number == cnp.NPY_FLOAT16:
         return FLOAT16
-    return BFLOAT16 if number == bfloat16_number else find_format(a.dtype)
+    if number == bfloat16_number or a.dtype is BFLOAT16_DTYPE:
+        return BFLOAT16
+    return find_format(a.dtype)
 
 
 cdef int find_format(cnp.dtype dtype) except -2:
@@ -290,6 +293,7 @@ class Backend(_Host):
 
 backend = Backend()
 
+include "exchange.pxi"
 include "direct.pxi"
 include "exported.pxi"
 include "xla.pxi"
