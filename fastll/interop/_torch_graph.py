@@ -45,20 +45,20 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[str, Options, str], known: Tensors, *tensors: Tensor) -> Tensor:
         name, options, reduction = ctx.call = call
         rule = RULES[name]
-        grad = None
         if known:
             value = known[0]
         elif reduction != "none" and tensors[0].numel() <= _AT_ONCE:
-            value, grad = rule.value(tensors, options, reduction, grad=True)
+            value, ctx.grad = rule.value(tensors, options, reduction, grad=True)
         else:
             value = rule.value(tensors, options, reduction)
-        ctx.save_for_backward(*tensors, value if rule.by_result else grad)
+        ctx.save_for_backward(*tensors, value if rule.by_result else None)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         name, options, reduction = ctx.call
-        *tensors, found = ctx.saved_tensors
+        *tensors, result = ctx.saved_tensors
+        found = vars(ctx).pop("grad", None)  # once: whoever gets it may write to it
         nothing = [None] * (len(tensors) - 1)
         if torch.is_grad_enabled():  # for second derivatives
             value = by_formula(name, tensors, options, reduction)
@@ -75,7 +75,7 @@ class _Recorded(torch.autograd.Function):
             options = _for_mean(name, tensors, options)
         if reduction != "none":
             upstream = upstream.expand(rule.shape(tensors[0], options))
-        grad = rule.slope(upstream, [found] if rule.by_result else tensors, options)
+        grad = rule.slope(upstream, [result] if rule.by_result else tensors, options)
         return None, None, grad, *nothing
 
 

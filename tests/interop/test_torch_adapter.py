@@ -5,11 +5,13 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import require
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import fastll  # noqa: E402
 import fastll.interop.torch as ours  # noqa: E402
+from fastll import direct  # noqa: E402
 from fastll.interop import _torch_calls as calls  # noqa: E402
 from fastll.interop import _torch_graph as graph  # noqa: E402
 from fastll.interop._torch_rules import RULES, THEIRS  # noqa: E402
@@ -609,3 +611,72 @@ def test_own_functions_traced_and_batched(name):
     close(grad, slope)
     batch = torch.stack([LOGITS, -LOGITS])
     close(torch.func.vmap(function)(batch), torch.stack([function(x) for x in batch]))
+
+
+# The direct way
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_tensors_go_the_direct_way(dtype):
+    """To the bits of the long way, which strided logits go."""
+    x = torch.randn(6, 5).to(getattr(torch, dtype))
+    labels = torch.tensor([0, 1, 2, 3, 4, -100])
+    strided = torch.stack([x, x], -1)[..., 0]
+
+    def directly(x, *outputs):
+        options = (-100, 0.0, 0.0, None), 1.0, "mean", (False, *outputs)
+        return direct.loss("cross_entropy", "any", (x, labels), -1, *options)
+
+    require("cython")
+    fastll.softmax(x)  # PyTorch is met
+    loss, grad = directly(x, True, None)
+    assert (loss.dtype, grad.dtype) == (torch.promote_types(x.dtype, torch.float32), x.dtype)
+    assert directly(strided, True, None) is None
+    for found, expected in zip(
+        (loss, grad), fastll.cross_entropy(strided, labels, return_grad=True), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(direct.fold("softmax", (x,), -1), fastll.softmax(strided))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch._neg_view(torch.randn(2, 3)),
+        torch.randn(2, 3, requires_grad=True),
+        torch.randn(2, 3).to_sparse(),
+        torch.randn(2, 3, device="meta"),
+        torch._efficientzerotensor((2, 3)),
+        torch.zeros(2, 3, dtype=torch.complex64),
+    ],
+    ids=["negated", "recorded", "sparse", "meta", "zeros", "complex"],
+)
+def test_what_the_direct_way_leaves(x):
+    fastll.softmax(torch.ones(3))
+    assert direct.fold("softmax", (x,), -1) is None
+
+
+def test_transformed_tensors_are_left():
+    found = []
+    torch.func.vmap(lambda x: found.append(direct.fold("softmax", (x,), -1)) or x)(torch.randn(2, 3))
+    assert found == [None]
+
+
+@pytest.mark.parametrize("rows", [4, 40000], ids=["at once", "again"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_found_at_once_and_again(rows, reduction):
+    """Twice by one graph, whatever was done to the first gradient; and times another upstream one."""
+    x = torch.randn(rows, 8, dtype=torch.float64)
+    labels = torch.arange(rows) % 8
+    value, grad = fastll.cross_entropy(x, labels, reduction=reduction, return_grad=True)
+    leaf = x.clone().requires_grad_()
+    loss = ours.cross_entropy(leaf, labels, reduction=reduction)
+    assert torch.equal(loss, value)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        assert torch.equal(found, grad)
+        found.zero_()
+    loss.backward(retain_graph=True)
+    leaf.grad.zero_()
+    (3 * loss).backward()
+    torch.testing.assert_close(leaf.grad, 3 * grad, rtol=1e-14, atol=1e-300)
