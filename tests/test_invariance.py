@@ -237,7 +237,7 @@ def test_instruction_sets(monkeypatch, module, name):
             found = []
             for built in (best, other):
                 monkeypatch.setattr(dispatch, "_first", lambda _, built=built: built.backend)
-                entry = built.Direct(dispatch._forced, None)
+                entry = built.Direct(dispatch._forced, None, {})
                 for way in ("fold", "loss", "elementwise"):
                     monkeypatch.setattr(direct, way, getattr(entry, way))
                 found.append(parts(operation.function(*arrays, **keywords, **more)))
