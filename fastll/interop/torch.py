@@ -8,8 +8,8 @@
 The class axis, defaults, dtypes of results and errors are PyTorch's. What fastll does not take (other
 dtypes and layouts, meta tensors, legacy arguments), or what is wrong, PyTorch's own function is given.
 Second derivatives, and derivatives with respect to targets and variances, are computed in PyTorch's
-own operations, too. `torch.compile`, `torch.func.grad` and `vmap` see one operator for each call. A loss
-of up to 2**18 elements that is recorded finds its gradient at once; a larger one, in the backward pass.
+own operations, too. `torch.compile`, `torch.func.grad` and `vmap` see one operator for each call. A
+recorded loss of up to 2**18 elements finds its gradient at once; a larger one, in the backward pass.
 
 fastll's own functions (`fastll.cross_entropy` and the others) take part in the graph as well.
 """
