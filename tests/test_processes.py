@@ -16,7 +16,7 @@ import fastll
 from fastll import threads as pool
 
 
-def run(code, *, backend=None, **environment):
+def run(code, *, backend=None, timeout=120, **environment):
     """Run code in a fresh interpreter; what it prints."""
     environment = {**os.environ, **environment}
     if backend is not None:
@@ -26,7 +26,7 @@ def run(code, *, backend=None, **environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr

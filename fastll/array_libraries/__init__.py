@@ -52,7 +52,7 @@ class Library(Protocol):
         """NumPy object with an array's geometry; `TypeError` with the array's name if it has none."""
 
     def are_plain(self, arrays: tuple[Any, ...]) -> bool:
-        """Whether arrays are this library's, and nothing has to be done before they are read."""
+        """Whether arrays are this library's, on the CPU, and may be read as they are."""
         return False
 
     def adopt(self, a: Array) -> Any:

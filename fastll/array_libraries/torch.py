@@ -22,7 +22,9 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
 _DTYPES[torch.bfloat16] = BFLOAT16
 _TORCH = {dtype: own for own, dtype in _DTYPES.items()}
 
-_TENSORS = torch.Tensor, torch.nn.Parameter
+#: Types of tensors of which PyTorch's own functions take no special notice.
+TENSORS = torch.Tensor, torch.nn.Parameter
+
 _devices = {torch.device("cpu"): CPU}
 
 
@@ -72,7 +74,7 @@ class Torch(Library):
     def are_plain(self, arrays: tuple[Any, ...]) -> bool:
         recorded = torch.is_grad_enabled()
         for x in arrays:
-            if type(x) not in _TENSORS or (recorded and x.requires_grad) or x.is_neg():
+            if type(x) not in TENSORS or not x.is_cpu or (recorded and x.requires_grad) or x.is_neg():
                 return False
         return True
 

@@ -44,7 +44,7 @@ class Rule(NamedTuple):
     """How a function of some tensors is computed and differentiated with respect to the first one."""
 
     #: value(tensors, options, reduction); where it has a divisor, ``grad=True`` adds its gradient
-    value: Callable[..., Tensor]
+    value: Callable[..., Any]
     #: slope(upstream, tensors, options): the upstream gradients are those of unreduced values
     slope: Callable[[Tensor, Tensors, Options], Tensor]
     #: formula(tensors, options): unreduced values in PyTorch's own operations

@@ -34,6 +34,7 @@ from fastll import (
     kl_divergence_from_logits,
     selective_log_softmax,
 )
+from fastll.array_libraries.torch import TENSORS
 from fastll.interop._torch_graph import REFUSALS, quick_loss, run
 from fastll.interop._torch_rules import THEIRS, Tensors
 
@@ -60,7 +61,6 @@ __all__ = [
 
 Tensor = Any  # torch.Tensor
 
-_TENSORS = torch.Tensor, torch.nn.Parameter
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: What autocasting computes in float32, on CPUs and on GPUs.
 _WIDE_UNDER_AUTOCAST = {
@@ -73,15 +73,13 @@ def _takes(x: Tensor, *others: Tensor) -> bool:
     """Whether fastll takes a first tensor, and others of its dtype, where they are given."""
     if not _is_plain(x) or x.dtype not in _FLOATS or x.numel() == 0:
         return False
-    return others.count(None) == len(others) or all(
-        t is None or (_is_plain(t) and t.dtype is x.dtype) for t in others
-    )
+    return all(t is None or (_is_plain(t) and t.dtype is x.dtype) for t in others)
 
 
 def _is_plain(x: Any) -> bool:
     """Whether it is a dense tensor on a CPU or a GPU, of no other type, such as one on many devices."""
     return (
-        (type(x) in _TENSORS or (torch.compiler.is_compiling() and isinstance(x, torch.Tensor)))
+        (type(x) in TENSORS or (torch.compiler.is_compiling() and isinstance(x, torch.Tensor)))
         and x.layout is torch.strided
         and (x.is_cpu or x.is_cuda)
     )
@@ -113,7 +111,7 @@ def _apply(
 
 
 def _is_usual(reduction: Any, *legacy: Any) -> bool:
-    return reduction in ("mean", "sum", "none") and legacy.count(None) == len(legacy)
+    return reduction in ("mean", "sum", "none") and all(argument is None for argument in legacy)
 
 
 def cross_entropy(

@@ -2,12 +2,11 @@
 
 import importlib
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 from conftest import require
+from test_processes import run
 
 #: What runs beside fastll's own calls: `partner` returns whether its results are right, and `PARTNERS`
 #: threads call it at once.
@@ -121,16 +120,7 @@ def stress(partners, **environment):
     for name in partners:
         pieces += [PARTNER[name], "partners.append((partner, PARTNERS))"]
     code = "\n".join(map(textwrap.dedent, [*pieces, STRESS]))
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run(code, timeout=300, PYTHONFAULTHANDLER="1", **environment)
 
 
 def has_layer(layer):
@@ -152,7 +142,7 @@ def test_threading_layers_of_numba(layer, backend):
     require("numba")
     if not has_layer(layer):
         pytest.skip(f"Numba's threading layer {layer} is not installed")
-    found = stress(["numba"], NUMBA_THREADING_LAYER=layer, FASTLL_BACKEND=backend)
+    found = stress(["numba"], backend=backend, NUMBA_THREADING_LAYER=layer)
     assert found == "[] [0, 0, 0, 0, 0]"
 
 

@@ -268,9 +268,7 @@ cdef class Small(Kernel):
 
     cdef object give(self, result):
         """A result, as an array of the caller's library."""
-        if self.library is None:
-            return result
-        return self.library.adopt(result if type(result) is cnp.ndarray else cnp.PyArray_FROM_O(result))
+        return result if self.library is None else self.library.adopt(cnp.PyArray_FROM_O(result))
 
     cdef int work(self) except -1:
         return self.handle_all(self.units, cnp.PyArray_SIZE(self.x))
