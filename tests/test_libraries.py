@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import fakes
@@ -138,6 +140,23 @@ def test_torch_outputs(torch, rng):
         fastll.cross_entropy(x, y, grad_out=torch.zeros(5, dtype=torch.float64).expand(3, 5))
     with pytest.raises(ValueError, match="out shares memory"):
         fastll.softmax(x, out=x.flatten()[:15].view(5, 3).T)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages"
+)
+def test_torch_results_in_huge_pages(torch):
+    """Large results are asked for in huge pages, as NumPy's arrays are."""
+    result = fastll.softmax(torch.zeros(1, 1 << 22))
+    address = result.data_ptr() + (1 << 23)
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, stop = (int(part, 16) for part in line.split()[0].split("-"))
+        elif line.startswith("VmFlags:") and start <= address < stop:
+            assert "hg" in line.split()
+            break
+    else:
+        pytest.fail("the result is in no map")
 
 
 def test_torch_tensors_that_autograd_knows(torch):

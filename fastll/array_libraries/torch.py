@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,22 @@ _devices = {torch.device("cpu"): CPU}
 
 
 adapted.torch = torch
+
+
+#: From this many bytes on, memory is asked for in huge pages, as NumPy asks for its arrays.
+_HUGE_FROM = 1 << 22
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+if _madvise is not None:
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+def _use_huge_pages(x: Any) -> None:
+    """Ask for huge pages for a new tensor: the faults of small ones take longer than a kernel."""
+    if _madvise is None or x.nbytes < _HUGE_FROM:
+        return
+    start, stop = x.data_ptr(), x.data_ptr() + x.nbytes
+    start += -start % mmap.PAGESIZE
+    _madvise(start, (stop - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
 
 
 def _stands_for_others(x: Any) -> bool:
@@ -92,6 +110,8 @@ class Torch(Library):
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         allocated, inverse = (shape, None) if order is None else libraries.permuted(shape, order)
         owner = torch.empty(allocated, dtype=_TORCH[dtype], device=str(device))
+        if device.type == "cpu":
+            _use_huge_pages(owner)
         owner = owner if inverse is None else owner.permute(inverse)
         result = self.view(owner, "result").view(
             libraries.DeviceView if device.type == "cuda" else libraries.View

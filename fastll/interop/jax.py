@@ -111,9 +111,11 @@ mlir.register_lowering(_on_cpu, _refuse)
 mlir.register_lowering(_on_cpu, lambda context, x: [x], platform="cpu")
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _kernel(plan: _Plan, results: tuple[str, ...], x: Array, others: dict[str, Any]) -> Any:
-    """Results of an operation, by the kernels."""
+@partial(jax.jit, static_argnums=(0, 1, 4), inline=True)
+def _kernel(
+    plan: _Plan, results: tuple[str, ...], x: Array, others: dict[str, Any], scale: float = 1.0
+) -> Any:
+    """Results of an operation, by the kernels; gradients of what is not reduced times `scale`."""
     rows = x.shape if plan.axis is None else x.shape[: plan.axis] + x.shape[plan.axis + 1 :]
     compute = _compute_dtype(plan, x, others)
     shapes = {
@@ -134,7 +136,13 @@ def _kernel(plan: _Plan, results: tuple[str, ...], x: Array, others: dict[str, A
         options.ignore_index,
         plan.lenient,
     )
-    numbers = options.label_smoothing, options.z_loss, options.softcap, options.inverse_temperature
+    numbers = (
+        options.label_smoothing,
+        options.z_loss,
+        options.softcap,
+        options.inverse_temperature,
+        scale,
+    )
     call = jax.ffi.ffi_call(
         _TARGET,
         [jax.ShapeDtypeStruct(*shapes[name]) for name in results],
@@ -179,9 +187,16 @@ def _slope(plan: _Plan, x: Array, others: dict[str, Any], upstream: Array) -> Ar
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _value_and_slope(plan: _Plan, x: Array, others: dict[str, Any]) -> tuple[Array, Array]:
-    """Both in one read of x, the gradient for an upstream gradient of 1."""
-    value, slope = _kernel(plan, ("value", "out"), x, others)
+    """Both in one read of x, the gradient for the upstream gradient that is `_expected`."""
+    value, slope = _kernel(plan, ("value", "out"), x, others, _expected(plan, x))
     return value, slope
+
+
+def _expected(plan: _Plan, x: Array) -> float:
+    """The upstream gradient of a value if the loss is a mean of values."""
+    rows = x.size if plan.axis is None else x.size // max(x.shape[plan.axis], 1)
+    one = kind_of(x.dtype).compute.type(1)
+    return 1.0 if plan.reduction != "none" else float(one / max(rows, 1))
 
 
 def _slope_by_formula(plan: _Plan, x: Array, others: dict[str, Any], upstream: Array) -> Array:
@@ -192,7 +207,7 @@ def _slope_by_formula(plan: _Plan, x: Array, others: dict[str, Any], upstream: A
 
 def _value_and_slope_by_formula(plan: _Plan, x: Array, others: dict[str, Any]) -> tuple[Array, Array]:
     value, pull = jax.vjp(lambda x: _formula(plan, x, others), x)
-    (slope,) = pull(jnp.ones_like(value))
+    (slope,) = pull(jnp.full_like(value, _expected(plan, x)))
     return value, slope
 
 
@@ -216,7 +231,8 @@ def _loss_forward(plan: _Plan, x: Any, others: dict[str, Any]) -> Any:
     # keys, which say what is to be differentiated for
     asked = {name: None for name, a in {"x": x, **others}.items() if a.perturbed}
     # In one read, if the upstream gradient may come later: what keeps halves from underflow must be
-    # there before the gradient is rounded. XLA multiplies by it in place, or not at all if it is 1.
+    # there before the gradient is rounded. XLA multiplies by what it differs by from the one that is
+    # expected, in place, or not at all if it sees that this is 1.
     pays = plan.reduction != "none" or x.value.size >= _EARLY_FROM
     early = "x" in asked and pays and x.value.dtype in (np.float32, np.float64)
     if early:
@@ -230,10 +246,11 @@ def _loss_backward(plan: _Plan, kept: Any, upstream: Any) -> Any:
     if isinstance(upstream, jax.custom_derivatives.SymbolicZero):
         upstream = jnp.zeros(upstream.shape, upstream.dtype)
     if slope is not None:
+        factor = upstream / _expected(plan, x)
         if plan.axis is not None and plan.reduction == "none":
-            upstream = jnp.expand_dims(upstream, plan.axis)
+            factor = jnp.expand_dims(factor, plan.axis)
         # 0 drops a row, even if its gradient is NaN
-        slope = jnp.where(upstream == 0, 0, slope * upstream)
+        slope = jnp.where(factor == 0, 0, slope * factor)
     elif "x" in asked:
         slope = _slope(plan, x, others, upstream)
     slopes = dict.fromkeys(others)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (without the packages, what needs them is not imported)
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -209,6 +210,25 @@ def test_large_without_reduction(rng):
     slope = jax.jit(jax.grad(f))(x)
     given = {"sample_weight": factor, "reduction": "sum", "return_grad": True}
     assert_same(slope, fastll.cross_entropy(x, y, **given)[1])  # by 2 nothing is rounded
+
+
+def test_large_mean_of_unreduced(rng):
+    """The gradient that is computed with the losses is that of their mean, and is not written twice."""
+    shape = 5000, 60
+    x, y = numbers(rng, shape, "float32"), rng.integers(0, 60, 5000)
+
+    def slope(reduction):
+        return jax.jit(jax.grad(lambda x: reduction(fj.cross_entropy(x, y, reduction="none"))))
+
+    given = {"reduction": "sum", "return_grad": True}
+    share = np.full(5000, np.float32(1) / np.float32(5000))
+    expected = fastll.cross_entropy(x, y, sample_weight=share, **given)[1]
+    assert_same(slope(jnp.mean)(x), expected)
+    text = slope(jnp.mean).lower(x).compile().as_text()
+    assert not re.search(r"= f32\[5000,60\]\S* (multiply|fusion)", text)
+    # both round a factor and its product with exponentials; here another factor and product follow
+    found, expected = slope(jnp.sum)(x), fastll.cross_entropy(x, y, **given)[1]
+    np.testing.assert_allclose(found, expected, 6 * 2.0**-24, 0)
 
 
 # vmap and scan

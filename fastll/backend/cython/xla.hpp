@@ -166,6 +166,7 @@ struct Plan {
 
 struct Scalars {
     double label_smoothing, z_loss, softcap, inverse_temperature;
+    double scale;  // of gradients of what is not reduced
 };
 
 // An argument or a result.
@@ -317,7 +318,7 @@ class Handler {
         call.options.label_smoothing = scalars.label_smoothing;
         call.options.z_loss = scalars.z_loss;
         call.options.softcap = scalars.softcap;
-        call.options.scale = 1;
+        call.options.scale = scalars.scale;
         call.options.inverse_temperature = scalars.inverse_temperature;
         return call;
     }
