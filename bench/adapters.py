@@ -159,7 +159,8 @@ def _dask(shape: tuple[int, ...], operation: str, gradient: bool) -> Made:
     rows = math.ceil(shape[0] / 8)
     lazy = dask.array.from_array(x, (rows, shape[1]))
     lazy_labels = dask.array.from_array(labels, rows)
-    compute = partial(dask.compute, scheduler="threads", num_workers=fastll.get_num_threads())
+    how = {"scheduler": "threads", "num_workers": fastll.get_num_threads()}
+    compute = partial(dask.compute, **how)
 
     def own() -> Any:
         m = lazy.max(axis=1, keepdims=True)
@@ -172,7 +173,8 @@ def _dask(shape: tuple[int, ...], operation: str, gradient: bool) -> Made:
             return compute(adapter.logsumexp(lazy, axis=1))[0]
         if not gradient:
             return compute(adapter.cross_entropy(lazy, lazy_labels))[0]
-        return compute(*adapter.cross_entropy(lazy, lazy_labels, return_grad=True))
+        # in chunks, as a gradient is used where arrays are
+        return dask.persist(*adapter.cross_entropy(lazy, lazy_labels, return_grad=True), **how)
 
     if operation == "logsumexp":
         return Made(call, {PLAIN: partial(fastll.logsumexp, x, axis=1), "dask": own})

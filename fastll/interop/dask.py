@@ -233,13 +233,13 @@ def cross_entropy(
     (6.907755278982137, ((2, 2, 2), (300, 300, 300, 100)))
     """
     mean = check_reduction(reduction) == "mean"
-    options = ignore_index, label_smoothing, z_loss, softcap
-    call = _Rows(logits, target, axis, (weight, sample_weight), options)
-    kept = call.kept() if mean else {}
+    own = ignore_index, label_smoothing, z_loss, softcap
+    call = _Rows(logits, target, axis, (weight, sample_weight), own)
+    kept = call.kept() if mean and (return_grad or z_loss) else {}
     compute, rows = call.kind.compute, call.rows
     scaled = mean and return_grad and call.whole
     if call.whole:
-        arrays = call.arrays | (kept if scaled or z_loss else {})
+        arrays = call.arrays | kept
         outputs = {"return_lse": return_lse, "return_grad": return_grad, "scaled": scaled}
         found = _map(_whole, call.inds, compute, arrays, options=call.options, **outputs), call.inds
         results = [_pick(found, i, rows, compute) for i in range(1 + return_lse)]
@@ -255,13 +255,17 @@ def cross_entropy(
             arrays = call.arrays | of_rows
             element = call.kind.element
             results.append(_map(_gradient, call.inds, element, arrays, options=call.options))
+    losses = results[0]
     if call.lifted:
         results = [result[0] for result in results]
     if reduction == "none":
         results[0] = results[0].astype(compute)
     else:
-        total: Arrays = {"total": (results[0].sum(dtype=np.float64), ())} | kept
-        results[0] = _map(_reduced, (), compute, total, divide=mean and not scaled, dtype=compute)
+        of_rows = {"losses": (losses, rows)} | (call.weighed if mean else {})
+        total = _map(_total, rows, np.float64, of_rows, options=call.options)
+        total = _tree(total, tuple(range(len(rows))), operator.add)
+        options = {"mean": mean, "scaled": scaled, "dtype": compute}
+        results[0] = _map(_reduced, (), compute, {"total": (total, ())}, **options)
     return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -736,11 +740,25 @@ def _kept(
     return np.array(_backend(1).weigh(labels, *checked)[1])
 
 
-def _reduced(total: Any, divide: bool, dtype: Any, kept: Array | None = None) -> Any:
-    weight = 1.0 if kept is None else kept[0]
-    if weight == 0:
+def _total(
+    losses: Array,
+    options: _Options,
+    labels: Array | None = None,
+    weight: Array | None = None,
+    sample: Any = None,
+) -> Array:
+    """The sum of the losses of a chunk, and what their mean divides by."""
+    kept = float(losses.size)
+    if labels is not None or sample is not None:
+        kept = _kept(options, labels, weight, sample)[0]
+    return np.array([losses.sum(dtype=np.float64), kept])
+
+
+def _reduced(total: Array, mean: bool, scaled: bool, dtype: Any) -> Any:
+    loss, kept = total
+    if mean and kept == 0:
         return dtype.type(np.nan)
-    return dtype.type(total / weight if divide else total)
+    return dtype.type(loss / kept if mean and not scaled else loss)
 
 
 def _nothing(zero: Any) -> fastll.NegativeLogLikelihood:
@@ -774,10 +792,8 @@ def _accumulated_part(
     sample: Any = None,
 ) -> fastll.NegativeLogLikelihood:
     losses = parts.losses(part, labels, sample, options.ignore_index, 0.0)
-    kept = float(losses.size)
-    if labels is not None or sample is not None:
-        kept = _kept(options, labels, weight, sample)[0]
-    sums = np.array([[losses.sum(), 0.0], [kept, 0.0]])
+    total = _total(losses, options, labels, weight, sample)
+    sums = np.array([[total[0], 0.0], [total[1], 0.0]])
     found = fastll.NegativeLogLikelihood()
     found.__setstate__((sums, weight is not None or sample is not None))
     return found
