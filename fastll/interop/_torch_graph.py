@@ -24,6 +24,7 @@ from fastll.interop._torch_rules import (
     Rule,
     Tensor,
     Tensors,
+    dtype_of,
     row_divisor,
     widened,
 )
@@ -33,6 +34,7 @@ REFUSALS = IndexError, NotImplementedError, TypeError, ValueError
 
 #: Dtypes of results whatever PyTorch's state.
 _WIDE = torch.float32, torch.float64
+_FLOATS = *_WIDE, torch.float16, torch.bfloat16
 
 # Recording
 
@@ -40,10 +42,14 @@ _WIDE = torch.float32, torch.float64
 _AT_ONCE = LONG
 
 
+#: The name of a rule, its options, the reduction, and the dtype of the result unless it is the value's.
+_Call = tuple[str, Options, str, torch.dtype | None]
+
+
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: tuple[str, Options, str], known: Tensors, *tensors: Tensor) -> Tensor:
-        name, options, reduction = ctx.call = call
+    def forward(ctx: Any, call: _Call, known: Tensors, *tensors: Tensor) -> Tensor:
+        name, options, reduction, dtype = ctx.call = call
         rule = RULES[name]
         if known:
             value = known[0]
@@ -52,16 +58,17 @@ class _Recorded(torch.autograd.Function):
         else:
             value = rule.value(tensors, options, reduction)
         ctx.save_for_backward(*tensors, value if rule.by_result else None)
-        return value
+        return value if dtype is None or value.dtype is dtype else value.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        name, options, reduction = ctx.call
+        name, options, reduction, _ = ctx.call
         *tensors, result = ctx.saved_tensors
         found = vars(ctx).pop("grad", None)  # once: whoever gets it may write to it
         nothing = [None] * (len(tensors) - 1)
         if torch.is_grad_enabled():  # for second derivatives
             value = by_formula(name, tensors, options, reduction)
+            upstream = upstream.to(value.dtype)
             (grad,) = torch.autograd.grad(value, tensors[0], upstream, create_graph=True)
             return None, None, grad, *nothing
         rule = RULES[name]
@@ -69,6 +76,8 @@ class _Recorded(torch.autograd.Function):
             if found is None:
                 _, found = rule.value(tensors, options, reduction, grad=True)
             return None, None, found, *nothing
+        if rule.wide:
+            upstream = widened(upstream)
         if reduction == "mean":
             assert rule.divisor is not None
             upstream = upstream / rule.divisor(tensors, options)
@@ -270,9 +279,17 @@ def _batched(
 
 
 def run(
-    name: str, tensors: Tensors, options: Options, reduction: str = "none", known: Tensors = ()
+    name: str,
+    tensors: Tensors,
+    options: Options,
+    reduction: str = "none",
+    known: Tensors = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A call by a rule, in the graph where there is one; `known` has its value if that is known."""
+    """A call by a rule, in the graph where there is one; `known` has its value if that is known.
+
+    The result is of `dtype` where that costs nothing more.
+    """
     recorded = torch.is_grad_enabled()
     if recorded:
         for t in tensors[1:]:
@@ -281,7 +298,7 @@ def run(
     if not is_traced():
         if not (recorded and tensors[0].requires_grad):
             return known[0] if known else RULES[name].value(tensors, options, reduction)
-        return _record((name, options, reduction), tuple(known), *tensors)
+        return _record((name, options, reduction, dtype), tuple(known), *tensors)
     if reduction == "mean" and _has_two_means(name, tensors, options):
         return by_formula(name, tensors, options, reduction)
     if torch.compiler.is_compiling():
@@ -295,18 +312,20 @@ def run(
 
 
 def quick_loss(x: Tensor, target: Tensor, own: tuple[int, float], reduction: str) -> Tensor | None:
-    """The cross-entropy of a plain matrix and its labels, about which nothing more has to be asked.
+    """PyTorch's cross-entropy of a plain matrix and labels, about which nothing more has to be asked.
 
     `own` are ignore_index and label_smoothing. None declines.
     """
     if is_traced() or type(x) is not torch.Tensor or type(target) is not torch.Tensor:
         return None
-    if x.dtype not in _WIDE or x.ndim != 2 or x.numel() == 0 or target.dtype is not torch.int64:
+    if x.dtype not in _FLOATS or x.ndim != 2 or x.numel() == 0 or target.dtype is not torch.int64:
         return None
+    dtype = None if x.dtype in _WIDE else dtype_of("cross_entropy", x)
     if not (x.requires_grad and torch.is_grad_enabled()):
         options, outputs = (*own, 0.0, None), (False, False, None)
-        return direct.loss("cross_entropy", "any", (x, target), -1, options, 1.0, reduction, outputs)
-    call = "cross_entropy", (-1, *own, 0.0, math.nan, 1.0), reduction
+        loss = direct.loss("cross_entropy", "any", (x, target), -1, options, 1.0, reduction, outputs)
+        return loss if loss is None or dtype is None else loss.to(dtype)
+    call = "cross_entropy", (-1, *own, 0.0, math.nan, 1.0), reduction, dtype
     try:
         return _record(call, (), x, target, None, None)
     except REFUSALS:

@@ -40,6 +40,21 @@ THEIRS = {
 } | {"logsumexp": torch.logsumexp}
 
 
+#: What autocasting computes in float32, on CPUs and on GPUs.
+_WIDE_UNDER_AUTOCAST = {
+    "cpu": {*THEIRS} - {"gaussian_nll_loss", "softmax", "log_softmax", "logsumexp"},
+    "cuda": {*THEIRS} - {"gaussian_nll_loss", "logsumexp"},
+}
+
+
+def dtype_of(name: str, x: Tensor) -> torch.dtype:
+    """That of the result of PyTorch's function."""
+    kind = "cpu" if x.is_cpu else "cuda"
+    if torch.is_autocast_enabled(kind) and name in _WIDE_UNDER_AUTOCAST[kind]:
+        return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype
+
+
 class Rule(NamedTuple):
     """How a function of some tensors is computed and differentiated with respect to the first one."""
 

@@ -36,7 +36,7 @@ from fastll import (
 )
 from fastll.array_libraries.torch import TENSORS
 from fastll.interop._torch_graph import REFUSALS, quick_loss, run
-from fastll.interop._torch_rules import THEIRS, Tensors
+from fastll.interop._torch_rules import THEIRS, Tensors, dtype_of
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -62,11 +62,6 @@ __all__ = [
 Tensor = Any  # torch.Tensor
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: What autocasting computes in float32, on CPUs and on GPUs.
-_WIDE_UNDER_AUTOCAST = {
-    "cpu": {*THEIRS} - {"gaussian_nll_loss", "softmax", "log_softmax", "logsumexp"},
-    "cuda": {*THEIRS} - {"gaussian_nll_loss", "logsumexp"},
-}
 
 
 def _takes(x: Tensor, *others: Tensor) -> bool:
@@ -85,14 +80,6 @@ def _is_plain(x: Any) -> bool:
     )
 
 
-def _dtype_of(name: str, x: Tensor) -> torch.dtype:
-    """That of PyTorch's result."""
-    kind = "cpu" if x.is_cpu else "cuda"
-    if torch.is_autocast_enabled(kind) and name in _WIDE_UNDER_AUTOCAST[kind]:
-        return torch.promote_types(x.dtype, torch.float32)
-    return x.dtype
-
-
 def _apply(
     name: str,
     given: tuple[Any, ...],
@@ -102,11 +89,11 @@ def _apply(
     reduction: str = "none",
 ) -> Tensor:
     """A call by its rule. What fastll refuses, PyTorch's function of that name is `given`."""
+    dtype = dtype_of(name, tensors[0])
     try:
-        value = run(rule, tensors, options, reduction)
+        value = run(rule, tensors, options, reduction, dtype=dtype)
     except REFUSALS:
         return THEIRS[name](*given)
-    dtype = _dtype_of(name, tensors[0])
     return value if value.dtype is dtype else value.to(dtype)
 
 
@@ -348,7 +335,7 @@ def _normalised(
 ) -> Tensor:
     if not (_takes(input) and _is_axis(input, dim)):
         return THEIRS[name](input, dim, level, dtype)
-    wanted = _dtype_of(name, input) if dtype is None else dtype
+    wanted = dtype_of(name, input) if dtype is None else dtype
     if wanted not in _FLOATS:
         return THEIRS[name](input, dim, level, dtype)
     x = input if input.dtype is wanted else input.to(wanted)
