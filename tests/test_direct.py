@@ -21,6 +21,7 @@ SHAPES = [(10,), (1, 10), (8, 10), (2, 3, 5), (1, 1), (3, 2100), (300, 130), (2,
 #: Arguments that are plain: of these the calls of every operation but one go the direct way.
 NEVER = {"selective_log_softmax"}
 DIRECT = [name for name in OPERATIONS if name not in NEVER]
+OF_ROWS = [name for name in DIRECT if not OPERATIONS[name].elementwise]
 
 
 @pytest.fixture(autouse=True)
@@ -172,22 +173,26 @@ def test_operands_of_other_dtypes(ways, name):
 
 
 @pytest.mark.parametrize("axis", [0, -2, 2, -3, (1,), [-1], True, np.int64(1), 1.0, "1", None])
-@pytest.mark.parametrize("name", [name for name in DIRECT if not OPERATIONS[name].elementwise])
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_axes(ways, name, axis):
-    """Any by its number, of losses the last one; or all, where that is an axis."""
+    """Any by its number, for which labels have another shape here; or all, where that is an axis."""
     function, arrays, _ = call_of(name)
     took = ways(function, *arrays, axis=axis)
-    plain = axis is None or (type(axis) is int and axis in (0, -2))
-    assert took == (plain and not OPERATIONS[name].gradient)
+    if axis is None:
+        assert took == (not OPERATIONS[name].gradient)
+    else:
+        labels = OPERATIONS[name].arguments[-1].domain == "labels"
+        assert took == (type(axis) is int and axis in (0, -2) and not labels)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 4, 1), (1, 7, 2), (2, 70, 3), (70, 2), (1, 1, 1)])
-@pytest.mark.parametrize("name", [name for name in DIRECT if not OPERATIONS[name].gradient])
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_any_axis(ways, name, shape):
     operation = OPERATIONS[name]
     for axis in range(len(shape)):
-        arrays, keywords = inputs(name, np.float32, shape, axis, {})
-        assert ways(operation.function, *arrays, **keywords), axis
+        for options in [{}, {"reduction": "none", "return_grad": True}][: 1 + operation.gradient]:
+            arrays, keywords = inputs(name, np.float32, shape, axis, options)
+            assert ways(operation.function, *arrays, **keywords), axis
 
 
 def test_the_last_axis_by_both_numbers(ways):

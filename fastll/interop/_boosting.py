@@ -152,7 +152,10 @@ class Softmax(Objective):
         return class_labels(scores, labels)
 
     def derivatives(self, scores: Array, labels: Array, g: Array, h: Array, spare: Array) -> None:
-        cross_entropy(scores, labels, reduction="sum", grad_out=g)
+        if scores.flags.f_contiguous:  # of a small one, the transpose is what fastll is quickest with
+            cross_entropy(scores.T, labels, axis=0, reduction="sum", grad_out=g.T)
+        else:
+            cross_entropy(scores, labels, reduction="sum", grad_out=g)
         np.abs(g, out=h)
         if self.hessian == "residual":
             return

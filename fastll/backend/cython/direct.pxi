@@ -1,7 +1,7 @@
 # The direct way of a small call: from the arguments of a public function to its results in one step.
 #
 # It takes what needs no thought: contiguous NumPy arrays in the byte order of the CPU, or arrays that their library
-# gives as such, reduced over one axis (by losses over the last one) or all, on the default backend, with up to `LONG`
+# gives as such, reduced over one axis or all, on the default backend, with up to `LONG`
 # elements. Everything else, and above all what is wrong, it declines: it returns None before anything is written, and
 # the call goes by `fastll.calls`, where every error is raised. Both ways tell the same kernels the same, so that no
 # bit depends on the way.
@@ -85,13 +85,14 @@ cdef Reduction reduction_of(value) except? UNKNOWN:
     return MEAN if value == "mean" else SUM if value == "sum" else NONE if value == "none" else UNKNOWN
 
 
-cdef cnp.ndarray labels_of(cnp.ndarray target, cnp.ndarray x):
-    """Labels as int64, or None."""
-    cdef int ndim = cnp.PyArray_NDIM(target), number = cnp.PyArray_TYPE(target)
-    if ndim != cnp.PyArray_NDIM(x) - 1 or not cnp.PyArray_CompareLists(
-        cnp.PyArray_DIMS(target), cnp.PyArray_DIMS(x), ndim
-    ):
+cdef cnp.ndarray labels_of(cnp.ndarray target, cnp.ndarray x, int axis):
+    """Labels in the shape of x without an axis as int64, or None."""
+    cdef int i, ndim = cnp.PyArray_NDIM(target), number = cnp.PyArray_TYPE(target)
+    if ndim != cnp.PyArray_NDIM(x) - 1:
         return None
+    for i in range(ndim):
+        if cnp.PyArray_DIM(target, i) != cnp.PyArray_DIM(x, i + (i >= axis)):
+            return None
     if cnp.PyArray_ITEMSIZE(target) < 8:
         return cnp.PyArray_Cast(target, cnp.NPY_INT64)
     return target if cnp.PyTypeNum_ISSIGNED(number) else None
@@ -147,8 +148,8 @@ cdef class Small(Kernel):
     cdef Py_ssize_t inner  # from one element of a row to the next one
     cdef int axis  # of a row's elements
 
-    cdef bint reduce_over(self, axis, bint any_axis) except -1:
-        """Take the last axis, or `any_axis`, or with None all elements as one row; choose the kernels."""
+    cdef bint reduce_over(self, axis) except -1:
+        """Take an axis, or with None all elements as one row; choose the kernels."""
         cdef int i, ndim = cnp.PyArray_NDIM(self.x)
         cdef cnp.npy_intp[3] shape
         cdef cnp.npy_intp[3] strides
@@ -157,7 +158,7 @@ cdef class Small(Kernel):
             self.length = cnp.PyArray_SIZE(self.x)
         elif type(axis) is int and (axis == -1 or axis == ndim - 1):
             self.length = cnp.PyArray_DIM(self.x, ndim - 1)
-        elif any_axis and type(axis) is int and -ndim <= axis < ndim:
+        elif type(axis) is int and -ndim <= axis < ndim:
             self.axis = axis if axis >= 0 else axis + ndim
             self.length = cnp.PyArray_DIM(self.x, self.axis)
             for i in range(self.axis + 1, ndim):
@@ -237,7 +238,8 @@ cdef class Small(Kernel):
     cdef bint bind_labels(self, cnp.ndarray labels, double* kept) noexcept:
         """Bind labels, and count those that are not ignored; False if one is out of range."""
         self.call.labels.address = cnp.PyArray_BYTES(labels)
-        self.call.labels.outer = self.call.labels.inner = 8
+        self.call.labels.inner = 8
+        self.call.labels.outer = self.inner * 8
         if self.units < RELEASE_FROM:
             return 0 > self.scan(kept)
         with nogil:
@@ -320,7 +322,7 @@ cdef class Direct:
         cdef Operand* to
         cdef double number
         cdef cnp.ndarray result
-        if call is None or not call.reduce_over(axis, True):
+        if call is None or not call.reduce_over(axis):
             return None
         if len(inputs) == 2:
             if not is_like(call.inputs[1], call.x):
@@ -359,7 +361,7 @@ cdef class Direct:
         cdef int ndim
         cdef double value = 0, lse_value, kept
         cdef cnp.ndarray labels, values, lse = None, grad = None
-        if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis, False):
+        if call is None or axis is None or how == UNKNOWN or not call.reduce_over(axis):
             return None
         if not read_options(options, temperature, &call.call.options):
             return None
@@ -369,7 +371,7 @@ cdef class Direct:
             if not is_plain(target):
                 return None
             if kind != "dense" and cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(<cnp.ndarray> target)):
-                labels = labels_of(target, call.x)
+                labels = labels_of(target, call.x, call.axis)
                 if labels is None or not call.bind_labels(labels, &kept):
                     return None
             elif kind == "sparse" or call.call.options.ignore_index >= 0 or not is_like(target, call.x):
