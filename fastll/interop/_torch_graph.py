@@ -3,7 +3,7 @@
 An `autograd.Function` records a call, which costs least. Where PyTorch traces (``torch.compile``), a
 call is one of two operators, `fastll::value` and `fastll::slope`, of a rule's name, its tensors and its
 options as numbers; where it transforms (``torch.func``), a pair of functions that know about batches.
-PyTorch then reduces the values.
+PyTorch then reduces the values. A transformation that is traced goes by a rule's formula.
 """
 
 # mypy: disable-error-code="no-untyped-call, misc"
@@ -302,6 +302,8 @@ def run(
     if reduction == "mean" and _has_two_means(name, tensors, options):
         return by_formula(name, tensors, options, reduction)
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():  # for which operators have no rules
+            return by_formula(name, tensors, options, reduction)
         given = [t is not None for t in tensors]
         kept = [t for t in tensors if t is not None]
         # an empty list is none of floats to PyTorch
@@ -334,4 +336,4 @@ def quick_loss(x: Tensor, target: Tensor, own: tuple[int, float], reduction: str
 
 def is_traced() -> bool:
     """Whether PyTorch traces or transforms: tensors may then have no memory to read."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

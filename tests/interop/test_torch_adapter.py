@@ -194,6 +194,15 @@ def test_compiled_by_inductor():
     close(grad, slope)
 
 
+def test_compiled_transformation():
+    x, y = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
+    for function in (ours.cross_entropy, lambda x, y: ours.softmax(x, 1)[0, 0]):
+        for call in (torch.func.vmap(function), torch.func.vmap(torch.func.grad(function))):
+            torch._dynamo.reset()
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            close(compiled(x, y), call(x, y))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_transformed(name):
     mine, _, x = both(name)
