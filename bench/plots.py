@@ -109,33 +109,34 @@ def _peers(compared: list[Record]) -> Figure:
 
 def _frameworks(measured: list[Record]) -> Figure:
     """How many times as fast as the frameworks' own, and how many times it should be."""
-    compared = [(r, rival) for r in measured for rival, told in r["peers"].items() if "faster" in told]
-    figure = Figure((9, 1.4 + 0.2 * len(compared)), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(
-        [record["peers"][rival]["faster"] for record, rival in compared],
-        range(len(compared)),
-        c="#000000",
-        s=24,
-        label="measured",
-        zorder=2,
-    )
-    aims = [
-        (bound, y)
-        for y, (record, rival) in enumerate(compared)
-        for kind, bound in [record["targets"].get(rival, ("", 0))]
-        if kind == "faster"
-    ]
-    if aims:
-        axes.scatter(*zip(*aims, strict=True), marker="|", c="#D55E00", s=80, label="target", zorder=3)
-    axes.axvline(1, color="0.4", lw=1)
+    by_framework: dict[str, list[tuple[Record, str]]] = defaultdict(list)
+    for record in measured:
+        found = [(record, rival) for rival, told in record["peers"].items() if "faster" in told]
+        by_framework[record["framework"]] += found
+    counts = [len(compared) for compared in by_framework.values()]
+    figure = Figure((9, 1 + 0.2 * sum(counts) + 0.25 * len(counts)), layout="constrained")
+    panels = figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=counts)
+    for axes, (framework, compared) in zip(panels.flat, by_framework.items(), strict=True):
+        ratios = [record["peers"][rival]["faster"] for record, rival in compared]
+        axes.scatter(ratios, range(len(compared)), c="#000000", s=24, label="measured", zorder=2)
+        for y, (record, rival) in enumerate(compared):
+            kind, bound = record["targets"].get(rival, ("", 0))
+            if kind == "faster":
+                axes.scatter(bound, y, marker="|", c="#D55E00", s=80, label="target", zorder=3)
+        axes.axvline(1, color="0.4", lw=1)
+        axes.grid(axis="x")
+        labels = [f"{title(r)}, {r['case']}, {r['dtype']}; {rival}" for r, rival in compared]
+        axes.set_yticks(range(len(compared)), labels, fontsize=7)
+        axes.set_ylim(len(compared) - 0.5, -0.5)
+        axes.set_title(framework, loc="left", fontsize=9)
     axes.set(xscale="log", xlabel="time of the other, divided by that of fastll")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.grid(axis="x")
-    labels = [f"{title(r)}, {r['case']}, {r['dtype']}; {rival}" for r, rival in compared]
-    axes.set_yticks(range(len(compared)), labels, fontsize=7)
-    axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=2)
+    named = {
+        label: handle
+        for axes in panels.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named, loc="outside upper center", ncols=2)
     return figure
 
 
