@@ -127,7 +127,7 @@ def _bind_tensors(
 
     def loss_and_gradient() -> Any:
         loss = function(*arguments)
-        return loss.detach(), *torch.autograd.grad(loss, first)
+        return loss.detach(), *torch.autograd.grad(loss, first, torch.ones_like(loss))
 
     return loss_and_gradient
 
@@ -150,7 +150,11 @@ def jax(name: str, gradient: bool, x: Array, axis: int, arguments: tuple[Array, 
     def value(first: Any, *others: Any) -> Any:
         return function(*ordered(name, first, axis, others))
 
-    compiled = jax.jit(jax.value_and_grad(value) if gradient else value)
+    def value_and_gradient(first: Any, *others: Any) -> Any:
+        loss, pull = jax.vjp(lambda first: value(first, *others), first)
+        return loss, pull(jax.numpy.ones_like(loss))[0]
+
+    compiled = jax.jit(value_and_gradient if gradient else value)
 
     def call() -> Any:
         result = compiled(first, *others)

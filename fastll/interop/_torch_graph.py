@@ -336,4 +336,4 @@ def quick_loss(x: Tensor, target: Tensor, own: tuple[int, float], reduction: str
 
 def is_traced() -> bool:
     """Whether PyTorch traces or transforms: tensors may then have no memory to read."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
