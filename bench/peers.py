@@ -197,7 +197,7 @@ CUDA_PEERS = {
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference relative to the largest value; infinite if only one of the two is finite."""
+    """Largest difference relative to the largest value, unless all are 0; infinite if only one is finite."""
     worst = 0.0
     for a, b in zip(_parts(ours), _parts(theirs), strict=True):
         finite = np.isfinite(a)
@@ -205,7 +205,7 @@ def disagreement(ours: Any, theirs: Any) -> float:
             return float("inf")
         if finite.any():
             a, b = a[finite], b[finite]
-            worst = max(worst, float(np.max(np.abs(a - b)) / np.max(np.abs(a))))
+            worst = max(worst, float(np.max(np.abs(a - b)) / (np.max(np.abs(a)) or 1)))
     return worst
 
 

@@ -360,8 +360,12 @@ OPERATIONS = {
         gradient=True,
         options=({}, {"temperature": 0.7, **_SAMPLE_WEIGHT}),
         peers={
-            "torch": lambda torch, x, axis, t: torch.nn.functional.kl_div(
-                x.log_softmax(axis), t.log_softmax(axis), log_target=True, reduction="sum"
+            "torch": lambda torch, x, axis, t: (
+                torch.nn.functional.kl_div(
+                    x.log_softmax(axis), t.log_softmax(axis), log_target=True, reduction="none"
+                )
+                .sum(axis)
+                .mean()
             ),
         },
     ),
