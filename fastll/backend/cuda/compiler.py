@@ -31,6 +31,9 @@ if not hasattr(core, "Device"):  # before its version 0.5
 
 Capability = tuple[int, int]
 
+#: The first version of PTX with these cards. 7.8 has all older ones, and all instructions of the kernels.
+_PTX_VERSIONS = {(10, 0): "8.6", (12, 0): "8.7", (10, 3): "8.8", (12, 1): "8.8", (11, 0): "9.0"}
+
 _lock = threading.RLock()
 
 
@@ -118,6 +121,10 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
     (mangled,) = re.findall(r"\.visible \.entry (\w+)", code)
     entry = f"fastll_{kernel.function.__name__}"
     code = code.replace(mangled, entry)
+    # NVVM states its own version, which older drivers and linkers refuse
+    version = _PTX_VERSIONS.get(capability, "7.8" if capability <= (9, 0) else None)
+    if version is not None:
+        code = re.sub(r"^\.version .*", f".version {version}", code, count=1, flags=re.MULTILINE)
     if kernel.cluster > 1:
         required = f".explicitcluster\n.reqnctapercluster {kernel.cluster}, 1, 1"
         code = re.sub(r"(\.maxntid.*)", rf"\1\n{required}", code)
@@ -157,8 +164,13 @@ def machine_code(kernel: Kernel, capability: Capability, threads: int) -> tuple[
 
 def _compiled(kernel: Kernel, capability: Capability, threads: int) -> tuple[bytes, str]:
     code, entry = ptx(kernel, capability, threads)
+    return assembled(code, capability), entry
+
+
+def assembled(code: str, capability: Capability) -> bytes:
+    """A cubin of PTX."""
     options = core.ProgramOptions(arch="sm_{}{}".format(*capability), fma=False)
-    return bytes(core.Program(code, "ptx", options).compile("cubin").code), entry
+    return bytes(core.Program(code, "ptx", options).compile("cubin").code)
 
 
 def _version() -> str | None:
