@@ -31,7 +31,7 @@ if not hasattr(core, "Device"):  # before its version 0.5
 
 Capability = tuple[int, int]
 
-#: The first version of PTX with these cards. 7.8 has all older ones, and all instructions of the kernels.
+#: The first version of PTX with these cards. 7.8 has all older ones, and all that the kernels need.
 _PTX_VERSIONS = {(10, 0): "8.6", (12, 0): "8.7", (10, 3): "8.8", (12, 1): "8.8", (11, 0): "9.0"}
 
 _lock = threading.RLock()
