@@ -197,8 +197,7 @@ CUDA_PEERS = {
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference relative to the largest value, unless that is 0; infinite if only one of the two
-    is finite."""
+    """Largest difference, relative to the largest value but 0; infinite if one of the two is."""
     worst = 0.0
     for a, b in zip(_parts(ours), _parts(theirs), strict=True):
         finite = np.isfinite(a)
