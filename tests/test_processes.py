@@ -45,15 +45,15 @@ def test_import_is_light():
 
 
 def test_import_time(tmp_path):
-    """At most 30 ms more than NumPy's own import, in CPU time: the least of several processes, as
-    others only add to it."""
+    """At most 30 ms more than NumPy's own import: the median of several processes, in CPU time."""
     code = """
     import time, numpy
     start = time.process_time(); import fastll; print(time.process_time() - start)
     """
     # with bytecode on disk, as installers leave it: the first process compiles
     bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    assert min(float(run(code, **bytecode)) for _ in range(6)) < 0.030
+    times = sorted(float(run(code, **bytecode)) for _ in range(6))
+    assert times[2] < 0.030
 
 
 def test_small_calls_compile_nothing():
