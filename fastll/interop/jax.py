@@ -111,11 +111,9 @@ mlir.register_lowering(_on_cpu, _refuse)
 mlir.register_lowering(_on_cpu, lambda context, x: [x], platform="cpu")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 4), inline=True)
-def _kernel(
-    plan: _Plan, results: tuple[str, ...], x: Array, others: dict[str, Any], scale: float = 1.0
-) -> Any:
-    """Results of an operation, by the kernels; gradients of what is not reduced times `scale`."""
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _kernel(plan: _Plan, results: tuple[str, ...], x: Array, others: dict[str, Any]) -> Any:
+    """Results of an operation, by the kernels."""
     rows = x.shape if plan.axis is None else x.shape[: plan.axis] + x.shape[plan.axis + 1 :]
     compute = _compute_dtype(plan, x, others)
     shapes = {
@@ -125,7 +123,6 @@ def _kernel(
         "out": (x.shape, x.dtype),
     }
     given = [name for name in _OPERANDS if others.get(name) is not None]
-    options = plan.options
     integers = (
         Xla.code_of(plan.operation),
         sum(1 << _OPERANDS.index(name) for name in given),
@@ -133,15 +130,8 @@ def _kernel(
         x.ndim,
         0 if plan.axis is None else plan.axis,
         _REDUCTIONS.index(plan.reduction),
-        options.ignore_index,
+        plan.options.ignore_index,
         plan.lenient,
-    )
-    numbers = (
-        options.label_smoothing,
-        options.z_loss,
-        options.softcap,
-        options.inverse_temperature,
-        scale,
     )
     call = jax.ffi.ffi_call(
         _TARGET,
@@ -152,7 +142,7 @@ def _kernel(
         _on_cpu.bind(x),
         *(others[name] for name in given),
         integers=np.array(integers, np.int64),
-        numbers=np.array(numbers, np.float64),
+        numbers=np.array(plan.options[1:], np.float64),
     )
 
 
@@ -188,7 +178,8 @@ def _slope(plan: _Plan, x: Array, others: dict[str, Any], upstream: Array) -> Ar
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _value_and_slope(plan: _Plan, x: Array, others: dict[str, Any]) -> tuple[Array, Array]:
     """Both in one read of x, the gradient for the upstream gradient that is `_expected`."""
-    value, slope = _kernel(plan, ("value", "out"), x, others, _expected(plan, x))
+    plan = plan._replace(options=plan.options._replace(scale=_expected(plan, x)))
+    value, slope = _kernel(plan, ("value", "out"), x, others)
     return value, slope
 
 

@@ -164,9 +164,10 @@ struct Plan {
     int64_t lenient;  // labels below 0 count from C, and rows with a label out of range are NaN
 };
 
-struct Scalars {
-    double label_smoothing, z_loss, softcap, inverse_temperature;
+struct Scalars {  // as `fastll.contract.Options` has them
+    double label_smoothing, z_loss, softcap;
     double scale;  // of gradients of what is not reduced
+    double inverse_temperature;
 };
 
 // An argument or a result.
