@@ -19,22 +19,21 @@ import torch
 from fastll import direct
 from fastll.contract import LONG
 from fastll.interop._torch_rules import (
+    FLOATS,
+    HALVES,
     RULES,
     Options,
     Rule,
     Tensor,
     Tensors,
     dtype_of,
+    of_dtype,
     row_divisor,
     widened,
 )
 
 #: How fastll refuses arguments.
 REFUSALS = IndexError, NotImplementedError, TypeError, ValueError
-
-#: Dtypes of results whatever PyTorch's state.
-_WIDE = torch.float32, torch.float64
-_FLOATS = *_WIDE, torch.float16, torch.bfloat16
 
 # Recording
 
@@ -58,7 +57,7 @@ class _Recorded(torch.autograd.Function):
         else:
             value = rule.value(tensors, options, reduction)
         ctx.save_for_backward(*tensors, value if rule.by_result else None)
-        return value if dtype is None or value.dtype is dtype else value.to(dtype)
+        return of_dtype(value, dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
@@ -320,13 +319,13 @@ def quick_loss(x: Tensor, target: Tensor, own: tuple[int, float], reduction: str
     """
     if is_traced() or type(x) is not torch.Tensor or type(target) is not torch.Tensor:
         return None
-    if x.dtype not in _FLOATS or x.ndim != 2 or x.numel() == 0 or target.dtype is not torch.int64:
+    if x.dtype not in FLOATS or x.ndim != 2 or x.numel() == 0 or target.dtype is not torch.int64:
         return None
-    dtype = None if x.dtype in _WIDE else dtype_of("cross_entropy", x)
+    dtype = dtype_of("cross_entropy", x) if x.dtype in HALVES else None
     if not (x.requires_grad and torch.is_grad_enabled()):
         options, outputs = (*own, 0.0, None), (False, False, None)
         loss = direct.loss("cross_entropy", "any", (x, target), -1, options, 1.0, reduction, outputs)
-        return loss if loss is None or dtype is None else loss.to(dtype)
+        return loss if loss is None else of_dtype(loss, dtype)
     call = "cross_entropy", (-1, *own, 0.0, math.nan, 1.0), reduction, dtype
     try:
         return _record(call, (), x, target, None, None)

@@ -23,6 +23,10 @@ Options = Sequence[Any]  # numbers
 
 _aten = torch.ops.aten
 
+HALVES = torch.float16, torch.bfloat16
+#: The dtypes that fastll computes with.
+FLOATS = torch.float32, torch.float64, *HALVES
+
 #: PyTorch's own functions, whatever `fastll.interop.torch.patch` has put in their places.
 THEIRS = {
     name: getattr(torch.nn.functional, name)
@@ -82,7 +86,12 @@ def row_shape(x: Tensor, axis: int) -> list[int]:
 
 def widened(x: Tensor) -> Tensor:
     """What values are computed in: float32 for halves."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALVES else x
+
+
+def of_dtype(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in a dtype, if one is given; to ask first is quicker than `Tensor.to` is."""
+    return value if dtype is None or value.dtype is dtype else value.to(dtype)
 
 
 # Row losses

@@ -36,7 +36,7 @@ from fastll import (
 )
 from fastll.array_libraries.torch import TENSORS
 from fastll.interop._torch_graph import REFUSALS, quick_loss, run
-from fastll.interop._torch_rules import THEIRS, Tensors, dtype_of
+from fastll.interop._torch_rules import FLOATS, THEIRS, Tensors, dtype_of, of_dtype
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -61,12 +61,10 @@ __all__ = [
 
 Tensor = Any  # torch.Tensor
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 def _takes(x: Tensor, *others: Tensor) -> bool:
     """Whether fastll takes a first tensor, and others of its dtype, where they are given."""
-    if not _is_plain(x) or x.dtype not in _FLOATS or x.numel() == 0:
+    if not _is_plain(x) or x.dtype not in FLOATS or x.numel() == 0:
         return False
     return all(t is None or (_is_plain(t) and t.dtype is x.dtype) for t in others)
 
@@ -94,7 +92,7 @@ def _apply(
         value = run(rule, tensors, options, reduction, dtype=dtype)
     except REFUSALS:
         return THEIRS[name](*given)
-    return value if value.dtype is dtype else value.to(dtype)
+    return of_dtype(value, dtype)
 
 
 def _is_usual(reduction: Any, *legacy: Any) -> bool:
@@ -336,9 +334,9 @@ def _normalised(
     if not (_takes(input) and _is_axis(input, dim)):
         return THEIRS[name](input, dim, level, dtype)
     wanted = dtype_of(name, input) if dtype is None else dtype
-    if wanted not in _FLOATS:
+    if wanted not in FLOATS:
         return THEIRS[name](input, dim, level, dtype)
-    x = input if input.dtype is wanted else input.to(wanted)
+    x = of_dtype(input, wanted)
     given = x, dim, level, None
     assert dim is not None
     return _apply(name, given, name, (x,), (dim % x.ndim - x.ndim,))
