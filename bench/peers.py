@@ -127,7 +127,8 @@ def _bind_tensors(
 
     def loss_and_gradient() -> Any:
         loss = function(*arguments)
-        return loss.detach(), *torch.autograd.grad(loss, first, torch.ones_like(loss))
+        upstream = torch.ones_like(loss) if loss.ndim else None
+        return loss.detach(), *torch.autograd.grad(loss, first, upstream)
 
     return loss_and_gradient
 
@@ -197,7 +198,9 @@ CUDA_PEERS = {
 
 
 def disagreement(ours: Any, theirs: Any) -> float:
-    """Largest difference, relative to the largest value but 0; infinite if one of the two is."""
+    """Largest difference relative to the largest value, if that is not 0; infinite if only one of the
+    two is finite.
+    """
     worst = 0.0
     for a, b in zip(_parts(ours), _parts(theirs), strict=True):
         finite = np.isfinite(a)

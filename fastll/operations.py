@@ -362,10 +362,9 @@ OPERATIONS = {
         peers={
             "torch": lambda torch, x, axis, t: (
                 torch.nn.functional.kl_div(
-                    x.log_softmax(axis), t.log_softmax(axis), log_target=True, reduction="none"
+                    x.log_softmax(axis), t.log_softmax(axis), log_target=True, reduction="sum"
                 )
-                .sum(axis)
-                .mean()
+                * (x.shape[axis] / x.numel())
             ),
         },
     ),
