@@ -547,6 +547,58 @@ def test_statistics():
     assert stats.sectors_read == len({124 * k % 1024 // 32 for k in range(32)})
 
 
+def test_profile():
+    text = """mov.u32 %r1, %tid.x; mov.u32 %r2, 0; setp.lt.u32 %p1, %r1, 40; mov.u32 %r4, %ctaid.x;
+    @!%p1 bra done;
+    again: add.u32 %r2, %r2, 1; setp.lt.u32 %p2, %r2, %r4;
+    @%p2 bra again;
+    done:
+    """
+    for lanes in (32, 4096):
+        stats = launch(text, grid=4, block=96, profile=True, lanes=lanes)
+        counts = [stats.executions[line] for line in sorted(stats.executions)]
+        # of each block two warps loop once or as often as its number says
+        loops = np.outer([1, 1, 2, 3], [1, 1, 0]).reshape(-1)
+        one = np.ones(12)
+        np.testing.assert_array_equal(counts, [4 * one, one, 2 * loops, loops, one])
+    assert not launch(text, block=96).executions
+
+
+@pytest.mark.parametrize(
+    ("access", "stride", "wavefronts", "conflicts"),
+    [
+        ("ld.shared.u32 %r5, [%r3];", 4, 1, 0),
+        ("ld.shared.u32 %r5, [%r3];", 0, 1, 0),
+        ("ld.shared.u32 %r5, [%r3];", 8, 2, 1),
+        ("ld.shared.u32 %r5, [%r3];", 12, 1, 0),
+        ("ld.shared.u32 %r5, [%r3];", 128, 32, 31),
+        ("ld.shared.u32 %r5, [%r3];", 132, 1, 0),
+        ("ld.shared.u16 %h5, [%r3];", 2, 1, 0),
+        ("st.shared.u32 [%r3], %r1;", 16, 4, 3),
+        ("ld.shared.u64 %rd5, [%r3];", 8, 2, 0),
+        ("ld.shared.u64 %rd5, [%r3];", 16, 4, 2),
+        ("ld.shared.v2.u32 {%r5, %r6}, [%r3];", 8, 2, 0),
+        ("ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3];", 16, 4, 0),
+        ("ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3];", 32, 8, 4),
+        ("ld.shared::cluster.u32 %r5, [%r3];", 8, 2, 1),
+        ("cvt.u64.u32 %rd3, %r3; cvta.shared.u64 %rd3, %rd3; ld.u32 %r5, [%rd3];", 8, 2, 1),
+        ("atom.shared.add.u32 %r5, [%r3], 1;", 8, 2, 1),
+    ],
+)
+def test_bank_conflicts(access, stride, wavefronts, conflicts):
+    head = ".shared .align 128 .b8 buffer[8192];\n"
+    text = f"mov.u32 %r1, %tid.x; mov.u32 %r2, buffer; mad.lo.u32 %r3, %r1, {stride}, %r2;\n{access}"
+    options = {"head": head, "strict": False, "profile": True}
+    if access.startswith("atom"):
+        text = text.replace("atom", "st.shared.u32 [%r3], 0;\natom")
+        wavefronts, conflicts = 2 * wavefronts, 2 * conflicts
+    stats = launch(text, block=32, grid=3, **options)
+    assert (stats.shared_wavefronts, stats.shared_conflicts) == (3 * wavefronts, 3 * conflicts)
+    assert sum(stats.conflicts_at.values()) == stats.shared_conflicts
+    half = launch(text.replace("mad.lo", "rem.u32 %r1, %r1, 16; mad.lo"), block=32, **options)
+    assert half.shared_wavefronts <= stats.shared_wavefronts / 3  # as halves share all words
+
+
 def test_vectors_and_narrow_types():
     memory = ptx.Memory(1 << 20)
     a, b = memory.alloc(512), memory.alloc(512)

@@ -65,6 +65,7 @@ class Module:
         racecheck=False,
         strict=True,
         track=False,
+        profile=False,
         lanes=4096,
         limit=10**8,
     ):
@@ -73,7 +74,8 @@ class Module:
         grid, block, cluster: a number or up to three. shared: bytes of dynamic shared memory.
         perturb: a seed for errors of the approximate functions up to their bounds, 0 for none.
         racecheck: look for races in shared memory. strict: loads of bytes never written are errors.
-        track: count how often each byte of global memory is read and written. lanes: about as many
+        track: count how often each byte of global memory is read and written. profile: count how often
+        each instruction is executed, and conflicts of the banks of shared memory. lanes: about as many
         threads run side by side. limit: of instructions; more are taken for a loop without end.
         """  # fmt: skip
         kernel = self.kernel(name)
@@ -90,7 +92,8 @@ class Module:
         while len(self.machines) > 3:
             del self.machines[next(iter(self.machines))]
         options = {"limit": limit, "perturb": perturb, "racecheck": racecheck, "strict": strict}
-        machine.start(memory, arguments(kernel, args), stats, track=track, **options)
+        options |= {"track": track, "profile": profile}
+        machine.start(memory, arguments(kernel, args), stats, **options)
         for first in range(0, total, each):
             machine.limit = limit
             machine.run(first, grid)

@@ -5,6 +5,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from .banks import Banks
 from .instructions import classify, decode, role
 from .memory import RAW, Fault, PTXError, Space
 from .parse import SIZES, Literal, Negated, Register, Special, Variable
@@ -60,6 +61,10 @@ class Stats:
         self.sectors_read = self.sectors_written = 0  # 32 bytes each, distinct within a warp's request
         self.reads = self.writes = None  # how often each byte of the arena, if tracked
         self.end = 0  # of what has been touched
+        # if profiled, of shared memory; conflicts are wavefronts that other addresses would not need
+        self.shared_wavefronts = self.shared_conflicts = 0
+        # and by the number of a line of PTX: conflicts, and how often each warp executed what is there
+        self.conflicts_at, self.executions = Counter(), {}
 
     @property
     def max_reads(self):
@@ -82,7 +87,9 @@ class Block:
         self.body = (
             code[start : stop - 1] if self.role in ("branch", "exit", "wait") else code[start:stop]
         )
+        self.lines = [ins.line for ins in code[start:stop]]
         self.warps = self.threads = 0
+        self.executions = None  # by each warp, if profiled
         self.full = self.masked = None
 
 
@@ -314,6 +321,7 @@ class Machine:
         """A step that needs to know the lanes: function(active)."""
 
         def masked(active):
+            self.line = ins.line
             try:
                 function(active)
             except Fault as fault:
@@ -391,9 +399,9 @@ class Machine:
             return active, None
         return taken, self.some(~values & active.mask if active.mask is not None else ~values)
 
-    def start(self, memory, arguments, stats, *, limit, perturb, racecheck, strict, track):
+    def start(self, memory, arguments, stats, *, limit, perturb, racecheck, strict, track, profile):
         """Prepare a launch."""
-        self.stats, self.limit, self.perturb = stats, limit, perturb
+        self.stats, self.limit, self.perturb, self.profile = stats, limit, perturb, profile
         for register in self.storage:
             self.storage[register].fill(POISON[self.storage[register].itemsize])
         self.memory = memory
@@ -406,8 +414,15 @@ class Machine:
         for space in self.spaces.values():
             space.strict = strict
         self.races = Races(self) if racecheck else None
+        watchers = [self.races.observe] if racecheck else []
+        watchers += [Banks(self).observe] if profile else []
+
+        def observe(*access):
+            for watch in watchers:
+                watch(*access)
+
         for name in ("shared", "shared::cluster"):
-            self.spaces[name].observe = self.races and self.races.observe
+            self.spaces[name].observe = observe if watchers else None
         if track:
             stats.reads, stats.writes = np.zeros((2, memory.size), np.int32)
 
@@ -468,9 +483,21 @@ class Machine:
             for name, count in block.classes.items():
                 self.stats.warps_by_class[name] += count * block.warps
                 self.stats.threads_by_class[name] += count * block.threads
+            if self.profile:
+                self.count(block, first, total)
             block.warps = block.threads = 0
         self.stats.warp_instructions = sum(self.stats.warps_by_class.values())
         self.stats.thread_instructions = sum(self.stats.threads_by_class.values())
+
+    def count(self, block, first, total):
+        """Add the executions of a block of instructions to the profile."""
+        found, block.executions = block.executions, None
+        each = self.padded // 32
+        if found is not None:
+            for line in block.lines:
+                counts = self.stats.executions.setdefault(line, np.zeros(total * each, np.int32))
+                part = counts[first * each : (first + self.blocks) * each]
+                part += found[: len(part)]  # the last of `blocks` may not exist
 
     def special(self, name):
         """Fill in what a special register holds."""
@@ -523,6 +550,10 @@ class Machine:
                     continue
             block.warps += active.warps
             block.threads += active.count
+            if self.profile:
+                if block.executions is None:
+                    block.executions = np.zeros(self.lanes // 32, np.int32)
+                block.executions += True if active.full else active.mask.reshape(-1, 32).any(axis=1)
             self.limit -= block.stop - position
             if self.limit < 0:
                 raise self.error(block.last, "too many instructions: a loop that does not end?")
