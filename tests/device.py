@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import ptx
 import pytest
-from conftest import why_no_gpu
 from numpy.lib.array_utils import byte_bounds
 
 import fastll
@@ -277,6 +276,8 @@ emulated = functools.cache(Emulated)
 @functools.cache
 def gpu():
     """The GPU of the tests."""
+    from conftest import why_no_gpu  # which the emulator alone, as the benchmark has it, does not need
+
     return emulated() if why_no_gpu() else Real()
 
 

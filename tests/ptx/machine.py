@@ -87,7 +87,8 @@ class Block:
         self.body = (
             code[start : stop - 1] if self.role in ("branch", "exit", "wait") else code[start:stop]
         )
-        self.lines = [ins.line for ins in code[start:stop]]
+        places = enumerate(code[start:stop], start)
+        self.lines = [ins.line for k, ins in places if not k or ins.line != code[k - 1].line]
         self.warps = self.threads = 0
         self.executions = None  # by each warp, if profiled
         self.full = self.masked = None

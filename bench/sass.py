@@ -1,0 +1,223 @@
+"""Machine code of a kernel, and the way a warp takes through it, by how often it executed the PTX.
+
+No GPU is needed: the assembler notes the line of PTX that each instruction is for, and an emulator of
+PTX knows how often each warp executed that line.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+#: Where a warp goes: where there is something to do, before where nothing is known.
+RANK = {True: 2, None: 1, False: 0}
+#: More instructions of a warp are taken for a way without an end.
+LONGEST = 1_000_000
+
+#: What executes instructions, by the beginnings of their names; the longest that fits counts.
+PIPES = {
+    "FMA": "FADD FFMA FMUL HADD HFMA HMUL IMAD IDP",
+    "ALU": "BMSK F2FP FMNMX FSEL FSET FSETP FSWZ HMNMX HSET I2FP IABS IADD IMNMX ISETP LEA LOP MOV P2R "
+    "PLOP PRMT R2P SEL SGXT SHF VABS VIADD VIMNMX",
+    "MUFU": "BREV F2F F2I FCHK FLO FRND I2F MUFU POPC",
+    "FP64": "DADD DFMA DMUL DMNMX DSETP DSET",
+    "LSU": "ATOM CCTL LD RED SHFL ST",
+    "uniform": "R2UR S2UR U",
+    "control": "BAR BMOV BRA BREAK BRX BSSY BSYNC CALL DEPBAR ERRBAR EXIT MEMBAR NOP RET UCGABAR "
+    "ENDCOLLECTIVE WARPSYNC YIELD",
+    "other": "CS2R LDC LEPC S2R VOTE",
+}
+_PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ )?\s*(\S+?)( [^;]*)?\s*;")
+_LINE = re.compile(r'\s*//## File ".*", line (\d+)')
+_LABEL = re.compile(r"(\.L_x_\d+):")
+
+
+class Instruction(NamedTuple):
+    """One instruction; `line` is that of the PTX it is for, 0 if there is none."""
+
+    line: int
+    guard: str  # a predicate
+    name: str
+    operands: tuple[str, ...]
+
+    @property
+    def pipe(self) -> str:
+        return pipe(self.name)
+
+    @property
+    def target(self) -> str | None:
+        """The label it names."""
+        found = re.search(r"\.L_x_\d+", self.operands[-1]) if self.operands else None
+        return found[0] if found else None
+
+
+def pipe(name: str) -> str:
+    """What executes an instruction of that name."""
+    fitting = [start for start in _PIPE_OF if name.startswith(start)]
+    return _PIPE_OF[max(fitting, key=len)] if fitting else "other"
+
+
+def tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit: of `PATH`, or of a package of NVIDIA's."""
+    folders = Path(sysconfig.get_path("purelib"), "nvidia").glob("c*/bin")
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=f) for f in folders)), None)
+
+
+def disassembled(cubin: bytes, entry: str) -> Code:
+    """The machine code of a kernel, assembled with line information."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [str(tool("nvdisasm")), "--print-code", "--print-line-info-ptx", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    own = text[text.index(f"\n.text.{entry}:") :]
+    return Code(own.partition("\n//---")[0].splitlines())
+
+
+class Block:
+    """Instructions of which all are executed, or none."""
+
+    def __init__(self, code: list[Instruction]) -> None:
+        self.code = code
+        copies: dict[int, Counter[str]] = defaultdict(Counter)
+        for instruction in code:
+            if instruction.line and (instruction.pipe != "control" or instruction.name[:3] == "BAR"):
+                copies[instruction.line][instruction.name] += 1
+        # how often the block has what is one instruction of PTX: more than once in an unrolled loop.
+        # One may take several of machine code, of which the rarest tells
+        counts = sorted(min(names.values()) for names in copies.values())
+        self.copies = counts[len(counts) // 4] if counts else 1
+        self.lines = list(copies)
+
+
+class Code:
+    """Instructions in basic blocks."""
+
+    def __init__(self, text: list[str]) -> None:
+        self.instructions: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        line = 0
+        for row in text:
+            if match := _LINE.match(row):
+                line = int(match[1])
+            elif match := _LABEL.match(row):
+                self.labels[match[1]] = len(self.instructions)
+                line = 0
+            elif match := _INSTRUCTION.match(row):
+                guard, name, rest = match.groups()
+                operands = tuple(part.strip() for part in (rest or "").split(",") if part.strip())
+                self.instructions.append(Instruction(line, (guard or "").strip(), name, operands))
+        starts = {0, *self.labels.values()}
+        starts |= {k + 1 for k, i in enumerate(self.instructions) if _leaves(i)}
+        ends = sorted(starts | {len(self.instructions)})
+        self.blocks = {a: Block(self.instructions[a:b]) for a, b in pairwise(ends)}
+        #: How many blocks have an instruction for a line of PTX.
+        self.lines = Counter(line for block in self.blocks.values() for line in block.lines)
+
+    @property
+    def spills(self) -> int:
+        """Instructions that move registers to and from memory."""
+        return sum(i.name.startswith(("LDL", "STL")) for i in self.instructions)
+
+    def way(self, executed: Mapping[int, int]) -> Way:
+        """The way of a warp that has executed the lines of PTX so often."""
+        return Way(self, executed)
+
+
+def _leaves(instruction: Instruction) -> bool:
+    return instruction.name.split(".")[0] in ("BRA", "BRX", "EXIT", "RET", "BSYNC")
+
+
+class Way:
+    """The instructions that a warp executes, in their order.
+
+    At a branch it goes where more lines of PTX are left to be executed. Where both sides are, it goes
+    back, as loops do, or through the nearer side first and, where the sides meet, through the other.
+    """
+
+    def __init__(self, code: Code, executed: Mapping[int, int]) -> None:
+        self.code = code
+        self.left = {line: n for line, n in executed.items() if line in code.lines}
+        self.total = sum(self.left.values())
+        self.instructions = [i for block in self._blocks() for i in block.code]
+
+    @property
+    def unexplained(self) -> float:
+        """Share of the executed lines that the way has too often or not often enough.
+
+        Of those with one place in the machine code, as others may have been needed in one place only.
+        """
+        left = [abs(n) for line, n in self.left.items() if self.code.lines[line] == 1]
+        return sum(left) / max(self.total, 1)
+
+    def _blocks(self) -> Iterator[Block]:
+        blocks, labels = self.code.blocks, self.code.labels
+        at, steps, sides = 0, 0, [[]]
+        while True:
+            block = blocks[at]
+            yield block
+            steps += len(block.code)
+            if steps > LONGEST:
+                raise ValueError("a way through machine code has no end")
+            for line in block.lines:
+                self.left[line] = self.left.get(line, 0) - block.copies
+            last, following = block.code[-1], at + len(block.code)
+            sides += [[] for i in block.code if i.name == "BSSY"]
+            name, target = last.name, labels.get(last.target or "")
+            if name == "BSYNC":
+                # the sides that wait here
+                waiting = [side for side in sides[-1] if self._wanted(side)]
+                if waiting:
+                    sides[-1] = waiting[:-1]
+                    at = waiting[-1]
+                    continue
+                if len(sides) > 1:
+                    sides.pop()
+                at = following
+            elif name == "EXIT" and (not last.guard or self._wanted(following) is False):
+                return
+            elif name == "BRA.CONV" or (name == "BRA" and not last.guard and len(last.operands) == 1):
+                at = target
+            elif name == "BRA":
+                wanted, other = self._wanted(target), self._wanted(following)
+                if wanted and other and at < target and not self._joins(target):
+                    sides[-1].append(target)
+                if wanted == other:  # back, or on if there is something to do there
+                    at = target if (target <= at) == bool(wanted) else following
+                else:
+                    at = target if RANK[wanted] > RANK[other] else following
+            elif name.startswith(("BRX", "RET")):
+                return
+            else:
+                at = following
+            if at not in blocks:
+                return
+
+    def _joins(self, at: int) -> bool:
+        """Whether sides meet there."""
+        return self.code.blocks[at].code[0].name == "BSYNC"
+
+    def _wanted(self, at: int, depth: int = 4) -> bool | None:
+        """Whether most lines of the block there are left to be executed; None: it has no line."""
+        block = self.code.blocks.get(at)
+        if block is None or any(i.name.startswith("CALL") for i in block.code):
+            return False  # what is called are the rare cases of a division
+        if block.lines:
+            own = [line for line in block.lines if self.code.lines[line] == 1] or block.lines
+            ready = sum(self.left.get(line, 0) >= block.copies for line in own)
+            return 2 * ready > len(own)
+        last = block.code[-1]
+        if last.name == "EXIT" or not depth:
+            return None
+        onward = self.code.labels.get(last.target or "") if last.name == "BRA" else None
+        return self._wanted(at + len(block.code) if onward is None else onward, depth - 1)
