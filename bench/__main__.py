@@ -13,9 +13,10 @@ from typing import Any
 import click
 import pytest
 from rich.console import Console
+from rich.progress import track
 
 import fastll
-from bench import card, frameworks, gpu, gpu_report, grid, grid_report, report
+from bench import card, frameworks, gpu, gpu_model_report, gpu_report, grid, grid_report, report
 from bench.adapters import FRAMEWORKS
 from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
@@ -331,6 +332,45 @@ def plot(results: Path, output: Path | None) -> None:
     """Draw the plots of results."""
     for written in draw(report.load(results), output or results.parent):
         click.echo(f"Wrote {written}", err=True)
+
+
+@main.command("gpu-model")
+@click.option("--only", default="", help="Only the cases with this in their names.")
+@click.option("--save", "saved", is_flag=True, help="Store the results, for later comparisons.")
+@click.pass_context
+def gpu_model(ctx: click.Context, only: str, saved: bool) -> None:
+    """Count what GPU kernels cost, without a GPU; exit with 1 if one got worse by more than 5%.
+
+    A model: instructions are counted, latencies assumed, and nothing is measured.
+    """
+    try:
+        from bench import gpu_model as model
+    except ImportError as error:
+        raise _Failure(f"GPU kernels cannot be compiled: {error}") from error
+    chosen = [case for case in model.cases() if only in case.name]
+    if not chosen:
+        raise click.BadParameter(f"no case has {only!r} in its name", param_hint="--only")
+    if saved and only:
+        raise click.UsageError("all cases are stored together: --save takes no --only")
+    console, old = Console(highlight=False), model.stored()
+    shown: dict[str, Any] = {"total": len(chosen), "console": Console(stderr=True), "transient": True}
+    records = dict(track(model.results(chosen), "Compiling and emulating", **shown))
+    console.print(gpu_model_report.table(records, old["cases"]), "")
+    for note in gpu_model_report.notes(records, old, model.versions()):
+        console.print(note, markup=False)
+    same = model.comparable(old)
+    said = {
+        name: model.worse(old["cases"][name], record, same)
+        for name, record in records.items()
+        if name in old["cases"]
+    }
+    for name, reasons in said.items():
+        for reason in reasons:
+            console.print(f"Worse: {name}: {reason}", markup=False)
+    if saved:
+        model.save(records)
+        click.echo(f"Wrote {model.STORED}", err=True)
+    ctx.exit(1 if any(said.values()) and not saved else 0)
 
 
 @main.command()

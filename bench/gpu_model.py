@@ -1,17 +1,23 @@
-"""What the GPU kernels cost, counted without a GPU: a model, nothing in it is measured.
+"""What GPU kernels cost, counted without a GPU: a model, nothing in it is measured.
 
-Kernels are compiled as on an H200 and run on the emulator of the tests, which says how often each warp
-executes each instruction of PTX; the machine code says which instructions these have become.
+Kernels are compiled as for an H200 and run on the emulator of the tests, which counts how often each
+warp executes each instruction of PTX, and conflicts in shared memory. The machine code says what these
+instructions have become, and assumed latencies (`bench.latency`) how long they take.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import metadata
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,48 +25,85 @@ import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
 import numpy as np
 
 import fastll
-from bench import sass
+from bench import latency, sass
 from fastll.backend.cuda import compiler, launch
 from fastll.backend.cuda.compiler import Kernel, core
 
 # the emulator is part of the tests; the benchmark runs from the root of the repository
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import device
-import ptx
+TESTS = str(Path(__file__).parents[1] / "tests")
+if TESTS not in sys.path:
+    sys.path.append(TESTS)
+import device  # noqa: E402
+import ptx  # noqa: E402
 
 CAPABILITY = (9, 0)
+STORED = Path(__file__).parent / "results" / "gpu-model.json"
+#: By how much a kernel may get worse.
+ALLOWED = 0.05
+#: What is compared, and the least difference that matters: where more is better, a negative one.
+COMPARED = {"instructions": 0.05, "conflicts": 1.0, "spills": 0.5}
+COMPARED |= {"latency_limit": -0.005, "ptx_instructions": 0.05}
+#: Packages whose versions PTX depends on, and machine code too.
+OF_PTX = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm")
+OF_SASS = (*OF_PTX, "nvidia-nvjitlink")
+
+Record = dict[str, Any]
+Results = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A call of an operation on (rows, classes), or on so many elements."""
+    """A call of an operation on (rows, classes), or on a number of elements."""
 
     operation: str
     shape: tuple[int, ...]
     dtype: str
     gradient: bool = False
-    reduction: str | None = None
 
     @property
     def name(self) -> str:
-        shape = "x".join(map(str, self.shape[1:] or self.shape))
-        return " ".join((self.operation, *["gradient"] * self.gradient, shape, self.dtype))
+        label = " ".join((self.operation, *["gradient"] * self.gradient))
+        return f"{label}, {self.shape[-1]}, {self.dtype}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays of this shape that a call reads and writes."""
+        written = self.gradient or self.operation == "softmax"
+        arrays = 1 + self.operation.startswith("binary") + written
+        return arrays * prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def cases() -> Iterator[Case]:
+    """Few rows of each kind: as many as fill whole thread blocks."""
+    halves = "bfloat16", "float32"
+    for classes in (4096, 32000, 50257, 128256):
+        for dtype in halves:
+            yield Case("logsumexp", (2, classes), dtype)
+            yield Case("cross_entropy", (2, classes), dtype)
+            yield Case("cross_entropy", (2, classes), dtype, gradient=True)
+    yield Case("cross_entropy", (2, 50257), "float16", gradient=True)
+    yield Case("softmax", (2, 4096), "float32")
+    for rows, classes in ((512, 10), (512, 32), (384, 100)):
+        for dtype in halves:
+            yield Case("cross_entropy", (rows, classes), dtype)
+            yield Case("cross_entropy", (rows, classes), dtype, gradient=True)
+    for dtype in halves:
+        yield Case("binary_cross_entropy_with_logits", (1 << 16,), dtype)
+        yield Case("binary_cross_entropy_with_logits", (1 << 16,), dtype, gradient=True)
 
 
 class Launch(NamedTuple):
     """A kernel and how it was launched, with what the emulator counted."""
 
-    kernel: Kernel
-    text: str  # of PTX
+    text: str  # PTX
     entry: str
     blocks: int
     threads: int
-    bound: int
     shared: int
     stats: ptx.Stats
 
 
 class Recorder(device.Emulated):
-    """An emulated GPU that keeps what it has been asked to launch."""
+    """An emulated GPU that keeps what it is asked to launch."""
 
     name = "recorder"
 
@@ -78,7 +121,7 @@ class Recorder(device.Emulated):
         text, entry, module = _compiled(kernel, bound)
         options = {"shared": shared, "cluster": kernel.cluster, "profile": True}
         stats = module.launch(None, blocks, block, list(arguments), self.memory, **options)
-        self.launches.append(Launch(kernel, text, entry, blocks, prod(block), bound, shared, stats))
+        self.launches.append(Launch(text, entry, blocks, prod(block), shared, stats))
 
 
 @cache
@@ -101,15 +144,16 @@ def _instead_of_a_gpu(recorder: Recorder) -> Iterator[None]:
 def launched(case: Case) -> Launch:
     """The launch that does most of a call."""
     recorder, rng = Recorder(), np.random.default_rng(0)
-    logits = (3 * rng.standard_normal(case.shape)).astype(case.dtype)
-    arrays = [logits]
+    arrays = [(3 * rng.standard_normal(case.shape)).astype(case.dtype)]
+    options: dict[str, Any] = {}
+    if case.operation.startswith("binary"):
+        arrays.append(rng.random(case.shape).astype(case.dtype))
+        options["reduction"] = "sum"
+    else:
+        options["axis"] = 1
     if case.operation == "cross_entropy":
         arrays.append(rng.integers(0, case.shape[1], case.shape[0]))
-    elif case.operation.startswith("binary"):
-        arrays.append(rng.random(case.shape).astype(case.dtype))
-    options: dict[str, Any] = {"axis": 1} if len(case.shape) == 2 else {}
-    if case.reduction:
-        options["reduction"] = case.reduction
+        options["reduction"] = "mean" if case.gradient else "none"
     if case.gradient:
         options["return_grad"] = True
     with _instead_of_a_gpu(recorder):
@@ -117,41 +161,142 @@ def launched(case: Case) -> Launch:
     return max(recorder.launches, key=lambda found: found.stats.warp_instructions)
 
 
-@cache
-def machine_code(text: str, entry: str) -> tuple[bytes, sass.Code]:
-    """Machine code of PTX, with the lines it comes from; the same instructions as without them."""
+def assembled(text: str) -> bytes:
+    """A cubin as fastll makes it of PTX, and the lines its instructions are for."""
     options = core.ProgramOptions(arch="sm_{}{}".format(*CAPABILITY), fma=False, lineinfo=True)
-    cubin = bytes(core.Program(text, "ptx", options).compile("cubin").code)
-    return cubin, sass.disassembled(cubin, entry)
+    return bytes(core.Program(text, "ptx", options).compile("cubin").code)
 
 
-def ways(found: Launch, code: sass.Code) -> list[tuple[int, sass.Way]]:
-    """The different ways of warps, and how many took each; the first warp's comes first."""
+def traces(found: Launch, code: sass.Code) -> list[tuple[int, sass.Trace]]:
+    """The different traces of warps, and how many warps have each; the first warp's comes first."""
     lines = list(found.stats.executions)
     counts = np.array([found.stats.executions[line] for line in lines]).T
     different, first, number = np.unique(counts, axis=0, return_index=True, return_counts=True)
     return [
-        (int(number[k]), code.way(dict(zip(lines, different[k].tolist(), strict=True))))
+        (int(number[k]), code.trace(dict(zip(lines, different[k].tolist(), strict=True))))
         for k in np.argsort(first)
     ]
 
 
-def counted(case: Case) -> dict[str, Any]:
+def model(case: Case) -> Record:
+    """All that is said of a case; numbers of instructions are for one element."""
     found = launched(case)
-    _, code = machine_code(found.text, found.entry)
-    pipes, unexplained = Counter(), 0.0
-    taken = ways(found, code)
-    for number, way in taken:
-        for instruction in way.instructions:
-            pipes[instruction.pipe] += number
-        unexplained += number * way.unexplained
-    elements = prod(case.shape)
-    return {
-        "case": case.name,
-        "instructions": 32 * pipes.total() / elements,
-        "pipes": {pipe: 32 * n / elements for pipe, n in pipes.most_common()},
-        "unexplained": unexplained / sum(n for n, _ in taken),
-        "ways": len(taken),
-        "conflicts": found.stats.shared_conflicts / found.blocks,
-        "ptx": found.stats.warp_instructions * 32 / elements,
+    elements, stats = prod(case.shape), found.stats
+
+    def each(counts: Counter[str]) -> dict[str, float]:
+        return {key: round(32 * n / elements, 3) for key, n in counts.most_common()}
+
+    cubin = assembled(found.text)
+    needs = sass.resources(cubin)
+    resident = latency.resident(found.threads, needs.registers, needs.shared + found.shared)
+    by_class = each(stats.warps_by_class)
+    record = {
+        "operation": case.operation,
+        "variant": "gradient" if case.gradient else "value",
+        "classes": case.shape[-1],
+        "dtype": case.dtype,
+        "threads": found.threads,
+        "bytes_of_a_block": case.nbytes // found.blocks,
+        "registers": needs.registers,
+        "stack": needs.stack,
+        "shared": needs.shared + found.shared,
+        "resident_blocks": resident,
+        "conflicts": round(1000 * stats.shared_conflicts / elements, 1),  # for 1000 elements
+        "wavefronts": round(1000 * stats.shared_wavefronts / elements, 1),
+        "ptx_instructions": round(sum(by_class.values()), 3),
+        "ptx_classes": by_class,
+        "measured": {"share_of_a_copy": None, "instructions": None, "conflicts": None},
     }
+    if sass.tool("nvdisasm") is None:
+        record |= {"from": "ptx", "instructions": record["ptx_instructions"], "pipes": by_class}
+    else:
+        record |= {"from": "sass"} | _from_machine_code(found, cubin, each)
+        limit = latency.latency_limit(resident, record["bytes_of_a_block"], record["lifetime"])
+        record["latency_limit"] = round(limit, 3)
+    limit = latency.issue_limit(record["instructions"] * elements, case.nbytes)
+    return record | {"issue_limit": round(limit, 3)}
+
+
+def _from_machine_code(found: Launch, cubin: bytes, each: Any) -> Record:
+    """What nvdisasm makes possible."""
+    code = sass.disassembled(cubin, found.entry)
+    taken, pipes = traces(found, code), Counter[str]()
+    for number, trace in taken:
+        for pipe, count in Counter(i.pipe for i in trace.instructions).items():
+            pipes[pipe] += number * count
+    executions, conflicts = found.stats.executions, found.stats.conflicts_at
+    warps = -(-found.threads // 32)
+
+    @cache
+    def warps_at(line: int) -> float:
+        counts = executions.get(line)
+        return counts[:warps].sum() / counts[0] if counts is not None and counts[0] else warps
+
+    @cache
+    def conflicts_at(line: int) -> float:
+        return conflicts[line] / executions[line].sum() if conflicts[line] else 0.0
+
+    life = latency.life(taken[0][1].instructions, warps_at, conflicts_at)
+    unexplained = sum(n * trace.unexplained for n, trace in taken) / sum(n for n, _ in taken)
+    by_pipe = each(pipes)
+    return {
+        "instructions": round(sum(by_pipe.values()), 3),
+        "pipes": by_pipe,
+        "spills": code.spills,
+        "lifetime": round(life.clocks),
+        "waits": {cause: round(clocks) for cause, clocks in life.waits.items()},
+        "unexplained": round(unexplained, 4),
+    }
+
+
+def versions(packages: Iterable[str] = (*OF_SASS, "nvidia-cuda-nvdisasm")) -> dict[str, str]:
+    """The versions of packages that are there."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def results(chosen: list[Case]) -> Iterator[tuple[str, Record]]:
+    """The records of cases by name, in their order, as processes beside each other have them."""
+    count = max(1, min(len(os.sched_getaffinity(0)), len(chosen)))
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        yield from zip((case.name for case in chosen), pool.map(model, chosen), strict=True)
+
+
+def save(records: dict[str, Record]) -> None:
+    """Store what later results are compared with."""
+    whole = {"model": "Nothing here was measured.", "versions": versions(), "cases": records}
+    STORED.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def stored() -> Results:
+    """What is compared with; empty if nothing is stored."""
+    if not STORED.exists():
+        return {"versions": {}, "cases": {}}
+    found: Results = json.loads(STORED.read_text(encoding="utf-8"))
+    return found
+
+
+def comparable(old: Results) -> tuple[bool, bool]:
+    """Whether PTX and machine code are made by the versions that the stored results are of."""
+    return tuple(  # type: ignore[return-value]
+        {p: old["versions"].get(p) for p in packages} == dict.fromkeys(packages) | versions(packages)
+        for packages in (OF_PTX, OF_SASS)
+    )
+
+
+def worse(old: Record, new: Record, same: tuple[bool, bool] = (True, True)) -> list[str]:
+    """In what a kernel got worse by more than is allowed; `same` is what `comparable` says."""
+    of_ptx, of_sass = same
+    said = []
+    for key, least in COMPARED.items():
+        known = of_ptx if key in ("ptx_instructions", "conflicts") else of_sass
+        if not known or key not in old or key not in new or old["from"] != new["from"]:
+            continue
+        before, after = old[key], new[key]
+        more = before - after if least < 0 else after - before
+        if more > max(abs(least), ALLOWED * before):
+            said.append(f"{key.replace('_', ' ')} were {before:g}, are {after:g}")
+    return said

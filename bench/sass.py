@@ -1,4 +1,4 @@
-"""Machine code of a kernel, and the way a warp takes through it, by how often it executed the PTX.
+"""Machine code of a kernel, and the trace of a warp through it, from how often it executed the PTX.
 
 No GPU is needed: the assembler notes the line of PTX that each instruction is for, and an emulator of
 PTX knows how often each warp executed that line.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import sysconfig
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 #: Where a warp goes: where there is something to do, before where nothing is known.
 RANK = {True: 2, None: 1, False: 0}
-#: More instructions of a warp are taken for a way without an end.
+#: More instructions of a warp are taken for a trace without an end.
 LONGEST = 1_000_000
 
 #: What executes instructions, by the beginnings of their names; the longest that fits counts.
@@ -36,6 +38,9 @@ PIPES = {
     "other": "CS2R LDC LEPC S2R VOTE",
 }
 _PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
+
+#: Sections of a cubin, their flags, and attributes of its functions.
+NOTES, NOBITS, WRITTEN, REGISTERS, STACK = 0x70000000, 8, 1, 0x2F, 0x11
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ )?\s*(\S+?)( [^;]*)?\s*;")
 _LINE = re.compile(r'\s*//## File ".*", line (\d+)')
@@ -61,6 +66,7 @@ class Instruction(NamedTuple):
         return found[0] if found else None
 
 
+@cache
 def pipe(name: str) -> str:
     """What executes an instruction of that name."""
     fitting = [start for start in _PIPE_OF if name.startswith(start)]
@@ -129,16 +135,16 @@ class Code:
         """Instructions that move registers to and from memory."""
         return sum(i.name.startswith(("LDL", "STL")) for i in self.instructions)
 
-    def way(self, executed: Mapping[int, int]) -> Way:
-        """The way of a warp that has executed the lines of PTX so often."""
-        return Way(self, executed)
+    def trace(self, executed: Mapping[int, int]) -> Trace:
+        """The trace of a warp that has executed the lines of PTX so often."""
+        return Trace(self, executed)
 
 
 def _leaves(instruction: Instruction) -> bool:
     return instruction.name.split(".")[0] in ("BRA", "BRX", "EXIT", "RET", "BSYNC")
 
 
-class Way:
+class Trace:
     """The instructions that a warp executes, in their order.
 
     At a branch it goes where more lines of PTX are left to be executed. Where both sides are, it goes
@@ -153,7 +159,7 @@ class Way:
 
     @property
     def unexplained(self) -> float:
-        """Share of the executed lines that the way has too often or not often enough.
+        """Share of the executed lines that the trace has too often or not often enough.
 
         Of those with one place in the machine code, as others may have been needed in one place only.
         """
@@ -168,7 +174,7 @@ class Way:
             yield block
             steps += len(block.code)
             if steps > LONGEST:
-                raise ValueError("a way through machine code has no end")
+                raise ValueError("a trace through machine code does not end")
             for line in block.lines:
                 self.left[line] = self.left.get(line, 0) - block.copies
             last, following = block.code[-1], at + len(block.code)
@@ -221,3 +227,31 @@ class Way:
             return None
         onward = self.code.labels.get(last.target or "") if last.name == "BRA" else None
         return self._wanted(at + len(block.code) if onward is None else onward, depth - 1)
+
+
+class Resources(NamedTuple):
+    """What a kernel asks of a multiprocessor."""
+
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block, of fixed size
+
+
+def resources(cubin: bytes) -> Resources:
+    """The most of any function of a cubin, as its ELF sections say."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    (count,) = struct.unpack_from("<H", cubin, 0x3C)
+    found = {REGISTERS: 0, STACK: 0}
+    shared = 0
+    for k in range(count):
+        _, kind, flags, _, offset, size, _, info = struct.unpack_from(
+            "<IIQQQQII", cubin, start + 64 * k
+        )
+        if kind == NOTES and not info:
+            for at in range(offset, offset + size - 11, 4):
+                form, attribute, length, _, value = struct.unpack_from("<BBHII", cubin, at)
+                if form == 4 and attribute in found and length == 8:
+                    found[attribute] = max(found[attribute], value)
+        elif kind == NOBITS and flags & WRITTEN:
+            shared = max(shared, size)
+    return Resources(found[REGISTERS], found[STACK], shared)
