@@ -281,10 +281,12 @@ def stored() -> Results:
 
 def comparable(old: Results) -> tuple[bool, bool]:
     """Whether PTX and machine code are made by the versions that the stored results are of."""
-    return tuple(  # type: ignore[return-value]
-        {p: old["versions"].get(p) for p in packages} == dict.fromkeys(packages) | versions(packages)
+    now, before = versions(), old["versions"]
+    ptx, machine_code = (
+        all(now.get(package) == before.get(package) for package in packages)
         for packages in (OF_PTX, OF_SASS)
     )
+    return ptx, machine_code
 
 
 def worse(old: Record, new: Record, same: tuple[bool, bool] = (True, True)) -> list[str]:
@@ -292,11 +294,14 @@ def worse(old: Record, new: Record, same: tuple[bool, bool] = (True, True)) -> l
     of_ptx, of_sass = same
     said = []
     for key, least in COMPARED.items():
-        known = of_ptx if key in ("ptx_instructions", "conflicts") else of_sass
-        if not known or key not in old or key not in new or old["from"] != new["from"]:
+        if key in ("ptx_instructions", "conflicts"):
+            known = of_ptx
+        else:
+            known = of_sass and old["from"] == new["from"] == "sass"
+        if not known:
             continue
         before, after = old[key], new[key]
         more = before - after if least < 0 else after - before
         if more > max(abs(least), ALLOWED * before):
-            said.append(f"{key.replace('_', ' ')} were {before:g}, are {after:g}")
+            said.append(f"{key.replace('_', ' ')}: {before:g} before, {after:g} now")
     return said

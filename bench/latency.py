@@ -60,7 +60,7 @@ class Cost(NamedTuple):
     """What is assumed of an instruction."""
 
     results: list[str]
-    operands: list[str]  # and results, which it does not overtake
+    sources: list[str]
     latency: float
     pause: float
     taken: float  # clocks of the multiprocessor for each warp, before conflicts
@@ -75,7 +75,7 @@ def cost(instruction: Instruction) -> Cost:
     shared = name.startswith(("LDS", "STS"))
     taken = fitting(TAKEN, name, 1 / ISSUED) * (width(name) if shared else 1)
     latency, pause = fitting(LATENCIES, name), fitting(PAUSES, name)
-    return Cost(results, [*results, *sources], latency, pause, taken, shared, kind(name))
+    return Cost(results, sources, latency, pause, taken, shared, kind(name))
 
 
 def resident(threads: int, registers: int, shared: int) -> int:
@@ -107,7 +107,10 @@ def life(
     clock, line, waits = 0.0, 0, Counter[str]()
     for instruction in trace:
         of, line = cost(instruction), instruction.line or line
-        until, cause = max((ready[r] for r in of.operands if r in ready), default=(0.0, ""))
+        awaited = [ready[r] for r in of.sources if r in ready]
+        # a result is not overtaken by a later one, which only loads could do
+        awaited += [ready[r] for r in of.results if r in ready and ready[r][1] != "arithmetic"]
+        until, cause = max(awaited, default=(0.0, ""))
         if until > clock:
             waits[cause] += until - clock
             clock = until

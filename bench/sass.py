@@ -167,47 +167,44 @@ class Trace:
         return sum(left) / max(self.total, 1)
 
     def _blocks(self) -> Iterator[Block]:
-        blocks, labels = self.code.blocks, self.code.labels
-        at, steps, sides = 0, 0, [[]]
-        while True:
-            block = blocks[at]
+        at: int | None = 0
+        steps, sides = 0, [[]]  # sides that wait, of each place where sides meet
+        while at in self.code.blocks:
+            block = self.code.blocks[at]
             yield block
             steps += len(block.code)
             if steps > LONGEST:
                 raise ValueError("a trace through machine code does not end")
             for line in block.lines:
                 self.left[line] = self.left.get(line, 0) - block.copies
-            last, following = block.code[-1], at + len(block.code)
             sides += [[] for i in block.code if i.name == "BSSY"]
-            name, target = last.name, labels.get(last.target or "")
-            if name == "BSYNC":
-                # the sides that wait here
-                waiting = [side for side in sides[-1] if self._wanted(side)]
-                if waiting:
-                    sides[-1] = waiting[:-1]
-                    at = waiting[-1]
-                    continue
-                if len(sides) > 1:
-                    sides.pop()
-                at = following
-            elif name == "EXIT" and (not last.guard or self._wanted(following) is False):
-                return
-            elif name == "BRA.CONV" or (name == "BRA" and not last.guard and len(last.operands) == 1):
-                at = target
-            elif name == "BRA":
-                wanted, other = self._wanted(target), self._wanted(following)
-                if wanted and other and at < target and not self._joins(target):
-                    sides[-1].append(target)
-                if wanted == other:  # back, or on if there is something to do there
-                    at = target if (target <= at) == bool(wanted) else following
-                else:
-                    at = target if RANK[wanted] > RANK[other] else following
-            elif name.startswith(("BRX", "RET")):
-                return
-            else:
-                at = following
-            if at not in blocks:
-                return
+            at = self._next(at, block, sides)
+
+    def _next(self, at: int, block: Block, sides: list[list[int]]) -> int | None:
+        """Where the block after that is; None at the end."""
+        last, following = block.code[-1], at + len(block.code)
+        name, target = last.name, self.code.labels.get(last.target or "")
+        if name == "BSYNC":
+            waiting = [side for side in sides[-1] if self._wanted(side)]
+            if waiting:
+                sides[-1] = waiting[:-1]
+                return waiting[-1]
+            if len(sides) > 1:
+                sides.pop()
+        elif name == "EXIT":
+            return following if last.guard and self._wanted(following) is not False else None
+        elif name == "BRA.CONV" or (name == "BRA" and not last.guard and len(last.operands) == 1):
+            return target
+        elif name == "BRA" and target is not None:  # not BRA.DIV, for warps that are not together
+            wanted, other = self._wanted(target), self._wanted(following)
+            if wanted and other and at < target and not self._joins(target):
+                sides[-1].append(target)
+            if wanted == other:  # back, or on if there is something to do there
+                return target if (target <= at) == bool(wanted) else following
+            return target if RANK[wanted] > RANK[other] else following
+        elif name.startswith(("BRX", "RET")):
+            return None
+        return following
 
     def _joins(self, at: int) -> bool:
         """Whether sides meet there."""
