@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from bench.sass import Instruction
 
+Event = tuple[float, str]  # a clock, and the kind of what is there from then on
+
 #: Clocks from an instruction to its result, by the beginnings of names. The longest that fits counts.
 LATENCIES = {
     "": 5,
@@ -31,13 +33,16 @@ LATENCIES = {
     "I2F": 20,
     "I2FP": 5,
     "R2UR": 10,
+    "REDUX": 20,
     "S2": 20,
     "SHFL": 24,
     "ULDC": 10,
     **dict.fromkeys(("DADD", "DFMA", "DMUL", "DSETP"), 8),
 }
 #: Clocks until the next instruction of the warp.
-PAUSES = {"BAR": 20, "CCTL": 100, "MEMBAR.ALL.GPU": 400, "MEMBAR.SC.GPU": 400, "UCGABAR_WAIT": 190}
+PAUSES = {"BAR": 20, "CCTL": 100, "MEMBAR.ALL.GPU": 400, "MEMBAR.SC.GPU": 400}
+#: Clocks until something arrives that a later instruction waits for.
+ARRIVALS = {"LDGSTS": 800, "UBLKCP": 800, "STAS": 210, "UCGABAR_ARV": 190}
 #: Warp instructions that a multiprocessor issues in a clock.
 ISSUED = 4
 #: Clocks of a multiprocessor that a warp's instruction takes, where it is more than one in ISSUED.
@@ -86,6 +91,34 @@ def resident(threads: int, registers: int, shared: int) -> int:
     return min(by_registers, THREADS // (32 * warps), SHARED // (shared + RESERVED), BLOCKS)
 
 
+class Arrivals:
+    """What arrives without a register that waits for it: in barriers, and in groups of copies.
+
+    What a block sends to others of its cluster, it gets from them at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        self.groups: list[float] = []
+
+    def begin(self, instruction: Instruction, clock: float) -> None:
+        if instruction.name.startswith("LDGDEPBAR"):
+            self.groups.append(self.last.get("LDGSTS", 0.0))
+        for start, clocks in ARRIVALS.items():
+            if instruction.name.startswith(start):
+                self.last[start] = clock + clocks
+
+    def awaited(self, instruction: Instruction) -> list[Event]:
+        """The clocks of what an instruction waits for, and their kinds."""
+        name = instruction.name
+        if name.startswith("DEPBAR.LE"):  # all but the last groups
+            left = int(instruction.operands[-1], 0)
+            return [(max(self.groups[: len(self.groups) - left], default=0.0), "DRAM")]
+        starts = {"UCGABAR_WAIT": ["UCGABAR_ARV"], "SYNCS.PHASECHK": ["UBLKCP", "STAS"]}
+        found = next((starts[start] for start in starts if name.startswith(start)), [])
+        return [(self.last.get(start, 0.0), kind(start)) for start in found]
+
+
 class Life(NamedTuple):
     """Clocks that a block lives, and those of them in which its first warp waits, by what for."""
 
@@ -103,11 +136,12 @@ def life(
     `warps_at` and `conflicts_at` say of a line of PTX how many warps of the block are there too, and
     how many wavefronts of shared memory each takes beyond the least.
     """
-    ready: dict[str, tuple[float, str]] = {}
+    ready: dict[str, Event] = {}
+    arrivals = Arrivals()
     clock, line, waits = 0.0, 0, Counter[str]()
     for instruction in trace:
         of, line = cost(instruction), instruction.line or line
-        awaited = [ready[r] for r in of.sources if r in ready]
+        awaited = arrivals.awaited(instruction) + [ready[r] for r in of.sources if r in ready]
         # a result is not overtaken by a later one, which only loads could do
         awaited += [ready[r] for r in of.results if r in ready and ready[r][1] != "arithmetic"]
         until, cause = max(awaited, default=(0.0, ""))
@@ -119,6 +153,7 @@ def life(
         if of.pause:
             waits[of.kind] += of.pause
             clock += of.pause
+        arrivals.begin(instruction, clock)
         for register in of.results:
             ready[register] = clock + of.latency, of.kind
     return Life(clock, dict(waits.most_common()))
@@ -130,10 +165,10 @@ def kind(name: str) -> str:
 
 
 KINDS = {
-    "DRAM": ("LDG",),
+    "DRAM": ("LDG", "UBLKCP"),
     "L2": ("ATOM",),
     "shared": ("LDS", "SHFL"),
-    "cluster": ("LD.", "UCGABAR", "MEMBAR", "CCTL"),
+    "cluster": ("LD.", "UCGABAR", "STAS", "MEMBAR", "CCTL"),
     "barrier": ("BAR",),
     "constants": ("LDC", "ULDC", "S2", "R2UR"),
     "local": ("LDL",),
@@ -152,15 +187,15 @@ def operands(instruction: Instruction) -> tuple[list[str], list[str]]:
     """The registers that an instruction writes and reads."""
     name, base = instruction.name, instruction.name.split(".")[0]
     given = list(instruction.operands)
-    count = 0  # of operands that are written
-    if not base.startswith(("ST", "RED", "BRA", "BAR", "EXIT", "MEMBAR", "CCTL", "BSSY", "BSYNC")):
-        is_predicate = [bool(re.fullmatch(r"!?U?P(\d+|T)", part)) for part in given]
-        leading = next((k for k, p in enumerate(is_predicate) if not p), len(given))
-        count = leading
-        if "SETP" not in base and base not in ("PLOP3", "UPLOP3", "R2P"):
+    # the operands that are written come first: predicates, a register, or that and predicates
+    is_predicate = [bool(re.fullmatch(r"!?U?P(\d+|T)", part)) for part in given]
+    count = next((k for k, p in enumerate(is_predicate) if not p), len(given))
+    if "SETP" in base or "PLOP3" in base:
+        count = min(count, 2)
+    elif count < len(given) and "[" not in given[count]:  # an address is only read
+        count += 1
+        while not is_predicate[0] and count < len(given) and is_predicate[count]:
             count += 1
-            while leading == 0 and count < len(given) and is_predicate[count]:
-                count += 1
     loads, double = base.startswith(("LD", "ULD")), base.startswith("D") or ".F64" in name
     results, sources = [], []
     for k, part in enumerate(given):

@@ -159,6 +159,10 @@ def test_registers_that_are_written_and_read() -> None:
         "SEL R3, R7, R8, P1": ("R3", "R7 R8 P1"),
         "DFMA R2, R4, R6, R8": ("R2 R3", "R4 R5 R6 R7 R8 R9"),
         "@!P3 MOV R33, 0x0": ("R33", "P3"),
+        "LDGSTS.E.BYPASS.128 [R9+0x10], desc[UR6][R4.64]": ("", "R9 UR6 R4 R5"),
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], R0": ("P0", "UR9 R0"),
+        "ATOMG.E.INC.STRONG.GPU PT, R13, desc[UR6][R2.64], R12": ("R13", "UR6 R2 R3 R12"),
+        "REDUX.MAX.S32 UR4, R8": ("UR4", "R8"),
     }
     for text, expected in cases.items():
         (instruction,) = disassembly(f"1 {text}").instructions
@@ -177,6 +181,12 @@ def test_life_of_a_block() -> None:
     assert life(load + use + other + "2 FADD R9, R5, R5\n").clocks == 2 * (1 + 800 + 1)
     assert life(load + use, warps=8).clocks == 2 + 800 + 2  # of 8 warps, 4 issue at a time
     assert life("1 LDS.128 R4, [R1]\n", 2, 3).clocks == 2 * (4 + 3)
+    copies = "1 LDGSTS [R1], [R2]\n1 LDGDEPBAR\n2 LDGSTS [R1], [R2]\n2 LDGDEPBAR\n"
+    assert life(copies + "3 DEPBAR.LE SB0, 0x1\n").clocks == 1 + 800 + 1
+    assert life(copies + "3 DEPBAR.LE SB0, 0x0\n").clocks == 3 + 800 + 1
+    push = "1 STAS [R4.64], R8\n2 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], R0\n"
+    assert life(push) == (1 + 210 + 1, {"cluster": 210})
+    assert life("1 UCGABAR_ARV\n2 UCGABAR_WAIT\n") == (1 + 190 + 1, {"cluster": 190})
     assert life("1 BAR.SYNC.DEFER_BLOCKING 0x0\n").waits == {"barrier": 20}
 
 
