@@ -50,27 +50,27 @@ def gpu(monkeypatch):
 
 def launched():
     """Kernels as they are launched, by name: (what each is made for, threads of a thread block)."""
-    entropy, single = "cross_entropy", {"modern": True, "aligned": True, "vectors": 8}
+    entropy, single = "cross_entropy", {"modern": True, "aligned": True, "team": True}
     half = maps.Operand("bfloat16", vectors=True)
     whole = maps.Operand("float32", vectors=True)
     rows_of = folds.Variant
     return {
         "softmax float32": (rows_of("softmax", "float32", out="float32", **single), 768),
         "softmax float32 of any length": (
-            rows_of("softmax", "float32", out="float32", modern=True, vectors=8),
+            rows_of("softmax", "float32", out="float32", modern=True, team=True),
             768,
         ),
-        "logsumexp float32": (rows_of("logsumexp", "float32", aligned=True, vectors=8), 768),
+        "logsumexp float32": (rows_of("logsumexp", "float32", aligned=True, team=True), 768),
         "labels float32 in a cluster": (
             rows_of(entropy, "float32", labels="int64", out="float32", cluster=8, **single),
             768,
         ),
         "labels bfloat16": (
-            rows_of(entropy, "bfloat16", labels="int64", out="bfloat16", **(single | {"vectors": 4})),
+            rows_of(entropy, "bfloat16", labels="int64", out="bfloat16", **single),
             768,
         ),
         "dense float16": (
-            rows_of(entropy, "float16", second="float16", out="float16", **(single | {"vectors": 2})),
+            rows_of(entropy, "float16", second="float16", out="float16", **single),
             768,
         ),
         "entropy float32": (rows_of("entropy_from_logits", "float32", out="float32", **single), 768),
@@ -80,7 +80,7 @@ def launched():
                 "bfloat16",
                 second="bfloat16",
                 out="bfloat16",
-                **(single | {"vectors": 2}),
+                **single,
             ),
             768,
         ),
@@ -103,6 +103,12 @@ def launched():
     }
 
 
+def team_of(classes, name, inputs, capability):
+    """The threads of a row."""
+    scratch = teams.SCRATCH * (8 if name == "float64" else 4)
+    return geometry.team(classes, name, inputs, scratch, capability)
+
+
 def kernel_of(variant):
     return (folds if isinstance(variant, folds.Variant) else maps).kernel(variant)
 
@@ -112,14 +118,17 @@ def kernel_of(variant):
 def test_ptx(name, capability):
     """Vectors of 16 bytes, no double in float32 kernels, and no memory of a thread's own."""
     variant, threads = launched()[name]
-    kernel = kernel_of(variant._replace(modern=variant.modern and capability >= (8, 0)))
+    variant = variant._replace(modern=variant.modern and capability >= (8, 0))
+    if isinstance(variant, folds.Variant):
+        variant = variant._replace(newest=variant.team and capability >= (9, 0))
+    kernel = kernel_of(variant)
     if capability < (9, 0) and kernel.cluster > 1:
         pytest.skip("cards before capability 9 have no clusters")
     code, _ = compiler.ptx(kernel, capability, threads)
     assert f".target sm_{capability[0]}{capability[1]}" in code
-    assert_assembled(code, capability, "7.8")
+    assert_assembled(code, capability, "8.0" if capability == (9, 0) else "7.8")
     if name != "columns":
-        assert re.search(r"ld\.global\.v4\.[bf]32", code)
+        assert re.search(r"ld\.global\.v4\.[bfu]32|cp\.async\.(cg|bulk)", code)
         assert "st.global.v4" in code or "logsumexp" in name
     assert ".f64" not in code
     assert ".local" not in code
@@ -168,7 +177,7 @@ def test_a_row_is_read_once(gpu, rng, classes, dtype):
     y = rng.integers(0, classes, 3)
     fastll.cross_entropy(x, y, reduction="none", return_grad=True)
     (only,) = gpu.launches
-    plan = geometry.team(classes, x.dtype.name, 1, gpu.capability)
+    plan = team_of(classes, x.dtype.name, 1, gpu.capability)
     assert only.kernel.cluster == plan.cluster
     assert only.stream == 7
     rest = 64 * plan.cluster * len(y) + 64 * plan.threads * plan.teams * plan.cluster
@@ -178,7 +187,7 @@ def test_a_row_is_read_once(gpu, rng, classes, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "classes"),
-    [(np.float32, 131), (np.float32, 4097), (BFLOAT16, 1001), (np.float32, 17000), (np.float64, 515)],
+    [(np.float32, 131), (np.float32, 4097), (BFLOAT16, 1001), (np.float32, 40003), (np.float64, 515)],
     ids=str,
 )
 def test_bits_depend_on_the_row_alone(gpu, rng, dtype, classes):
@@ -223,10 +232,11 @@ def test_no_races(gpu, rng, monkeypatch):
 )
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_rows_in_chunks(gpu, rng, monkeypatch, operation, cluster):
-    """Rows beyond what a team holds, by small teams; the least and the largest in different chunks."""
-    monkeypatch.setattr(geometry, "TEAM", {4: 64})
-    monkeypatch.setattr(geometry, "LARGEST_TEAM", 64)
+    """Rows beyond what a block holds, on a card of little memory; the least and the largest in
+    different chunks."""
+    monkeypatch.setattr(geometry, "TEAM", 64)
     monkeypatch.setattr(geometry, "BLOCK", 32)
+    monkeypatch.setattr(geometry, "MOST_SHARED", {gpu.capability: 11})
     monkeypatch.setattr(geometry, "CLUSTERS", (1, cluster))
     monkeypatch.setattr(geometry, "team", geometry.team.__wrapped__)
     classes = 9003
@@ -344,7 +354,7 @@ def test_mean_of_squares(gpu, rng):
 def test_only_elements_at_labels_are_read(gpu, rng, classes):
     """By the loss of log-probabilities without smoothing; its gradient is written once."""
     x, y = rng.standard_normal((64, classes)).astype(np.float32), rng.integers(0, classes, 64)
-    plan = geometry.team(classes, "float32", 1, gpu.capability)
+    plan = team_of(classes, "float32", 1, gpu.capability)
     for return_grad in (False, True):
         gpu.launches.clear()
         fastll.nll_loss(x, y, reduction="none", return_grad=return_grad)
@@ -393,26 +403,31 @@ class TestGeometry:
     @pytest.mark.parametrize("inputs", [1, 2])
     @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
     def test_every_class_has_a_thread(self, name, inputs, capability):
-        lanes = primitives.lanes_of(name)
+        lanes, size = primitives.lanes_of(name), primitives.size_of(name)
         for classes in (129, 500, 1000, 4096, 4097, 32000, 50257, 128256, 262144, 10**6 + 1):
-            plan = geometry.team(classes, name, inputs, capability)
+            plan = team_of(classes, name, inputs, capability)
             assert plan.threads % 32 == 0
-            assert plan.threads * plan.teams <= 1024
+            assert plan.threads * plan.teams <= geometry.RESIDENT
+            assert plan.threads // 32 <= teams.SLOTS
             assert plan.segment * plan.cluster >= classes
             assert plan.cluster == 1 or capability >= (9, 0)
             slack = lanes - 1 if classes % lanes else 0
-            assert plan.capacity + slack <= plan.threads * plan.vectors * lanes
+            assert (plan.capacity + slack) * size <= plan.pitch
             assert plan.chunked == (plan.capacity < plan.segment)
             assert plan.segment % lanes == 0 or plan.cluster == 1
-            memory = teams.SCRATCH + plan.threads * plan.teams * lanes
-            assert memory * (8 if name == "float64" else 4) <= geometry.SHARED
+            assert plan.shared <= (227 if capability >= (9, 0) else 163) * 1024
 
     def test_what_stays_on_the_chip(self):
-        """A row is read once up to these lengths."""
-        for name in ("float32", "bfloat16"):
-            for classes, capability in ((262144, (9, 0)), (32768, (8, 0))):
-                assert not geometry.team(classes, name, 1, capability).chunked
-                assert geometry.team(classes + 4096, name, 1, capability).chunked
+        """A row is read once up to these lengths, and two blocks of a multiprocessor have room."""
+        for name, size in (("float32", 4), ("bfloat16", 2)):
+            for most, capability in ((227 * 8, (9, 0)), (163, (8, 0)), (99, (8, 9)), (64, (7, 5))):
+                room = most * 1024 // size
+                assert not team_of(room * 15 // 16, name, 1, capability).chunked
+                assert team_of(room, name, 1, capability).chunked
+                plan = team_of(room * 7 // 16, name, 1, capability)
+                assert (
+                    2 * (plan.shared + 1024) <= (most // plan.cluster + 1) * 1024 or plan.cluster == 8
+                )
 
 
 def test_machine_code_on_disk(monkeypatch, tmp_path):
@@ -525,7 +540,7 @@ def test_a_new_element_wise_row(trial, rng, dtype):
     [
         (np.float32, (3, 1000, 1), "team"),
         (BFLOAT16, (2, 1001, 1), "team"),
-        (np.float32, (2, 17000, 1), "cluster"),
+        (np.float32, (2, 40000, 1), "cluster"),
         (np.float64, (40, 7, 1), "thread"),
         (np.float32, (3, 300, 5), "threads"),
     ],
@@ -552,7 +567,7 @@ def test_a_new_sum_of_terms(trial, rng, dtype, shape, plan):
             trial.gpu.contents(value.owner), 0.5 * expected, rtol=tolerance, atol=tolerance
         )
         kernel = trial.gpu.launches[-1].kernel
-        assert ("vectors=0" in kernel.key) == plan.startswith("thread")
+        assert ("team=False" in kernel.key) == plan.startswith("thread")
         assert (kernel.cluster > 1) == (plan == "cluster")
 
 

@@ -27,7 +27,7 @@ def role(ins):
 
 def classify(ins):
     """The class an instruction is counted in."""
-    if ins.base in ("ld", "st", "atom", "red"):
+    if ins.base in ("ld", "st", "atom", "red", "cp"):
         space = next((m.split("::")[0] for m in ins.mods if m in SPACES.split()), "generic")
         return f"{ins.base}.{space}"
     if role(ins) in ("branch", "exit"):
@@ -451,6 +451,76 @@ def st(m, ins):
     def step(active):
         index = active.index
         m.store(space, address(active), index, dtype, [a[index] for a in arrays])
+
+    return [m.stepwise(step, ins)]
+
+
+@handles(
+    "cp",
+    "async cg ca bulk shared shared::cta shared::cluster global wait_all commit_group wait_group"
+    " mbarrier::complete_tx::bytes",
+)
+def copy(m, ins):
+    """Asynchronous copies, done at once."""
+    if "global" not in ins.mods:
+        return []
+    if "bulk" in ins.mods:
+        return bulk(m, ins)
+    target, source, size = ins.operands
+    if size.value != 16:
+        unknown(ins)
+    to, address, dtype = m.address(target), m.address(source), m.dtype("u64")
+
+    def step(active):
+        values = m.load("global", address(active), active.index, dtype, 2)
+        m.store("shared", to(active), active.index, dtype, list(values.T.copy()))
+
+    return [m.stepwise(step, ins)]
+
+
+def bulk(m, ins):
+    """A copy of whole vectors by one thread, whose bytes arrive at a barrier."""
+    to, address, at = (m.address(ins.operands[k]) for k in (0, 1, 3))
+    size = m.read(ins.operands[2], "u32")
+
+    def step(active):
+        counts = np.broadcast_to(size, m.lanes)[active.index]
+        if (counts % 16).any():
+            raise Fault("not whole vectors", int(np.argmax(counts % 16 != 0)))
+        lanes = np.arange(m.lanes)[active.index]
+        for k, count in enumerate(counts):
+            vectors = np.arange(0, count, 16).astype(np.uint64)
+            index = np.full(len(vectors), lanes[k])
+            values = m.load("global", address(active)[k] + vectors, index, np.dtype("u8"), 2)
+            m.store("shared", to(active)[k] + vectors, index, np.dtype("u8"), list(values.T.copy()))
+        m.exchange("shared", at(active), active.index, np.dtype("i4"), lambda k, old: old - counts[k])
+
+    return [m.stepwise(step, ins)]
+
+
+@handles("mbarrier", "init arrive expect_tx try_wait parity shared::cta b64")
+def transactions(m, ins):
+    """A barrier in shared memory, for one phase: bytes that are expected, and threads."""
+    waits = "try_wait" in ins.mods
+    target, where, *rest = ins.operands if "init" not in ins.mods else [None, *ins.operands]
+    at, number = m.address(where), m.read(rest[0], "u32")
+    out = m.target(target, "pred")[1] if waits else None
+
+    def step(active):
+        index, places = active.index, at(active)
+        numbers = np.broadcast_to(number, m.lanes)[index].astype("i4")
+        if "init" in ins.mods:
+            m.store("shared", places, index, np.dtype("i4"), [0 * numbers, numbers])
+        elif waits:
+            found = m.load("shared", places, index, np.dtype("i4"), 2)
+            if numbers.any() or found.any():
+                raise Fault("waits for what has not arrived", int(np.argmax(found.any(axis=1))))
+            out[index] = True
+        else:
+            more = lambda k, old: old + numbers[k]  # noqa: E731
+            m.exchange("shared", places, index, np.dtype("i4"), more)
+            threads = places + np.uint64(4)
+            m.exchange("shared", threads, index, np.dtype("i4"), lambda k, old: old - 1)
 
     return [m.stepwise(step, ins)]
 

@@ -118,23 +118,29 @@ class Backend:
         """Rows of contiguous classes."""
         (outer, classes, inner), name = call.x.shape, format_of(call.x)
         inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
-        plan = geometry.team(classes, name, inputs, self._gpu.capability)
+        scratch = teams.SCRATCH * np.dtype(compute_type(name)).itemsize
+        plan = geometry.team(classes, name, inputs, scratch, self._gpu.capability)
         told = _told(call)
         told = told._replace(
             segment=plan.segment,
             capacity=plan.capacity,
+            rows_at=scratch + plan.exchanged,
+            pitch=plan.pitch,
             **{key: getattr(told, key)._replace(outer=steps[key]) for key in steps},
         )
         aligned = classes % lanes == 0 and not any(
             (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
         )
         kernel = self._kernel(
-            call, vectors=plan.vectors, cluster=plan.cluster, chunked=plan.chunked, aligned=aligned
+            call,
+            team=True,
+            newest=self._gpu.capability >= (9, 0),
+            cluster=plan.cluster,
+            chunked=plan.chunked,
+            aligned=aligned,
         )
-        exchanged = plan.teams * plan.threads * lanes if classes % lanes else 0
-        shared = (teams.SCRATCH + exchanged) * kernel.real_size
         blocks, block = -(-outer * inner // plan.teams) * plan.cluster, (plan.threads, plan.teams)
-        return self._bound(kernel, blocks, block, told, shared, bound=plan.bound)
+        return self._bound(kernel, blocks, block, told, plan.shared, bound=geometry.RESIDENT)
 
     def _by_threads(self, call: contract.Fold) -> contract.Kernel:
         """Rows of any strides, and short ones."""

@@ -71,6 +71,8 @@ class Fold(NamedTuple):
     inverse_temperature: float
     segment: int = 0  # of a team: classes of each block of a cluster
     capacity: int = 0  # and those it takes at once
+    rows_at: int = 0  # byte of shared memory where rows are
+    pitch: int = 0  # and bytes of each
     lanes: int = 1  # of threads on their own: how many share a row
     across: int = 0  # and whether neighbours have different rows
 

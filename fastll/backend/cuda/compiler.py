@@ -31,8 +31,16 @@ if not hasattr(core, "Device"):  # before its version 0.5
 
 Capability = tuple[int, int]
 
-#: The first version of PTX with these cards. 7.8 has all older ones, and all that the kernels need.
-_PTX_VERSIONS = {(10, 0): "8.6", (12, 0): "8.7", (10, 3): "8.8", (12, 1): "8.8", (11, 0): "9.0"}
+#: The first version of PTX with these cards. 7.8 has all older ones; but on those of clusters and of
+#: copies in bulk, kernels need 8.0, of CUDA 12.0.
+_PTX_VERSIONS = {
+    (9, 0): "8.0",
+    (10, 0): "8.6",
+    (12, 0): "8.7",
+    (10, 3): "8.8",
+    (12, 1): "8.8",
+    (11, 0): "9.0",
+}
 
 _lock = threading.RLock()
 
@@ -122,7 +130,7 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
     entry = f"fastll_{kernel.function.__name__}"
     code = code.replace(mangled, entry)
     # NVVM states its own version, which older drivers and linkers refuse
-    version = _PTX_VERSIONS.get(capability, "7.8" if capability <= (9, 0) else None)
+    version = _PTX_VERSIONS.get(capability, "7.8" if capability < (9, 0) else None)
     if version is not None:
         code = re.sub(r"^\.version .*", f".version {version}", code, count=1, flags=re.MULTILINE)
     if kernel.cluster > 1:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, pairs, primitives, rows, teams, terms, threads
+from fastll.backend.cuda import calls, pairs, primitives, rows, states, teams, terms, threads
 from fastll.backend.cuda.compiler import Kernel, bound, cuda, kernels
 from fastll.backend.cuda.primitives import compute_type, lanes_of, reader, size_of, writer
 from fastll.backend.cuda.states import shared
@@ -42,9 +42,9 @@ class Variant(NamedTuple):
     tempered: bool = False  # whether elements are multiplied by the inverse temperature
     averaged: bool = False  # whether the mean of lse**2 is over another weight than the rest
     modern: bool = False  # compute capability 8 or more
+    newest: bool = False  # 9 or more
     staged: bool = False  # for threads on their own: whether rows go through shared memory
-    # for teams, which have vectors:
-    vectors: int = 0  # of a thread
+    team: bool = False  # whether a row has a team of threads; for these:
     cluster: int = 1  # thread blocks that share a row
     chunked: bool = False  # whether a thread block takes its part of a row in chunks
     aligned: bool = False  # whether every row begins and ends with a vector
@@ -73,11 +73,12 @@ def names(v):
     value = compute_type(v.second if wide else stored).__name__
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(stored)
-    # what a thread has of a row stays in registers until it is written; the slope of the cap needs the
-    # elements as they were
-    kept = v.vectors > 0 and written and not v.capped and not v.chunked
-    plain = logs or divergence or (entropic and written)  # elements are not replaced
-    held = kept and not plain  # by their exponentials
+    approximate = primitives.is_half(stored) and not weighted
+    # exponentials take the place of a row's elements until they are written, where that is cheaper
+    # than to compute them again, and nothing but exponentials is written: the slope of the cap and the
+    # entropy are of the elements
+    held = v.team and written and not (approximate or v.chunked or v.capped or logs)
+    held = held and not (divergence or entropic or nll)
     # whether exponentials are multiplied with more than 1 / s
     factored = cross_entropies or entropic or divergence
     # what is held is relative to the maximum of one thread block of a cluster
@@ -85,9 +86,12 @@ def names(v):
     # rereading shared memory is cheaper than rescaling sums for each new maximum
     two_passes = v.staged and not (targets or v.capped or terms or divergence)
     index = np.uint32 if v.staged else np.int64  # type of the number of a class
-    vector = stored if v.vectors or v.staged else "float32"
+    clustered, inputs, parts = v.cluster > 1, 2 if paired else 1, states.PARTS
+    parts = pairs.PARTS if divergence else parts if targets or entropic else parts // 2
+    in_bulk, real_size = v.newest and not v.chunked, np.dtype(real).itemsize
+    vector = stored if v.team or v.staged else "float32"
     size, lanes = size_of(stored), lanes_of(vector)  # bytes of an element, elements of a vector
-    count = v.vectors * lanes  # elements that a thread of a team holds
+    packable = v.team and approximate and v.modern  # whether a maximum is that of words of two halves
     # readers take an address, writers an address and a number
     read_x, read_second = reader(stored, real), reader(v.second or stored, real)
     read_weight, read_sample = reader(v.weight or value, real), reader(v.sample or value, real)
@@ -95,13 +99,23 @@ def names(v):
     read_label = primitives.integer_reader(v.labels or "int64")
     read_state, write_state = reader("float64", real), writer("float64")
     read_double, write_double = reader("float64"), writer(value, np.float64)
-    write_out, write_value = writer(out, real), writer(value, real)
-    fetch_x = primitives.vector_reader(vector, lowest=v.vectors > 0)
-    fetch_second = primitives.vector_reader(vector, lowest=divergence)
+    write_out, write_value = writer(out, real, v.modern), writer(value, real)
+    fetch_x = fetch_second = primitives.vector_reader(vector)
+    if v.team:
+        fetch_x = fetch_second = primitives.shared_vector_reader(vector)
+        read_shared, put_shared = primitives.shared_reader(stored), None
+        if not approximate:
+            put_shared = primitives.shared_vector_writer(stored)
+        copy_vector = primitives.vector_copier(v.modern)
+        copy_x = primitives.element_copier(stored, lowest=True)
+        copy_second = primitives.element_copier(stored, lowest=divergence)
+        write_peer = primitives.peer_writer(real)
+    if packable:
+        larger_words, lowest = primitives.larger_words(stored), primitives.lowest_word(stored)
+        lower_half, upper_half = (primitives.half_of_word(stored, u) for u in (False, True))
     deliver = primitives.vector_writer(vector, v.modern)
     joined = shared(np.float64).joined
-    approximate = primitives.is_half(stored) and not weighted
-    f = vars(shared(real, approximate, v.modern, targets, v.cluster > 1, entropic))
+    f = vars(shared(real, approximate, v.modern, targets, entropic))
     if divergence:
         identity = pairs.Pair(f["identity"], f["identity"])
     if terms:
@@ -112,14 +126,14 @@ def names(v):
 @kernels
 def kernel(variant):
     """The kernel of a `Variant`."""
-    known, alone = names(variant), not variant.vectors
+    known, alone = names(variant), not variant.team
     is_sum = variant.operation in TERMS or known["nll"]
     own = [terms] if is_sum else [pairs] if known["divergence"] else []
     f = bound(known, rows, threads if alone else teams, *own)
     locate, find_label, merge, write = f.locate, f.find_label, f.merge, f.write
     fold = f.fold_nothing if known["label_alone"] else f.fold_alone if alone and own else f.fold
     finish = f.finish_exactly if known["exact"] else f.finish
-    real, held = known["real"], known["count"] or threads.TOGETHER
+    real, held = known["real"], threads.TOGETHER if alone else known["lanes"]
 
     def reduce(call):
         memory = cuda.shared.array(0, real)

@@ -9,16 +9,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from fastll.backend.cuda.primitives import WARP, lanes_of, size_of
+from fastll.backend.cuda.primitives import VECTOR, WARP, lanes_of, size_of
 
 #: Threads of a block of several short teams, and of kernels over rows of any strides.
 BLOCK = 256
-#: Threads of a team, by the bytes of an element, and the most there can be. Two blocks fit beside each
-#: other, by their registers, so that one computes while the other one reads.
-TEAM, LARGEST_TEAM = {2: 384, 4: 384, 8: 448}, 1024
-#: Vectors that a thread holds of one input, by the bytes of an element, or half as many of each of two:
-#: 32 numbers or 8 doubles.
-VECTORS = {2: 4, 4: 8, 8: 4}
+#: Most threads of a team, and vectors of a row that each takes.
+TEAM, VECTORS = 384, 8
+#: Threads of teams that must fit on a multiprocessor, which sets the registers of each.
+RESIDENT = 1024
 #: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.
 CLUSTERS = (1, 2, 4, 8)
 
@@ -26,47 +24,59 @@ CLUSTERS = (1, 2, 4, 8)
 SHORT = 128
 #: Bytes of shared memory that a block may use without asking.
 SHARED = 48 * 1024
+#: The most that it may ask for, by compute capability: 1 KB less than a multiprocessor has.
+MOST_SHARED = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (12, 0): 99, (12, 1): 99}
 
 
 class Team(NamedTuple):
     """The threads that share a row."""
 
-    vectors: int  # that each holds
     threads: int
     teams: int  # of a block
     cluster: int  # blocks that share a row
     segment: int  # classes of each of them
     capacity: int  # classes of a chunk
     chunked: bool  # whether a segment has several
-    bound: int  # threads that must fit on a multiprocessor, which sets the registers of each
+    exchanged: int  # bytes of shared memory by which lanes are exchanged
+    pitch: int  # and of a chunk of one input
+    shared: int  # of all
 
 
 @lru_cache(1024)
-def team(classes: int, name: str, inputs: int, capability: tuple[int, int]) -> Team:
-    """The team for rows of contiguous classes of a format, with one input or two."""
-    lanes, usual = lanes_of(name), TEAM[size_of(name)]
-    vectors = VECTORS[size_of(name)] // inputs
-    # a row that is no multiple of a vector may begin anywhere in one
-    slack = lanes if classes % lanes else 0
+def team(classes: int, name: str, inputs: int, scratch: int, capability: tuple[int, int]) -> Team:
+    """The team for rows of contiguous classes of a format, with one input or two, where a block needs
+    `scratch` bytes of shared memory for other things."""
+    lanes, number = lanes_of(name), max(4, size_of(name))
+    ragged = classes % lanes != 0
+    most = 1024 * (MOST_SHARED.get(capability, 227) if capability >= (7, 5) else 48)
+
+    def planned(cluster: int, capacity: int | None = None) -> Team:
+        segment = _up(-(-classes // cluster), lanes) if cluster > 1 else classes
+        taken = segment if capacity is None else capacity
+        # a row that is no multiple of a vector may begin anywhere in one
+        vectors = -(-(taken + (lanes - 1 if ragged else 0)) // lanes)
+        threads = min(TEAM, _up(-(-vectors // VECTORS), WARP))
+        teams = max(1, BLOCK // threads)
+        exchanged = teams * threads * lanes * number if ragged else 0
+        pitch = vectors * VECTOR
+        shared = scratch + exchanged + teams * inputs * pitch
+        chunked = taken < segment
+        return Team(threads, teams, cluster, segment, taken, chunked, exchanged, pitch, shared)
+
     clusters = CLUSTERS if capability >= (9, 0) else CLUSTERS[:1]
+    # two blocks beside each other: one computes while the other one's row arrives
+    for room in (_each(most, 2), most):
+        for cluster in clusters:
+            plan = planned(cluster)
+            if plan.shared <= room:
+                return plan
+    room = _each(most, 2) - planned(clusters[-1], lanes * VECTORS * TEAM).exchanged - scratch
+    return planned(clusters[-1], (room // inputs // VECTOR - 1) * lanes)
 
-    def threads_for(elements: int) -> int:
-        return _up(-(-(elements + slack) // (lanes * vectors)), WARP)
 
-    while vectors > 1 and classes + slack <= WARP * lanes * vectors // 2:
-        vectors //= 2
-    threads = threads_for(classes)
-    if threads <= BLOCK:  # a block of several teams: one warp finishes the rows of all
-        return Team(vectors, threads, BLOCK // threads, 1, classes, classes, False, 2 * usual)
-    for largest, blocks in [(usual, n) for n in clusters] + [(LARGEST_TEAM, clusters[-1])]:
-        segment = _up(-(-classes // blocks), lanes)
-        threads = threads_for(segment)
-        if threads <= largest:
-            bound = 2 * usual if threads <= usual else LARGEST_TEAM
-            return Team(vectors, threads, 1, blocks, segment, segment, False, bound)
-    segment = _up(-(-classes // clusters[-1]), lanes)
-    capacity = lanes * vectors * usual - slack
-    return Team(vectors, usual, 1, clusters[-1], segment, capacity, True, 2 * usual)
+def _each(most: int, blocks: int) -> int:
+    """Bytes that each of several blocks of a multiprocessor may use."""
+    return (most + 1024) // blocks - 1024
 
 
 def lanes_of_row(classes: int) -> int:

@@ -1,7 +1,7 @@
 """The formulas on a GPU, one number at a time, and what only its reductions need, as further texts.
 
-For half-precision input, `exponential` is the machine's own approximation of 2**x, right to 2 ulp of
-float32: that input has 8 or 11 bits, and its results no more.
+For half-precision input, exponentials are the machine's own approximation of 2**x, right to 2 ulp of
+float32, as that input has 8 or 11 bits, and its results no more: see `fastll.backend.cuda.halves`.
 """
 
 # mypy: ignore-errors
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import primitives
+from fastll.backend.cuda import halves, primitives
 from fastll.backend.cuda.compiler import device
 from fastll.backend.cuda.primitives import exponent, exponent_bits, fma, power_of_two, where_gt
 from fastll.formulas import bind, constants, texts
@@ -62,6 +62,15 @@ def reference(m):
 def relative(x, ref):
     """The `exponential` of an element."""
     return exponential(x - ref.offset, ref.floor, ref.magic)
+
+
+def relative_near(x, ref):
+    """The same where the offset is 0."""
+    return exponential(x, ref.floor, ref.magic)
+
+
+def offset_of(ref):
+    return ref.offset
 
 
 def exp_minus_scaled(x, m):
@@ -147,9 +156,13 @@ def of(real, approximate=False, modern=False) -> SimpleNamespace:
     }
     if modern and real is np.float32:
         names["maximum"] = primitives.larger_or_nan
+    found = {text.__name__: text for text in (*texts(), *_TEXTS)}
     if approximate:
+        names |= halves.NAMES
         names["exponential"] = _approximation(c, names["maximum"])
-    return bind(names, device, [*texts(), *_TEXTS])
+        found |= {text.__name__: text for text in texts(halves)}
+        del found["exponential"]
+    return bind(names, device, list(found.values()))
 
 
 def _approximation(c, maximum):

@@ -38,14 +38,51 @@ def moved(pair, m, n):
     return weighted_from(pair.targets, excess(before, finite(m), after, finite(n)), n)
 
 
+def lifted_both(pair, m, n):
+    """A pair for the maxima m and n, which are at least its own."""
+    below, at_maximum = sums_below(pair.logits, m)
+    target_below, target_at_maximum = sums_below(pair.targets, n)
+    return Pair(
+        State(m, below, at_maximum, nothing, nothing),
+        State(n, target_below, target_at_maximum, moved(pair, m, n), nothing),
+    )
+
+
+def together(a, b):
+    """The states of two parts of a row that have the same maxima."""
+    x, t, u, v = a.logits, a.targets, b.logits, b.targets
+    distance = add(t.distance, v.distance)
+    return Pair(
+        State(x.maximum, add(x.below, u.below), x.at_maximum + u.at_maximum, nothing, nothing),
+        State(t.maximum, add(t.below, v.below), t.at_maximum + v.at_maximum, distance, nothing),
+    )
+
+
 def merged(a, b):
     """The states of two parts of a row."""
-    m, x_below, x_at_maximum = sums_of_both(a.logits, b.logits)
-    n, below, at_maximum = sums_of_both(a.targets, b.targets)
-    distance = add(moved(a, m, n), moved(b, m, n))
+    m = larger(a.logits.maximum, b.logits.maximum)
+    n = larger(a.targets.maximum, b.targets.maximum)
+    return together(lifted_both(a, m, n), lifted_both(b, m, n))
+
+
+def lifted_to_warp(pair):
+    """A pair for the largest maxima of the warp."""
+    m, n = warp_maximum(pair.logits.maximum), warp_maximum(pair.targets.maximum)
+    return lifted_both(pair, m, n)
+
+
+def state_across(pair, mask):
+    """The pair of another lane of the warp, which has the same maxima."""
+    x, t = pair.logits, pair.targets
     return Pair(
-        State(m, x_below, x_at_maximum, nothing, nothing),
-        State(n, below, at_maximum, distance, nothing),
+        State(x.maximum, sum_across(x.below, mask), across(x.at_maximum, mask), nothing, nothing),
+        State(
+            t.maximum,
+            sum_across(t.below, mask),
+            across(t.at_maximum, mask),
+            sum_across(t.distance, mask),
+            nothing,
+        ),
     )
 
 
@@ -57,10 +94,10 @@ def put(memory, at, step, pair):
     leave(memory, at + 8 * step, step, (t.distance.high, t.distance.low, c.zero, c.zero))
 
 
-def take(memory, at, step, peer):
+def take(memory, at, step):
     """A state from shared memory."""
-    x, t = taken(memory, at, step, peer), taken(memory, at + 4 * step, step, peer)
-    sums = taken(memory, at + 8 * step, step, peer)
+    x, t = taken(memory, at, step), taken(memory, at + 4 * step, step)
+    sums = taken(memory, at + 8 * step, step)
     return Pair(
         State(x[0], Sum(x[2], x[3]), x[1], nothing, nothing),
         State(t[0], Sum(t[2], t[3]), t[1], Sum(sums[0], sums[1]), nothing),
@@ -79,28 +116,35 @@ def finished(call, pair, label, scale):
     return Finished(value, x.maximum, log_s, factor, c.zero, scale, c.zero, t.maximum, target_factor)
 
 
-def fold_part(call, place, part, values, second, lane, memory):
+def fold_part(call, part, x, t, lane, memory):
     """For teams: leave the sums of a chunk for `collected`."""
-    change(call, part, values)
-    find_targets(call, place, part, second)
-    ref = reference(maximum_of_team(largest(values), memory, TOPS))
-    target = reference(maximum_of_team(largest(second), memory, TARGET_TOPS))
+    zero, second = np.int32(0), np.int32(call.pitch)
+    own = largest(part, x, memory, fetch_x, zero)
+    top = maximum_of_team(own, memory, TOPS)
+    among = has_maximum(own, top)
+    target_top = maximum_of_team(largest(part, t, memory, fetch_second, second), memory, TARGET_TOPS)
+    ref = reference(tempered_element(call, top))
+    target = reference(tempered_element(call, target_top))
     if cuda.threadIdx.x == 0:
         numbers = ref.maximum, ref.lead, target.maximum, target.lead
-        leave(memory, RESULTS + cuda.threadIdx.y, np.int64(WARPS), numbers)
-    post_exponentials(part, values, ref, lane, memory)
+        leave(memory, RESULTS + cuda.threadIdx.y, np.int64(SLOTS), numbers)
+    post_exponentials(call, part, x, ref, among, lane, memory)
     away = cuda.local.array(lanes, real)
     clear(away)
-    equal, level = c.zero, target.maximum - target.offset
-    m, n = finite(ref.maximum), finite(target.maximum)
-    for i in range(count):
-        t = second[i] - target.offset
-        e = exponential(t, target.floor, target.magic)
-        if t == level:
-            equal += c.one
-        else:
-            lane[i % lanes] += e
-        away[i % lanes] += product(e, excess(values[i], m, second[i], n))
+    equal, m, n = c.zero, finite(ref.maximum), finite(target.maximum)
+    at, step = first_of(part)
+    while at < part.end:
+        fetch_x(x, memory, at)
+        find_targets(call, part, t, memory, at)
+        for i in range(lanes):
+            e = relative(t[i], target)
+            if t[i] == target.maximum:
+                equal += c.one
+            else:
+                lane[i] += e
+            v = logit_of(call, x[i], at, i, part)
+            away[i] += product(e, excess(v, m, t[i], n))
+        at = np.int32(at + step)
     post_lanes(away, part, memory, DISTANCES)
     post_lanes(lane, part, memory, TARGET_SUMS)
     post(equal, memory, TARGET_EQUALS)
@@ -110,15 +154,15 @@ def fold_part(call, place, part, values, second, lane, memory):
 def collected(memory, member, ref):
     """The state of a chunk."""
     x = of_chunk(memory, member, RESULTS, SUMS, EQUALS)
-    t = of_chunk(memory, member, RESULTS + 2 * WARPS, TARGET_SUMS, TARGET_EQUALS)
-    lead = memory[np.uint32(RESULTS + 3 * WARPS + member)]
+    t = of_chunk(memory, member, RESULTS + 2 * SLOTS, TARGET_SUMS, TARGET_EQUALS)
+    lead = memory[np.uint32(RESULTS + 3 * SLOTS + member)]
     distance = relative_to(lead, collect(memory, DISTANCES, member))
     return Pair(x, State(t.maximum, t.below, t.at_maximum, distance, nothing))
 
 
 def of_chunk(memory, member, tops, sums, equals):
     """The state of one of the two arrays, without distances."""
-    m, lead = memory[np.uint32(tops + member)], memory[np.uint32(tops + WARPS + member)]
+    m, lead = memory[np.uint32(tops + member)], memory[np.uint32(tops + SLOTS + member)]
     below, equal = collect(memory, sums, member), collect(memory, equals, member)
     at_maximum = equal.high if m > -c.infinity else c.zero
     return State(m, relative_to(lead, below), at_maximum, nothing, nothing)

@@ -1,4 +1,5 @@
-"""What kernels ask of the machine: memory by address, vectors of 16 bytes, clusters, bits.
+"""What kernels ask of the machine: memory by address, vectors of 16 bytes, words of two halves,
+clusters, bits.
 
 Everything else is arithmetic, so that this is all that a simulator has to replace. Memory is named by
 its address, an int64. A factory makes the functions of one storage format of `fastll.dtypes.FORMATS`.
@@ -105,12 +106,17 @@ def _decode(builder, name, bits):
     return builder.uitofp(bits, _F64) if name.startswith("u") else builder.sitofp(bits, _F64)
 
 
-def _encode(builder, name, value):
-    """To the nearest number of a floating format, ties to even; a NaN stays one."""
+def _encode(builder, name, value, modern=False):
+    """To the nearest number of a floating format, ties to even; a NaN stays one.
+
+    `modern`: compute capability 8 or more, which rounds to bfloat16 by one instruction.
+    """
     if name == "float16":
         return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
     if name != "bfloat16":
         return value
+    if modern:
+        return _asm(builder, _I16, "cvt.rn.bf16.f32 $0, $1;", "=h,f", value)
     bits = builder.bitcast(value, _I32)
     upper = builder.lshr(bits, _I32(16))
     odd = builder.and_(upper, _I32(1))
@@ -135,12 +141,12 @@ def reader(name, real=None):
     return read
 
 
-def writer(name, real=None):
+def writer(name, real=None, modern=False):
     """Function (address, number of `real`, by default the compute type) of an element."""
 
     @emits(types.none, address=types.int64, value=getattr(types, (real or compute_type(name)).__name__))
     def write(builder, address, value):
-        bits = _encode(builder, name, _converted(builder, value, compute_type(name)))
+        bits = _encode(builder, name, _converted(builder, value, compute_type(name)), modern)
         builder.store(bits, _pointer(builder, address, bits.type), align=_SIZES[name])
 
     return write
@@ -164,7 +170,7 @@ def _element(builder, values, at, i):
     return builder.gep(values, [builder.add(at, at.type(i))])
 
 
-#: 0 and -inf as the words that a vector is loaded as.
+#: 0 and -inf as the words of a vector.
 _PADS = {
     "float32": ("0", "0xFF800000"),
     "float64": ("0d0000000000000000", "0dFFF0000000000000"),
@@ -194,21 +200,25 @@ def vector_reader(name, lowest=False):
         if name == "float32":
             numbers = [builder.bitcast(number, _F32) for number in numbers]
         elif not double:
-            numbers = [
-                _decode(builder, name, builder.trunc(builder.lshr(two, _I32(shift)), _I16))
-                for two in numbers
-                for shift in (0, 16)
-            ]
+            numbers = [_half(builder, name, two, upper) for two in numbers for upper in (False, True)]
         for i, number in enumerate(numbers):
             builder.store(number, _element(builder, values, at, i))
 
     return fetch
 
 
+def _half(builder, name, word, upper):
+    """One of the two halves of a word, as a float32."""
+    if name == "bfloat16" and upper:
+        return builder.bitcast(builder.and_(word, _I32(0xFFFF0000)), _F32)
+    bits = builder.lshr(word, _I32(16)) if upper else word
+    return _decode(builder, name, builder.trunc(bits, _I16))
+
+
 def vector_writer(name, modern=False):
     """Function (address, values, at): a vector from values[at:].
 
-    `modern`: compute capability 8 or more, which rounds two numbers to bfloat16 by one instruction.
+    `modern`: see `_encode`; two numbers at once.
     """
 
     @emits(types.none, address=types.int64)
@@ -229,6 +239,184 @@ def vector_writer(name, modern=False):
         builder.store(vector, _pointer(builder, address, vector.type), align=VECTOR)
 
     return deliver
+
+
+# shared memory, by the number of a byte in it
+
+
+def _shared(builder, memory, at, kind):
+    """Pointer to what is at byte `at` of a shared array."""
+    start = builder.addrspacecast(memory, ir.PointerType(memory.type.pointee, addrspace=3))
+    start = builder.bitcast(start, ir.PointerType(ir.IntType(8), addrspace=3))
+    return builder.bitcast(builder.gep(start, [at]), ir.PointerType(kind, addrspace=3))
+
+
+def _vector_type(name):
+    return {"float32": ir.VectorType(_F32, 4), "float64": ir.VectorType(_F64, 2)}.get(
+        name, ir.VectorType(_I32, 4)
+    )
+
+
+def vector_copier(modern=False):
+    """Function (memory, at, address): a vector from global memory; it is there after `wait_for_copies`.
+
+    `modern`: compute capability 8 or more, which needs no registers on the way.
+    """
+
+    @emits(types.none, at=types.int32, address=types.int64)
+    def copy(builder, memory, at, address):
+        if not modern:
+            kind = ir.VectorType(_I32, 4)
+            vector = builder.load(_pointer(builder, address, kind), align=VECTOR)
+            builder.store(vector, _shared(builder, memory, at, kind), align=VECTOR)
+            return
+        place = builder.ptrtoint(_shared(builder, memory, at, ir.IntType(8)), _I32)
+        code = "cp.async.cg.shared.global [$0], [$1], 16;"
+        _asm(builder, ir.VoidType(), code, "r,l,~{memory}", place, address, effects=True)
+
+    return copy
+
+
+@emits(types.none)
+def wait_for_copies(builder):
+    """Wait for what the thread itself has started to copy; compute capability 8 or more."""
+    _asm(builder, ir.VoidType(), "cp.async.wait_all;", "~{memory}", effects=True)
+
+
+# the same in bulk, compute capability 9: a thread starts the copy of a row, and all threads wait at a
+# barrier in shared memory
+
+
+@emits(types.none, at=types.int32, count=types.int32)
+def expect_copies(builder, memory, at, count):
+    """Make a barrier at byte `at` for the copies of `count` threads."""
+    place = builder.ptrtoint(_shared(builder, memory, at, _I64), _I32)
+    code = "mbarrier.init.shared::cta.b64 [$0], $1; fence.proxy.async.shared::cta;"
+    _asm(builder, ir.VoidType(), code, "r,r,~{memory}", place, count, effects=True)
+
+
+@emits(types.none, at=types.int32, to=types.int32, address=types.int64, count=types.int32)
+def copy_row(builder, memory, at, to, address, count):
+    """Start to copy `count` bytes, whole vectors, of which the barrier at byte `at` is told."""
+    code = (
+        "{ .reg .b64 s; .reg .pred p; setp.ne.u32 p, $3, 0;"
+        " mbarrier.arrive.expect_tx.shared::cta.b64 s, [$0], $3;"
+        " @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], $3, [$0]; }"
+    )
+    places = [builder.ptrtoint(_shared(builder, memory, a, _I64), _I32) for a in (at, to)]
+    _asm(builder, ir.VoidType(), code, "r,r,l,r,~{memory}", *places, address, count, effects=True)
+
+
+@emits(types.none, at=types.int32)
+def wait_for_rows(builder, memory, at):
+    """Wait for all copies of the barrier at byte `at`."""
+    place = builder.ptrtoint(_shared(builder, memory, at, _I64), _I32)
+    code = (
+        "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], 0; @!p bra again; }"
+    )
+    _asm(builder, ir.VoidType(), code, "r,~{memory}", place, effects=True)
+
+
+def element_copier(name, lowest=False):
+    """Function (memory, at, address, wanted): an element from global memory, or 0 or -inf."""
+    kind = ir.IntType(8 * _SIZES[name])
+    stored = {"bfloat16": "float32"}.get(name, name)  # of which it is the upper half
+    pad = np.array(-np.inf if lowest else 0, stored)
+    pad = int(pad.view(f"u{pad.itemsize}")) >> 8 * (pad.itemsize - _SIZES[name])
+
+    @emits(types.none, at=types.int32, address=types.int64, wanted=types.boolean)
+    def copy(builder, memory, at, address, wanted):
+        target = _shared(builder, memory, at, kind)
+        with builder.if_else(wanted) as (inside, outside):
+            with inside:
+                value = builder.load(_pointer(builder, address, kind), align=_SIZES[name])
+                builder.store(value, target, align=_SIZES[name])
+            with outside:
+                builder.store(kind(pad), target, align=_SIZES[name])
+
+    return copy
+
+
+def shared_reader(name):
+    """Function (memory, at) of an element, as a number of its compute type."""
+    result = getattr(types, compute_type(name).__name__)
+
+    @emits(result, at=types.int32)
+    def read(builder, memory, at):
+        kind = {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
+        bits = builder.load(_shared(builder, memory, at, kind), align=_SIZES[name])
+        return _decode(builder, name, bits)
+
+    return read
+
+
+def shared_vector_reader(name):
+    """Function (values, memory, at): the numbers of a vector."""
+
+    @emits(types.none, at=types.int32)
+    def fetch(builder, values, memory, at):
+        vector = builder.load(_shared(builder, memory, at, _vector_type(name)), align=VECTOR)
+        numbers = [builder.extract_element(vector, _I32(i)) for i in range(vector.type.count)]
+        if is_half(name):
+            numbers = [_half(builder, name, two, upper) for two in numbers for upper in (False, True)]
+        for i, number in enumerate(numbers):
+            builder.store(number, _element(builder, values, _I64(0), i))
+
+    return fetch
+
+
+def shared_vector_writer(name):
+    """Function (values, memory, at): a vector of float32 or float64."""
+
+    @emits(types.none, at=types.int32)
+    def put(builder, values, memory, at):
+        kind = _vector_type(name)
+        vector = ir.Constant(kind, ir.Undefined)
+        for i in range(kind.count):
+            number = builder.load(_element(builder, values, _I64(0), i))
+            vector = builder.insert_element(vector, number, _I32(i))
+        builder.store(vector, _shared(builder, memory, at, kind), align=VECTOR)
+
+    return put
+
+
+# words of two halves, as int32: compute capability 8 or more
+
+
+@emits(types.none, at=types.int32)
+def shared_words(builder, words, memory, at):
+    """The four words of a vector in shared memory."""
+    kind = ir.VectorType(_I32, 4)
+    vector = builder.load(_shared(builder, memory, at, kind), align=VECTOR)
+    for i in range(4):
+        word = builder.extract_element(vector, _I32(i))
+        builder.store(word, _element(builder, words, _I64(0), i))
+
+
+def larger_words(name):
+    """Function (a, b): the larger halves; the other ones where one is NaN."""
+    kind = {"float16": "f16x2", "bfloat16": "bf16x2"}[name]
+
+    @emits(types.int32, a=types.int32, b=types.int32)
+    def combine(builder, a, b):
+        return _asm(builder, _I32, f"max.{kind} $0, $1, $2;", "=r,r,r", a, b)
+
+    return combine
+
+
+def half_of_word(name, upper):
+    """Function (word): its lower or upper half, as a float32."""
+
+    @emits(types.float32, word=types.int32)
+    def half(builder, word):
+        return _half(builder, name, word, upper)
+
+    return half
+
+
+def lowest_word(name):
+    """Two halves of -inf."""
+    return np.int32(np.uint32(int(_PADS[name][True], 16)))
 
 
 # operations of `fastll.formulas.vocabulary`
@@ -306,7 +494,7 @@ def larger_or_nan(builder, a, b):
 
 @emits()
 def approximate_exp2(builder, x):
-    """Approximately 2**x, to 2 ulp, for |x| <= 1/2, in float32."""
+    """Approximately 2**x, to 2 ulp of float32; 0 for what is less than the smallest normal number."""
     return _asm(builder, _F32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
@@ -320,26 +508,37 @@ def cluster_rank(builder):
 
 
 @emits(types.none)
+def cluster_started(builder):
+    """Tell the other blocks of the cluster that this one has started; it does not wait."""
+    code = "barrier.cluster.arrive.relaxed;"
+    _asm(builder, ir.VoidType(), code, "~{memory}", effects=True)
+
+
+@emits(types.none)
+def cluster_wait(builder):
+    """Wait for what the other blocks of the cluster have told."""
+    _asm(builder, ir.VoidType(), "barrier.cluster.wait;", "~{memory}", effects=True)
+
+
+@emits(types.none)
 def cluster_barrier(builder):
-    """Wait for all blocks of the cluster, whose shared memory is then as they left it."""
+    """Wait for all blocks of the cluster, and for what they have written to each other's memory."""
     code = "barrier.cluster.arrive; barrier.cluster.wait;"
     _asm(builder, ir.VoidType(), code, "~{memory}", effects=True)
 
 
-def peer_reader(real):
-    """Function (memory, index, rank) of an element of a shared array as another block of the cluster
-    has it."""
-    word, letter, kind = (_F64, "d", "f64") if real is np.float64 else (_F32, "f", "f32")
-    code = (
-        "{ .reg .u64 s; .reg .u32 a; cvta.to.shared.u64 s, $1; cvt.u32.u64 a, s;"
-        f" mapa.shared::cluster.u32 a, a, $2; ld.shared::cluster.{kind} $0, [a]; }}"
-    )
-    constraints = f"={letter},l,r,~{{memory}}"
+def peer_writer(real):
+    """Function (memory, index, rank, number): to a shared array of another block of the cluster."""
+    letter, kind = ("d", "f64") if real is np.float64 else ("f", "f32")
+    code = f"{{ .reg .u32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.{kind} [a], $2; }}"
+    size = np.dtype(real).itemsize
 
-    @emits(getattr(types, real.__name__))
-    def read_peer(builder, memory, index, rank):
-        address = builder.ptrtoint(builder.gep(memory, [index]), _I64)
-        peer = builder.trunc(rank, _I32)
-        return _asm(builder, word, code, constraints, address, peer, effects=True)
+    @emits(types.none, index=types.int32, rank=types.int32)
+    def write_peer(builder, memory, index, rank, number):
+        at = builder.mul(index, _I32(size))
+        place = builder.ptrtoint(_shared(builder, memory, at, ir.IntType(8)), _I32)
+        _asm(
+            builder, ir.VoidType(), code, f"r,r,{letter},~{{memory}}", place, rank, number, effects=True
+        )
 
-    return read_peer
+    return write_peer

@@ -63,7 +63,7 @@ def find_label(call, place, memory):
     if sampled and place.live:
         sample = read_sample(start_of(call.sample, place))
     if sparse and place.live:
-        number, kept = label_within(call, start_of(call.labels, place))
+        number, kept = label_within(call, label_of(call, place))
         if not kept:
             sample = c.zero
         if number >= 0:
@@ -75,10 +75,9 @@ def find_label(call, place, memory):
     return Label(number, sample, logit, weight, slope)
 
 
-def label_within(call, address):
+def label_within(call, y):
     """(the label, whether it is kept); -1 for one outside of the classes, which is checked here, where
     the label is used."""
-    y = read_label(address)
     kept = y != call.ignore_index
     return (y if 0 <= y < call.classes else np.int64(-1)), kept
 
@@ -205,6 +204,12 @@ def scales_of(factor, fall, lead):
 
 def writer_of(row, ref, fall):
     """The `Writer` of a row; `ref` and `fall` are as for `scales_of`."""
+    if approximate:
+        ref, scales = lowered(ref, row.factor)
+        if divergence:
+            target, target_scales = lowered(reference(row.target_maximum), row.target_factor)
+            return Writer(ref, scales, target, target_scales)
+        return Writer(ref, scales, ref, scales)
     scales = scales_of(row.factor, fall, ref.lead)
     if divergence:
         target = reference(row.target_maximum)
@@ -212,16 +217,28 @@ def writer_of(row, ref, fall):
     return Writer(ref, scales, ref, scales)
 
 
+def lowered(ref, factor):
+    """A `Line` of exponentials, and the one factor that makes of them what is written: where it is no
+    normal number, that of exponentials which are lower by 2**-SHIFT."""
+    first = factor / ref.lead
+    if not abs(first) >= c.least:
+        first, intercept = factor / (ref.lead * c.unshift), ref.intercept - shift
+        ref = Line(ref.maximum, ref.slope, intercept, ref.lead * c.unshift)
+    return ref, Scales(factor, first, c.one)
+
+
 def share(e, ref, scales):
     """An `exponential` times its factor."""
+    if approximate:
+        return e * scales.first
     value = probability(e, ref.lead, scales.peak, scales.first)
-    return value * scales.second if factored or clustered else value
+    return value * scales.second if factored or apart else value
 
 
 def written_of(call, x, u, row, writer):
     """What is written of an element, or of its exponential where that is `held`."""
     e, slope, m = x, c.one, row.maximum
-    if not kept:
+    if not held:
         x = tempered_element(call, x)
     if nll:
         return less_target(row.factor, u, row.scale) if targets else row.factor

@@ -1,8 +1,8 @@
 """What a row is folded into, and how the threads of a row fold together.
 
 A team is the threads of a thread block with one `threadIdx.y`: one warp or several. A warp folds by
-halves; what the warps of a team have found adds up in their order, in two parts. `memory` is shared
-memory, and `at` a place in it.
+halves, and so does what the warps of a team, or the blocks of a cluster, have found, in two parts.
+`memory` is shared memory, and `at` a place in it.
 
 Texts, bound to the names of a type by `shared`, as formulas are to the operations of a target.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import maths, primitives
+from fastll.backend.cuda import maths
 from fastll.backend.cuda.compiler import bound, cuda
 from fastll.backend.cuda.maths import *
 from fastll.backend.cuda.primitives import WARP, larger
@@ -27,6 +27,8 @@ from fastll.backend.cuda.primitives import WARP, larger
 WARPS = 32
 #: Most numbers of a state.
 PARTS = 8
+#: Most blocks of a cluster.
+PEERS = 8
 
 
 class State(NamedTuple):
@@ -49,13 +51,6 @@ def finite(m):
     return m if m > -c.infinity else c.zero
 
 
-def farther(distance, mass, m, top):
-    """Distances from a maximum m as those from another one, `top` >= m."""
-    if mass != c.zero and m != top:
-        return plus(distance, mass * (finite(top) - finite(m)))
-    return distance
-
-
 def weighted_from(state, step, top):
     """Distances weighted by the exponentials of a state, each of them longer by `step`, when the
     exponentials are relative to `top` >= its maximum."""
@@ -70,37 +65,52 @@ def weighted_from(state, step, top):
     return Sum(product(fall, total.high) * c.unshift, product(fall, total.low) * c.unshift)
 
 
-def sums_of_both(a, b):
-    """(maximum, below, at_maximum) of two parts of a row."""
-    m, at_maximum = a.maximum, a.at_maximum + b.at_maximum
-    if m == b.maximum:
-        below = add(a.below, b.below)
-    else:
-        upper, lower = a, b
-        if m < b.maximum:
-            upper, lower = b, a
-        m, at_maximum = upper.maximum, upper.at_maximum
-        if lower.maximum == -c.infinity:  # that of no elements; only a NaN counts
-            below = Sum(upper.below.high + lower.below.high, upper.below.low)
-        else:  # the product may be a normal number where the exponential is none
-            fall = exp_minus_scaled(lower.maximum, m)
-            more = plus(lower.below, lower.at_maximum)
-            below = add(upper.below, Sum((more.high * fall) * c.unshift, (more.low * fall) * c.unshift))
-    return m, below, at_maximum
+def farther(distance, mass, m, top):
+    """Distances from a maximum m as those from another one, `top` >= m."""
+    if mass != c.zero and m != top:
+        return plus(distance, mass * (finite(top) - finite(m)))
+    return distance
+
+
+def sums_below(state, top):
+    """(below, at_maximum) of a state, when exponentials are relative to `top` >= its maximum."""
+    below, at_maximum = state.below, state.at_maximum
+    # one without elements has nothing to move: 0, or a NaN
+    if state.maximum < top and state.maximum > -c.infinity:
+        # the product may be a normal number where the exponential is none
+        fall = exp_minus_scaled(state.maximum, top)
+        more = plus(below, at_maximum)
+        below = Sum((more.high * fall) * c.unshift, (more.low * fall) * c.unshift)
+    if state.maximum < top:
+        at_maximum = c.zero
+    return below, at_maximum
+
+
+def lifted(state, top):
+    """A state of the maximum `top` >= its own."""
+    below, at_maximum = sums_below(state, top)
+    distance = state.distance
+    if entropic:
+        distance = weighted_from(state, top - state.maximum, top)
+    if targets:
+        distance = farther(distance, state.mass.high, state.maximum, top)
+    return State(top, below, at_maximum, distance, state.mass)
+
+
+def together(a, b):
+    """The state of two parts of a row that have one maximum, the same in either order."""
+    distance, mass = nothing, nothing
+    if targets or entropic:
+        distance = add(a.distance, b.distance)
+    if targets:
+        mass = add(a.mass, b.mass)
+    return State(a.maximum, add(a.below, b.below), a.at_maximum + b.at_maximum, distance, mass)
 
 
 def merged(a, b):
     """The state of two parts of a row."""
-    m, below, at_maximum = sums_of_both(a, b)
-    distance, mass = a.distance, a.mass
-    if entropic:
-        distance = weighted_from(a, m - a.maximum, m)
-        distance = add(distance, weighted_from(b, m - b.maximum, m))
-    if targets:
-        distance = farther(a.distance, a.mass.high, a.maximum, m)
-        distance = add(distance, farther(b.distance, b.mass.high, b.maximum, m))
-        mass = add(a.mass, b.mass)
-    return State(m, below, at_maximum, distance, mass)
+    top = larger(a.maximum, b.maximum)
+    return together(lifted(a, top), lifted(b, top))
 
 
 def joined(a, b):
@@ -123,11 +133,6 @@ def leave(memory, at, step, numbers):
     memory[np.uint32(at + 2 * step)], memory[np.uint32(at + 3 * step)] = numbers[2], numbers[3]
 
 
-def number(memory, at, peer):
-    """A number in shared memory, as another thread block of a cluster has it."""
-    return read_peer(memory, at, peer) if clustered else memory[np.uint32(at)]
-
-
 def put(memory, at, step, state):
     """Leave a state in shared memory."""
     sums, distance, mass = state.below, state.distance, state.mass
@@ -136,20 +141,20 @@ def put(memory, at, step, state):
         leave(memory, at + 4 * step, step, (distance.high, distance.low, mass.high, mass.low))
 
 
-def take(memory, at, step, peer):
+def take(memory, at, step):
     """A state from shared memory."""
-    numbers = taken(memory, at, step, peer)
+    numbers = taken(memory, at, step)
     below, distance, mass = Sum(numbers[2], numbers[3]), nothing, nothing
     if targets or entropic:
-        sums = taken(memory, at + 4 * step, step, peer)
+        sums = taken(memory, at + 4 * step, step)
         distance, mass = Sum(sums[0], sums[1]), Sum(sums[2], sums[3])
     return State(numbers[0], below, numbers[1], distance, mass)
 
 
-def taken(memory, at, step, peer):
+def taken(memory, at, step):
     """Four numbers, as `leave` left them."""
-    a, b = number(memory, at, peer), number(memory, at + step, peer)
-    return a, b, number(memory, at + 2 * step, peer), number(memory, at + 3 * step, peer)
+    a, b = memory[np.uint32(at)], memory[np.uint32(at + step)]
+    return a, b, memory[np.uint32(at + 2 * step)], memory[np.uint32(at + 3 * step)]
 
 
 # the threads of a row
@@ -199,11 +204,19 @@ def post(value, memory, at):
 
 
 def collect(memory, at, member):
-    """The sum of a team, by its number in the thread block."""
-    total = nothing
-    first = np.uint32(at + member * warps_of_team())
-    for i in range(warps_of_team()):
-        total = plus(total, memory[np.uint32(first + i)])
+    """The sum of a team, by its number in the thread block; for the threads of the first warp."""
+    warps = warps_of_team()
+    if cuda.blockDim.y == 1:
+        number, lane = c.zero, lane_of_warp()
+        if lane < warps:
+            number = memory[np.uint32(at + lane)]
+        total = Sum(number, c.zero)
+        for mask in (16, 8, 4, 2, 1):
+            total = add(total, sum_across(total, mask))
+    else:
+        first, total = np.uint32(at + member * warps), nothing
+        for i in range(np.uint32(warps)):
+            total = plus(total, memory[np.uint32(first + i)])
     return total
 
 
@@ -212,25 +225,48 @@ def sum_of_block(value, memory):
     post(value, memory, 0)
     cuda.syncthreads()
     total = nothing
-    if cuda.threadIdx.x == 0:
+    if warp() == 0:
         total = collect(memory, 0, 0)
     return total.high + total.low
+
+
+def across(number, mask):
+    """The number of another lane of the warp."""
+    return cuda.shfl_xor_sync(0xFFFFFFFF, number, mask)
+
+
+def sum_across(a, mask):
+    return Sum(across(a.high, mask), across(a.low, mask))
+
+
+def state_across(state, mask):
+    """The state of another lane of the warp, which has the same maximum."""
+    distance, mass = nothing, nothing
+    if targets or entropic:
+        distance = sum_across(state.distance, mask)
+    if targets:
+        mass = sum_across(state.mass, mask)
+    below, at_maximum = sum_across(state.below, mask), across(state.at_maximum, mask)
+    return State(state.maximum, below, at_maximum, distance, mass)
+
+
+def lifted_to_warp(state):
+    """A state for the largest maximum of the warp."""
+    return lifted(state, warp_maximum(state.maximum))
 
 
 # texts and names
 
 
 @cache
-def shared(real, approximate=False, modern=False, targets=False, clustered=False, entropic=False):
+def shared(real, approximate=False, modern=False, targets=False, entropic=False):
     """What many variants share: formulas, and the texts of `maths` and of this module."""
     zero = real(0)
     nothing = Sum(zero, zero)
     names = {
         "targets": targets,
-        "clustered": clustered,
         "entropic": entropic,
         "nothing": nothing,
         "identity": State(real(-np.inf), nothing, zero, nothing, nothing),
-        "read_peer": primitives.peer_reader(real),
     }
     return bound(vars(maths.of(real, approximate, modern)) | names, sys.modules[__name__])

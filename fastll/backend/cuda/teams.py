@@ -1,9 +1,10 @@
-"""Rows whose classes are contiguous, each read once: a team of threads holds a row in its registers.
+"""Rows whose classes are contiguous, each read once: a team of threads copies a row to shared memory.
 
-A thread holds a few vectors of 16 bytes. A row longer than what a team holds is shared by the blocks
-of a cluster, each with a segment; or a thread block takes it in chunks, and reads it once more to
-write. If a row's length is no multiple of a vector, vectors are aligned to memory, not to the row: the
-first and the last one are then read and written element by element.
+There the team reads it as often as a formula needs: for its maximum, its sums, and what is written. A
+row longer than what a thread block holds is shared by the blocks of a cluster, each with a segment; or
+a thread block takes it in chunks, and copies it once more to write. If a row's length is no multiple of
+a vector, vectors are aligned to memory, not to the row: the first and the last one are then copied and
+written element by element, and hold -inf where they are not the row's.
 
 The order of a sum depends on the number of classes alone. Element j of a chunk is in lane j modulo
 (lanes of a vector x threads), wherever the chunk begins in memory: lanes that a shift has moved to
@@ -22,21 +23,41 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.cuda.compiler import cuda
-from fastll.backend.cuda.primitives import VECTOR, cluster_barrier, cluster_rank, larger
+from fastll.backend.cuda.primitives import (
+    VECTOR,
+    cluster_barrier,
+    cluster_rank,
+    cluster_started,
+    cluster_wait,
+    copy_row,
+    expect_copies,
+    larger,
+    shared_words,
+    wait_for_copies,
+    wait_for_rows,
+)
 from fastll.backend.cuda.rows import *
 
-#: Places in shared memory: what the warps and then the teams have found, and what became of it. (Each
+#: Numbers of a kind that a thread block leaves in shared memory: one for each warp, or for each team.
+SLOTS = 16
+#: Places there: what the warps and then the teams have found, and what became of it. (Each
 #: Python integer would make further versions of the functions that take it.)
-TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(WARPS * i) for i in range(6))
-FINISHED = RESULTS + 4 * WARPS
+TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(SLOTS * i) for i in range(6))
+FINISHED = RESULTS + 4 * SLOTS
 #: And those of a second array of logits.
-TARGET_TOPS, TARGET_SUMS, TARGET_EQUALS = (FINISHED + np.int64(WARPS * i) for i in range(8, 11))
-#: Numbers before those by which lanes are exchanged.
-SCRATCH = int(TARGET_EQUALS) + WARPS
+TARGET_TOPS, TARGET_SUMS, TARGET_EQUALS = (FINISHED + np.int64(SLOTS * i) for i in range(8, 11))
+#: The state of this block, and those of all blocks of its cluster: of a number, one after the other.
+OWN = TARGET_EQUALS + SLOTS
+OF_PEERS = OWN + np.int64(2 * PARTS)
+#: The barrier that copies in bulk arrive at.
+ARRIVALS = OF_PEERS + np.int64(2 * PARTS * PEERS)
+#: Numbers before those by which lanes are exchanged, which are before the rows.
+SCRATCH = int(ARRIVALS) + 4
 
 
 class Place(NamedTuple):
-    """Where a thread is. One thread per team, all of them of one warp, finishes the team's row."""
+    """Where a thread is. One thread per team, all of the first warp, finishes the team's row; the
+    others of that warp do the same as the last of them."""
 
     row: int  # of the thread's team
     first: int  # class of the thread block, and the end of its classes
@@ -47,6 +68,8 @@ class Place(NamedTuple):
     member: int  # the team whose row the thread finishes
     own_row: int  # that row
     live: bool  # whether there is one
+    label: int  # of the team's row, and of the row that the thread finishes
+    own_label: int
 
 
 class Part(NamedTuple):
@@ -56,24 +79,47 @@ class Part(NamedTuple):
     length: int
     shift: int
     ragged: bool
+    at: int  # byte in shared memory, and the end of its vectors
+    end: int
 
 
 def locate(call, memory):
-    """The `Place` of a thread."""
+    """The `Place` of a thread, when the first chunk of its row is in shared memory."""
     teams = cuda.blockDim.y
     rank, group = 0, np.int64(cuda.blockIdx.x)
     if clustered:
+        cluster_started()
         rank, group = cluster_rank(), group // cluster
-    row, shift = group * teams + cuda.threadIdx.y, np.int32(0)
+    row = group * teams + cuda.threadIdx.y
     ragged = not aligned and (call.classes & (lanes - 1)) != 0
-    if ragged:
-        shift = np.int32(((call.x.address + row * call.x.outer) & (VECTOR - 1)) // size)
     first = rank * call.segment
     last = min(call.classes, first + call.segment) if row < call.rows else first
-    member = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    number = np.int64(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
+    member = min(number, np.int64(teams - 1))
     own_row = group * teams + member
-    live = member < teams and own_row < call.rows
-    return Place(row, first, last, ragged, shift, rank, member, own_row, live)
+    live = number < teams and own_row < call.rows
+    shift = shift_of(call, row)
+    place = Place(
+        row, first, last, ragged, shift, rank, member, own_row, live, np.int64(-1), np.int64(-1)
+    )
+    if not label_alone:
+        bring(call, place, part_of(call, place, first), memory)
+    label, own_label = np.int64(-1), np.int64(-1)
+    if sparse:  # on their way together with the row
+        if written and row < call.rows:
+            label = read_label(row_of(call.labels, place))
+        if live:
+            own_label = read_label(start_of(call.labels, place))
+    if not label_alone:
+        arrive(memory)
+    return Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label)
+
+
+def shift_of(call, row):
+    """Elements from the vector in memory that a row begins in to its beginning."""
+    if aligned or call.classes & (lanes - 1) == 0:
+        return np.int32(0)
+    return np.int32(((call.x.address + row * call.x.outer) & (VECTOR - 1)) // size)
 
 
 def row_of(operand, place):
@@ -86,64 +132,157 @@ def start_of(operand, place):
     return operand.address + place.own_row * operand.outer
 
 
+def label_of(call, place):
+    """The label of the row that the thread finishes, as it is stored."""
+    return place.own_label
+
+
 def element(call, place, memory, j):
-    return read_x(start_of(call.x, place) + j * size)
+    """An element of the row that the thread finishes. Another team may be changing its row already."""
+    here = place.first <= j and j < place.first + call.segment
+    if chunked or label_alone or cuda.blockDim.y > 1 or not here:
+        return read_x(start_of(call.x, place) + j * size)
+    at = start_of_rows(call, np.int32(place.member))
+    return read_shared(memory, np.int32(at + (j - place.first + shift_of(call, place.own_row)) * size))
+
+
+def start_of_rows(call, team):
+    """The byte in shared memory where a team has its row, which its second input follows."""
+    return np.int32(call.rows_at + team * (call.pitch * inputs))
 
 
 def part_of(call, place, begin):
-    length = np.int32(min(call.capacity, place.last - begin))
-    return Part(begin, length, place.shift, place.ragged)
+    length = np.int32(max(min(call.capacity, place.last - begin), 0))
+    vectors = np.int32(np.uint32(length + place.shift + (lanes - 1)) // np.uint32(lanes))
+    at = start_of_rows(call, np.int32(cuda.threadIdx.y))
+    return Part(begin, length, place.shift, place.ragged, at, np.int32(at + vectors * VECTOR))
 
 
 # load
 
 
-def nth(i, shift):
-    """Number in the chunk of the first element of the vector that the thread holds from its i-th number
-    on; below 0 before the chunk."""
-    return np.int32(np.int32(cuda.threadIdx.x + i // lanes * cuda.blockDim.x) * lanes - shift)
+def bring(call, place, part, memory):
+    """Start to copy a chunk to shared memory; `arrive` ends it."""
+    if in_bulk:
+        bring_rows(call, place, memory)
+    copy_part(row_of(call.x, place), part, memory, part.at, copy_x)
+    if dense or paired:
+        at = np.int32(part.at + call.pitch)
+        copy_part(row_of(call.second, place), part, memory, at, copy_second)
 
 
-def inside(i, part):
-    """Whether the thread's i-th number is an element of the chunk."""
-    return np.uint32(nth(i, part.shift) + i % lanes) < np.uint32(part.length)
+def bring_rows(call, place, memory):
+    """Start to copy the whole vectors of all rows of a thread block, a thread for each."""
+    arrivals, teams = np.int32(ARRIVALS * real_size), np.int32(cuda.blockDim.y)
+    thread = np.int32(cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
+    if thread < WARP:
+        if thread == 0:
+            expect_copies(memory, arrivals, np.int32(teams * inputs))
+        cuda.syncwarp()
+        if thread < teams:
+            last = min(call.classes, place.first + call.segment)
+            length = np.int32(max(last - place.first, 0) if place.live else 0)
+            shift, at = shift_of(call, place.own_row), start_of_rows(call, thread)
+            copy_vectors(call.x, place, length, shift, memory, arrivals, at)
+            if dense or paired:
+                copy_vectors(call.second, place, length, shift, memory, arrivals, at + call.pitch)
 
 
-def whole_below(address, part):
-    """The number below which vectors are whole, in memory as well; 0 if the memory's are others."""
-    if not aligned and (address - part.shift * size) & (VECTOR - 1) != 0:
-        return np.uint32(0)
-    return np.uint32(max(part.length - (lanes - 1), 0))
+def copy_vectors(operand, place, length, shift, memory, arrivals, at):
+    """Start to copy the whole vectors of a row, if there are any, for the thread that finishes it."""
+    source = start_of(operand, place) + place.first * size - shift * size
+    first = np.int32(VECTOR if shift != 0 else 0)
+    whole = np.int32(np.uint32(length + shift) // np.uint32(lanes) * VECTOR)
+    if not aligned and source & (VECTOR - 1) != 0:
+        whole = np.int32(0)
+    copy_row(memory, arrivals, np.int32(at + first), source + first, max(whole - first, 0))
 
 
-def load(fetch, values, row, part):
-    """The thread's elements of a chunk; others are as `fetch` leaves what is not wanted."""
-    source = row + part.begin * size
-    limit = whole_below(source, part)
-    for i in range(0, count, lanes):
-        j = nth(i, part.shift)
-        fetch(values, i, source + j * size, np.uint32(j) < limit)  # nor one below 0
+def copy_part(row, part, memory, at, copy_element):
+    """Start to copy a chunk of a row; if rows come in bulk, what is not their whole vectors."""
+    source, thread, team = (
+        row + part.begin * size,
+        np.int32(cuda.threadIdx.x),
+        np.int32(cuda.blockDim.x),
+    )
+    source -= part.shift * size  # a vector of the memory, if these are those of the first input
+    end = np.int32(at + (part.end - part.at))
+    whole = np.int32(at + np.uint32(part.length + part.shift) // np.uint32(lanes) * VECTOR)
+    first = np.int32(at)
     if not aligned:
-        for i in range(0, count, lanes):
-            j = nth(i, part.shift)
-            if j < part.length and not np.uint32(j) < limit:
-                for k in range(lanes):
-                    if np.uint32(j + k) < np.uint32(part.length):
-                        values[i + k] = read_x(source + (j + k) * size)
+        if source & (VECTOR - 1) != 0:
+            for to in range(at + thread * size, end, team * size):
+                copy_edge(part, memory, np.int32(to), source, np.int32(to - at), copy_element)
+            return
+        if part.shift != 0:
+            first = np.int32(at + VECTOR)
+        if thread < 2 * lanes:  # the vectors that only in part are the row's
+            edge, wanted = np.int32(at), part.shift != 0 and whole > at
+            if thread >= lanes:
+                edge, wanted = whole, whole < end
+            if wanted:
+                to = np.int32(edge + (thread & (lanes - 1)) * size)
+                copy_edge(part, memory, to, source, np.int32(to - at), copy_element)
+    if not in_bulk:
+        step, to = np.int32(team * VECTOR), np.int32(first + thread * VECTOR)
+        source += to - at
+        while to < whole:
+            copy_vector(memory, to, source)
+            to, source = np.int32(to + step), source + step
 
 
-def find_targets(call, place, part, u):
-    """The thread's targets u, 0 where it has none; or its target logits, -inf there."""
+def copy_edge(part, memory, to, source, offset, copy_element):
+    """Copy an element if it is of the chunk."""
+    j = np.int32(np.uint32(offset) // np.uint32(size) - part.shift)
+    copy_element(memory, to, source + offset, np.uint32(j) < np.uint32(part.length))
+
+
+def arrive(memory):
+    """Wait for a chunk."""
+    if modern and not in_bulk:
+        wait_for_copies()
+    cuda.syncthreads()
+    if in_bulk:
+        wait_for_rows(memory, np.int32(ARRIVALS * real_size))
+
+
+def first_of(part):
+    """The byte of the thread's first vector, and the step to its next one."""
+    return np.int32(part.at + cuda.threadIdx.x * VECTOR), np.int32(cuda.blockDim.x * VECTOR)
+
+
+def nth(at, i, part):
+    """Number in the chunk of element i of the vector at a byte; below 0 before the chunk."""
+    return np.int32(np.uint32(at - part.at) // np.uint32(size) + i - part.shift)
+
+
+def inside(at, i, part):
+    """Whether element i of a vector is one of the chunk."""
+    return aligned or np.uint32(nth(at, i, part)) < np.uint32(part.length)
+
+
+def logit_of(call, x, at, i, part):
+    """What formulas take of an element; -inf where there is none."""
+    x = tempered_element(call, x)
+    if capped:
+        x = softcap(x, call.softcap)[0]
+        if not inside(at, i, part):
+            x = -c.infinity
+    return x
+
+
+def find_targets(call, part, u, memory, at):
+    """The targets of a vector, 0 where there are none; or its target logits, -inf there."""
     if dense or divergence:
-        load(fetch_second, u, row_of(call.second, place), part)
-    if divergence:
-        change(call, part, u)
-        return
-    for i in range(count):
-        value = c.zero
-        if inside(i, part):
-            value = target_of(call, u[i], part.begin + nth(i, part.shift) + i % lanes)
-        u[i] = value
+        fetch_second(u, memory, np.int32(at + call.pitch))
+    for i in range(lanes):
+        if divergence:
+            u[i] = target_of(call, u[i], np.int64(0))
+        else:
+            value = c.zero
+            if inside(at, i, part):
+                value = target_of(call, u[i], part.begin + nth(at, i, part))
+            u[i] = value
 
 
 # fold
@@ -157,79 +296,132 @@ def fold(call, place, values, second, memory):
     state, ref, begin = identity, reference(-c.infinity), np.int64(place.first)
     while True:
         part = part_of(call, place, begin)
-        load(fetch_x, values, row_of(call.x, place), part)
-        ref = fold_part(call, place, part, values, second, lane, memory)
+        ref = fold_part(call, part, values, second, lane, memory)
         cuda.syncthreads()
-        if place.live:
+        if warp() == 0:
             found = collected(memory, place.member, ref)
             state = merged(state, found) if chunked else found
         begin += call.capacity
         if not chunked or begin >= place.last:
             break
+        bring(call, place, part_of(call, place, begin), memory)
+        arrive(memory)
     return state, ref
 
 
-def fold_part(call, place, part, values, u, lane, memory):
+def fold_part(call, part, x, u, lane, memory):
     """Leave the sums of a chunk for `collected`; its reference."""
-    change(call, part, values)
-    ref = reference(maximum_of_team(largest(values), memory, TOPS))
+    own = largest(part, x, memory, fetch_x, np.int32(0))
+    top = maximum_of_team(own, memory, TOPS)
+    among = has_maximum(own, top)
+    if capped or tempered:
+        top = tempered_element(call, top)
+        if capped:
+            top = softcap(top, call.softcap)[0] if part.length > 0 else top
+    ref = reference(top)
     if targets:
-        find_targets(call, place, part, u)
-        base = finite(ref.maximum)
-        for i in range(count):
-            lane[i % lanes] += distance(values[i], u[i], base)
-        post_lanes(lane, part, memory, DISTANCES)
-        for i in range(count):
-            lane[i % lanes] += u[i]
-        post_lanes(lane, part, memory, MASSES)
-    post_exponentials(part, values, ref, lane, memory)
+        post_distances(call, part, x, u, finite(top), lane, memory)
+    post_exponentials(call, part, x, ref, among, lane, memory)
     if cuda.blockDim.y > 1 and cuda.threadIdx.x == 0:
         memory[np.uint32(RESULTS + cuda.threadIdx.y)] = ref.maximum
-        memory[np.uint32(RESULTS + WARPS + cuda.threadIdx.y)] = ref.lead
+        memory[np.uint32(RESULTS + SLOTS + cuda.threadIdx.y)] = ref.lead
     return ref
 
 
-def change(call, part, values):
-    """Make of elements what the formulas take."""
-    if capped or tempered:
-        for i in range(count):
-            if inside(i, part):
-                values[i] = tempered_element(call, values[i])
-                if capped:
-                    values[i] = softcap(values[i], call.softcap)[0]
-
-
-def largest(values):
-    top = values[0]
-    for i in range(1, count):
-        top = larger(top, values[i])
+def largest(part, x, memory, fetch, offset):
+    """The largest of the thread's elements; NaN are passed over."""
+    at, step = first_of(part)
+    top = -c.infinity
+    if packable:
+        words, most = cuda.local.array(4, np.int32), cuda.local.array(4, np.int32)
+        for k in range(4):
+            most[k] = lowest
+        while at + step < part.end:
+            for i in range(2):
+                shared_words(words, memory, np.int32(at + offset + i * step))
+                for k in range(4):
+                    most[k] = larger_words(words[k], most[k])
+            at = np.int32(at + 2 * step)
+        if at < part.end:
+            shared_words(words, memory, np.int32(at + offset))
+            for k in range(4):
+                most[k] = larger_words(words[k], most[k])
+        word = larger_words(larger_words(most[0], most[1]), larger_words(most[2], most[3]))
+        top = larger(lower_half(word), upper_half(word))
+    else:
+        while at < part.end:
+            fetch(x, memory, np.int32(at + offset))
+            for i in range(lanes):
+                top = larger(top, x[i])
+            at = np.int32(at + step)
     return top
 
 
-def post_exponentials(part, values, ref, lane, memory):
-    equal, level = c.zero, ref.maximum
-    away = cuda.local.array(lanes, real)
+def has_maximum(own, top):
+    """Whether a thread of the warp has the maximum of the team."""
+    return cuda.any_sync(0xFFFFFFFF, not own < top)
+
+
+def post_distances(call, part, x, u, base, lane, memory):
+    """Leave the sums of the targets and of their distances from the maximum."""
+    masses = cuda.local.array(lanes, real)
+    clear(masses)
+    at, step = first_of(part)
+    while at < part.end:
+        fetch_x(x, memory, at)
+        find_targets(call, part, u, memory, at)
+        for i in range(lanes):
+            lane[i] += distance(logit_of(call, x[i], at, i, part), u[i], base)
+            masses[i] += u[i]
+        at = np.int32(at + step)
+    post_lanes(lane, part, memory, DISTANCES)
+    post_lanes(masses, part, memory, MASSES)
+
+
+def post_exponentials(call, part, x, ref, among, lane, memory):
+    """Leave the sum of the exponentials below the maximum, the number of elements there, and the
+    distances that the entropy takes. Only the warps `among` whose elements the maximum is compare."""
+    away, equal = cuda.local.array(lanes, real), c.zero
     clear(away)
-    if ref.offset != c.zero:
-        level = ref.maximum - ref.offset
-        if not plain:
-            for i in range(count):
-                values[i] -= ref.offset
-    for i in range(count):
-        v = values[i] - ref.offset if plain else values[i]
-        e = exponential(v, ref.floor, ref.magic)
-        if v == level:  # not by selects: with these it takes 8 registers more
-            equal += c.one
-        else:
-            lane[i % lanes] += e
-        if entropic:
-            away[i % lanes] += distance(v, e, level)
-        if held:
-            values[i] = e
+    at, step = first_of(part)
+    if among or offset_of(ref) != c.zero:
+        while at < part.end:
+            equal += exponentials_of(call, part, x, ref, True, lane, away, memory, at)
+            at = np.int32(at + step)
+    else:
+        while at + step < part.end:
+            exponentials_of(call, part, x, ref, False, lane, away, memory, at)
+            exponentials_of(call, part, x, ref, False, lane, away, memory, np.int32(at + step))
+            at = np.int32(at + 2 * step)
+        if at < part.end:
+            exponentials_of(call, part, x, ref, False, lane, away, memory, at)
     if entropic:
         post_lanes(away, part, memory, DISTANCES)
     post_lanes(lane, part, memory, SUMS)
     post(equal, memory, EQUALS)
+
+
+def exponentials_of(call, part, x, ref, compared, lane, away, memory, at):
+    """Add those of a vector; the number of elements at the maximum, if they are compared."""
+    equal = c.zero
+    fetch_x(x, memory, at)
+    for i in range(lanes):
+        v = logit_of(call, x[i], at, i, part)
+        if compared:
+            e = relative(v, ref)
+            if v == ref.maximum:
+                equal += c.one
+            else:
+                lane[i] += e
+        else:
+            e = relative_near(v, ref)
+            lane[i] += e
+        if entropic:
+            away[i] += distance(v, e, ref.maximum)
+        x[i] = e
+    if held:
+        put_shared(x, memory, at)
+    return equal
 
 
 def clear(lane):
@@ -249,15 +441,19 @@ def post_lanes(lane, part, memory, at):
 
 
 def in_order(lane, shift, memory):
-    """Lanes as they are without a shift, by way of shared memory."""
-    together = lanes * cuda.blockDim.x
-    at, first = SCRATCH + cuda.threadIdx.y * together, lanes * cuda.threadIdx.x
+    """Lanes as they are without a shift, by way of shared memory: those of one number in their vector
+    are neighbours there, so that threads meet different banks."""
+    team, thread = np.int32(cuda.blockDim.x), np.int32(cuda.threadIdx.x)
+    at = np.int32(SCRATCH + cuda.threadIdx.y * (lanes * team) + thread)
     for i in range(lanes):
-        moved = first + i - shift
-        memory[np.uint32(at + (moved if moved >= 0 else moved + together))] = lane[i]
+        moved = np.int32(i - shift)  # of the whole team the same
+        to = np.int32(at + (moved & (lanes - 1)) * team)
+        if moved < 0:  # that of the thread before; the first one's is the last one's
+            to = np.int32(to + (team - 1 if thread == 0 else -1))
+        memory[np.uint32(to)] = lane[i]
     cuda.syncthreads()
     for i in range(lanes):
-        lane[i] = memory[np.uint32(at + first + i)]
+        lane[i] = memory[np.uint32(at + i * team)]
     cuda.syncthreads()
 
 
@@ -266,7 +462,7 @@ def collected(memory, member, ref):
     top, lead = ref.maximum, ref.lead
     if cuda.blockDim.y > 1:
         top = memory[np.uint32(RESULTS + member)]
-        lead = memory[np.uint32(RESULTS + WARPS + member)]
+        lead = memory[np.uint32(RESULTS + SLOTS + member)]
     below, equal = collect(memory, SUMS, member), collect(memory, EQUALS, member)
     away, mass = nothing, nothing
     if targets:
@@ -281,15 +477,27 @@ def collected(memory, member, ref):
 
 
 def merge(call, place, state, memory):
-    """The state of a whole row, for who finishes it."""
+    """The state of a whole row, for who finishes it: each block writes its own to all of them."""
     if clustered:
-        if place.live:
-            put(memory, RESULTS, np.int64(1), state)
+        lane, step = np.int64(lane_of_warp()), np.int64(PEERS)
+        if warp() == 0 and lane == 0:
+            put(memory, OWN, np.int64(1), state)
+        cluster_wait()  # a block that has not started has no memory
+        if warp() == 0:
+            cuda.syncwarp()
+            if lane < cluster:
+                for i in range(parts):
+                    number = memory[np.uint32(OWN + i)]
+                    write_peer(memory, np.int32(OF_PEERS + i * step + place.rank), lane, number)
         cluster_barrier()
-        if place.live:
-            state = take(memory, RESULTS, np.int64(1), np.int64(0))
-            for peer in range(np.int64(1), np.int64(cluster)):
-                state = merged(state, take(memory, RESULTS, np.int64(1), peer))
+        if warp() == 0:
+            state = identity
+            if lane < cluster:
+                state = take(memory, OF_PEERS + lane, step)
+            state = lifted_to_warp(state)
+            for mask in (4, 2, 1):
+                if mask < cluster:
+                    state = together(state, state_across(state, mask))
     return state
 
 
@@ -302,23 +510,21 @@ def finish(call, place, label, state, memory):
             store_results(call, place, label, row)
         if written or selected:
             numbers = row.maximum, row.log_s, row.factor, row.at_label
-            leave(memory, FINISHED + place.member, np.int64(WARPS), numbers)
+            leave(memory, FINISHED + place.member, np.int64(SLOTS), numbers)
             numbers = row.scale, row.mean, row.target_maximum, row.target_factor
             if sampled or entropic or divergence:
-                leave(memory, FINISHED + 4 * WARPS + place.member, np.int64(WARPS), numbers)
-    if clustered:
-        cluster_barrier()  # before a block is gone whose memory another one reads
-    elif written or selected:
+                leave(memory, FINISHED + 4 * SLOTS + place.member, np.int64(SLOTS), numbers)
+    if written or selected:
         cuda.syncthreads()
     m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
     mean, target_maximum, target_factor = c.zero, c.zero, c.zero
     if (written or selected) and place.row < call.rows:
-        m, log_s = memory[np.uint32(at)], memory[np.uint32(at + WARPS)]
-        factor, at_label = memory[np.uint32(at + 2 * WARPS)], memory[np.uint32(at + 3 * WARPS)]
+        m, log_s = memory[np.uint32(at)], memory[np.uint32(at + SLOTS)]
+        factor, at_label = memory[np.uint32(at + 2 * SLOTS)], memory[np.uint32(at + 3 * SLOTS)]
         if sampled or entropic or divergence:
-            scale, mean = memory[np.uint32(at + 4 * WARPS)], memory[np.uint32(at + 5 * WARPS)]
-            target_maximum = memory[np.uint32(at + 6 * WARPS)]
-            target_factor = memory[np.uint32(at + 7 * WARPS)]
+            scale, mean = memory[np.uint32(at + 4 * SLOTS)], memory[np.uint32(at + 5 * SLOTS)]
+            target_maximum = memory[np.uint32(at + 6 * SLOTS)]
+            target_factor = memory[np.uint32(at + 7 * SLOTS)]
     row = Finished(c.zero, m, log_s, factor, at_label, scale, mean, target_maximum, target_factor)
     if selected and place.row < call.rows and place.rank == 0:
         places = row_of(call.x, place), row_of(call.choices, place), row_of(call.selected, place)
@@ -335,9 +541,9 @@ def write(call, place, label, row, ref, values, second, memory):
         return
     y, counts, begin = np.int64(-1), True, np.int64(place.first)
     if sparse:
-        y, counts = label_within(call, row_of(call.labels, place))
+        y, counts = label_within(call, place.label)
     if sampled:
-        counts = row.scale != c.zero
+        counts = counts and row.scale != c.zero
     fall = c.one / c.unshift
     if apart:
         fall = exp_minus_scaled(ref.maximum, row.maximum)
@@ -346,38 +552,52 @@ def write(call, place, label, row, ref, values, second, memory):
     writer = writer_of(row, ref, fall)
     while True:
         part = part_of(call, place, begin)
-        if not kept:
-            if not nll:
-                load(fetch_x, values, row_of(call.x, place), part)
-            if targets or divergence:
-                find_targets(call, place, part, second)
-        for i in range(count):
-            u = call.spread  # which takes no register
-            if dense or weighted_classes or divergence:
-                u = second[i]
-            values[i] = written_of(call, values[i], u, row, writer)
-        if dropping and not counts:
-            for i in range(count):
-                values[i] = c.zero
-        store(row_of(call.out, place), values, part)
+        if chunked and not label_alone:
+            cuda.syncthreads()
+            bring(call, place, part, memory)
+            arrive(memory)
+        write_part(call, row_of(call.out, place), part, counts, row, writer, values, second, memory)
         if sparse and counts and 0 <= y - begin < part.length:
-            for i in range(0, count, lanes):  # by the thread that has stored this element
-                j = nth(i, part.shift)
-                if j <= np.int32(y - begin) and np.int32(y - begin) < j + lanes:
-                    write_out(row_of(call.out, place) + y * size, row.at_label)
+            # by the thread that has stored the vector of this element
+            vector = np.uint32(y - begin + part.shift) // np.uint32(lanes)
+            if np.int32(vector % np.uint32(cuda.blockDim.x)) == cuda.threadIdx.x:
+                write_out(row_of(call.out, place) + y * size, row.at_label)
         begin += call.capacity
         if not chunked or begin >= place.last:
             break
 
 
-def store(row, values, part):
-    target = row + part.begin * size
-    limit = whole_below(target, part)
-    for i in range(0, count, lanes):
-        j = nth(i, part.shift)
-        if np.uint32(j) < limit:
-            deliver(target + j * size, values, i)
-        elif not aligned and j < part.length:
-            for k in range(lanes):
-                if np.uint32(j + k) < np.uint32(part.length):
-                    write_out(target + (j + k) * size, values[i + k])
+def write_part(call, out, part, counts, row, writer, x, u, memory):
+    at, step = first_of(part)
+    target = out + part.begin * size - part.shift * size
+    # below it, vectors are whole; in the memory as well
+    limit = np.uint32(max(part.length - (lanes - 1), 0))
+    if not aligned and target & (VECTOR - 1) != 0:
+        limit = np.uint32(0)
+    target += at - part.at
+    if dropping and not counts:
+        clear(x)
+    while at < part.end:
+        if not dropping or counts:
+            if not nll:
+                fetch_x(x, memory, at)
+            if dense or weighted_classes or divergence:
+                find_targets(call, part, u, memory, at)
+            for i in range(lanes):
+                t = call.spread  # which takes no register
+                if dense or weighted_classes or divergence:
+                    t = u[i]
+                x[i] = written_of(call, x[i], t, row, writer)
+        store(target, limit, x, at, part)
+        at, target = np.int32(at + step), target + step
+
+
+def store(target, limit, x, at, part):
+    """Write a vector, element by element at the ends of a row."""
+    j = nth(at, 0, part)
+    if aligned or np.uint32(j) < limit:
+        deliver(target, x, 0)
+    else:
+        for i in range(lanes):
+            if np.uint32(j + i) < np.uint32(part.length):
+                write_out(target + i * size, x[i])

@@ -34,15 +34,18 @@ def term(values, second, i):
     return formula(values[i])
 
 
-def fold_part(call, place, part, values, second, lane, memory):
+def fold_part(call, part, x, u, lane, memory):
     """For teams: leave the sum of a chunk for `collected`."""
-    if targets:
-        find_targets(call, place, part, second)
-    elif paired:
-        load(fetch_second, second, row_of(call.second, place), part)
-    for i in range(count):
-        value = term(values, second, i)
-        lane[i % lanes] += value if inside(i, part) else c.zero
+    at, step = first_of(part)
+    while at < part.end:
+        fetch_x(x, memory, at)
+        if targets:
+            find_targets(call, part, u, memory, at)
+        elif paired:
+            fetch_second(u, memory, np.int32(at + call.pitch))
+        for i in range(lanes):
+            lane[i] += term(x, u, i) if inside(at, i, part) else c.zero
+        at = np.int32(at + step)
     post_lanes(lane, part, memory, SUMS)
     return reference(-c.infinity)
 

@@ -65,6 +65,11 @@ def start_of(operand, place):
     return operand.address + place.outer * operand.outer + place.inner * operand.inner
 
 
+def label_of(call, place):
+    """The label of the row, as it is stored."""
+    return read_label(start_of(call.labels, place))
+
+
 # access to the elements of a row
 
 
@@ -147,18 +152,17 @@ def fold_staged(call, place, memory):
         top = larger(top, tempered_element(call, element(call, place, memory, j)))
         j = np.uint32(j + 1)
     ref = reference(top)
-    level, part, equal, total = top - ref.offset, c.zero, c.zero, nothing
-    more, away = c.zero, nothing
+    part, equal, total, more, away = c.zero, c.zero, nothing, c.zero, nothing
     j = np.uint32(0)
     while j < width:
-        v = tempered_element(call, element(call, place, memory, j)) - ref.offset
-        if v == level:
+        x = tempered_element(call, element(call, place, memory, j))
+        if x == top:
             equal += c.one
         else:
-            e = exponential(v, ref.floor, ref.magic)
+            e = relative(x, ref)
             part += e
             if entropic:
-                more += distance(v, e, level)
+                more += distance(x, e, top)
         j = np.uint32(j + 1)
         if j & np.uint32(15) == 0:  # so often that nothing is lost
             total, part = plus(total, part), c.zero
@@ -258,11 +262,11 @@ def merge(call, place, state, memory):
             cuda.syncthreads()
             half //= 2
             if place.lane < half:
-                state = merged(state, take(memory, me + half * place.apart, step, 0))
+                state = merged(state, take(memory, me + half * place.apart, step))
             cuda.syncthreads()
         put(memory, me, step, state)
         cuda.syncthreads()
-        state = take(memory, me - place.lane * place.apart, step, 0)  # the first one's
+        state = take(memory, me - place.lane * place.apart, step)  # the first one's
     return state
 
 
