@@ -85,7 +85,7 @@ def launched():
             768,
         ),
         "short rows": (
-            rows_of(entropy, "float32", labels="int64", out="float32", staged=True),
+            rows_of(entropy, "float32", labels="int64", out="float32", classes=10),
             geometry.BLOCK,
         ),
         "columns": (rows_of("softmax", "float32", out="float32"), geometry.BLOCK),

@@ -147,7 +147,7 @@ class Backend:
         name, (outer, classes, inner) = format_of(call.x), call.x.shape
         size, lanes = size_of(name), 1 if _label_alone(call) else geometry.lanes_of_row(classes)
         # rows that are short and lie one after the other go through shared memory
-        staged = (
+        short = (
             (lanes == 1 and inner == 1 and classes > 0 and name in FLOATS)
             and not _label_alone(call)
             and (call.operation != "logsumexp" or call.second is None)
@@ -157,11 +157,13 @@ class Backend:
                 if a is not None
             )
         )
-        kernel = self._kernel(call, staged=staged)
+        newest = short and self._gpu.capability >= (9, 0)
+        kernel = self._kernel(call, classes=classes if short else 0, newest=newest)
         per_block, threads, shared = geometry.BLOCK // lanes, geometry.BLOCK, 0
-        if staged:
-            per_block = threads = geometry.staged_rows(classes, kernel.real_size)
-            shared = threads * (classes | 1) * kernel.real_size
+        if short:
+            _, pitch = geometry.piece_of(classes * size)
+            per_block = threads = geometry.rows_together(pitch)
+            shared = VECTOR + threads * pitch
         elif lanes > 1:
             parts = states.PARTS if call.operation != "kl_divergence_from_logits" else pairs.PARTS
             shared = parts * threads * kernel.real_size

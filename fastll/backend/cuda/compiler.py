@@ -51,9 +51,17 @@ class Kernel:
     key: str  # names it among all kernels
 
     def __init__(
-        self, function: Callable[[Any], None], call: type, real: type, cluster: int = 1, **lengths: int
+        self,
+        function: Callable[[Any], None],
+        call: type,
+        real: type,
+        *,
+        cluster: int = 1,
+        approximate: bool = False,
+        **lengths: int,
     ) -> None:
         self.function = function
+        self.approximate = approximate  # whether divisions may be wrong by 2 ulp
         self.real = real  # the NumPy type of the numbers in the call, and its bytes
         self.real_size = np.dtype(real).itemsize
         self.cluster = cluster  # thread blocks that work together
@@ -123,7 +131,8 @@ def ptx(kernel: Kernel, capability: Capability, threads: int) -> tuple[str, str]
     device = _replaced(
         _dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)
     )
-    unfused = _replaced(_nvvm, "compile_ir", functools.partial(_nvvm.compile_ir, fma=False))
+    options = {"fma": False} | ({"prec_div": False} if kernel.approximate else {})
+    unfused = _replaced(_nvvm, "compile_ir", functools.partial(_nvvm.compile_ir, **options))
     with _lock, device, unfused:
         code, _ = cuda.compile_ptx(kernel.function, signature, cc=capability, launch_bounds=threads)
     (mangled,) = re.findall(r"\.visible \.entry (\w+)", code)

@@ -17,7 +17,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastll.backend.cuda import calls, pairs, primitives, rows, states, teams, terms, threads
+from fastll.backend.cuda import (
+    calls,
+    geometry,
+    pairs,
+    primitives,
+    rows,
+    short,
+    states,
+    teams,
+    terms,
+    threads,
+)
 from fastll.backend.cuda.compiler import Kernel, bound, cuda, kernels
 from fastll.backend.cuda.primitives import compute_type, lanes_of, reader, size_of, writer
 from fastll.backend.cuda.states import shared
@@ -43,7 +54,7 @@ class Variant(NamedTuple):
     averaged: bool = False  # whether the mean of lse**2 is over another weight than the rest
     modern: bool = False  # compute capability 8 or more
     newest: bool = False  # 9 or more
-    staged: bool = False  # for threads on their own: whether rows go through shared memory
+    classes: int = 0  # of short rows that lie one after the other, which go through shared memory
     team: bool = False  # whether a row has a team of threads; for these:
     cluster: int = 1  # thread blocks that share a row
     chunked: bool = False  # whether a thread block takes its part of a row in chunks
@@ -83,13 +94,14 @@ def names(v):
     factored = cross_entropies or entropic or divergence
     # what is held is relative to the maximum of one thread block of a cluster
     apart = v.cluster > 1 and held
-    # rereading shared memory is cheaper than rescaling sums for each new maximum
-    two_passes = v.staged and not (targets or v.capped or terms or divergence)
-    index = np.uint32 if v.staged else np.int64  # type of the number of a class
+    # of short rows: whether the maximum comes first, and the exponentials stay until they are written
+    two_passes = v.classes > 0 and not (targets or v.capped or terms or divergence or nll)
+    held_here = two_passes and written and not (approximate or logs or entropic)
+    held = held or held_here
     clustered, inputs, parts = v.cluster > 1, 2 if paired else 1, states.PARTS
     parts = pairs.PARTS if divergence else parts if targets or entropic else parts // 2
     in_bulk, real_size = v.newest and not v.chunked, np.dtype(real).itemsize
-    vector = stored if v.team or v.staged else "float32"
+    vector = stored if v.team else "float32"
     size, lanes = size_of(stored), lanes_of(vector)  # bytes of an element, elements of a vector
     packable = v.team and approximate and v.modern  # whether a maximum is that of words of two halves
     # readers take an address, writers an address and a number
@@ -110,6 +122,18 @@ def names(v):
         copy_x = primitives.element_copier(stored, lowest=True)
         copy_second = primitives.element_copier(stored, lowest=divergence)
         write_peer = primitives.peer_writer(real)
+    if v.classes:
+        row_bytes = v.classes * size_of(stored)
+        width, pitch = geometry.piece_of(row_bytes)
+        piece, in_bulk = width // size_of(stored), v.newest and pitch == row_bytes
+        pieces, flush = row_bytes // width, short.ADDED // piece
+        read_shared = primitives.shared_reader(stored)
+        write_shared = primitives.shared_writer(stored, v.modern)
+        fetch_piece = primitives.shared_vector_reader(stored, width)
+        put_piece = primitives.shared_vector_writer(stored, width, v.modern)
+        copy_vector, copy_x = primitives.vector_copier(v.modern), primitives.element_copier(stored)
+        deliver_from = primitives.vector_taker()
+        write_from = primitives.element_taker(stored)
     if packable:
         larger_words, lowest = primitives.larger_words(stored), primitives.lowest_word(stored)
         lower_half, upper_half = (primitives.half_of_word(stored, u) for u in (False, True))
@@ -129,9 +153,14 @@ def kernel(variant):
     known, alone = names(variant), not variant.team
     is_sum = variant.operation in TERMS or known["nll"]
     own = [terms] if is_sum else [pairs] if known["divergence"] else []
-    f = bound(known, rows, threads if alone else teams, *own)
+    ways = [teams] if variant.team else [threads, short] if variant.classes else [threads]
+    f = bound(known, rows, *ways, *own)
     locate, find_label, merge, write = f.locate, f.find_label, f.merge, f.write
-    fold = f.fold_nothing if known["label_alone"] else f.fold_alone if alone and own else f.fold
+    fold = f.fold_in_turn if alone and not known["two_passes"] else f.fold
+    if known["label_alone"]:
+        fold = f.fold_nothing
+    elif alone and own:
+        fold = f.fold_alone
     finish = f.finish_exactly if known["exact"] else f.finish
     real, held = known["real"], threads.TOGETHER if alone else known["lanes"]
 
@@ -146,4 +175,5 @@ def kernel(variant):
         row = finish(call, place, label, state, memory)
         write(call, place, label, row, reference, values, second, memory)
 
-    return Kernel(reduce, calls.Fold, real, cluster=variant.cluster)
+    approximate = known["approximate"]
+    return Kernel(reduce, calls.Fold, real, cluster=variant.cluster, approximate=approximate)

@@ -86,10 +86,18 @@ def lanes_of_row(classes: int) -> int:
     return 8 if classes <= 1024 else 32 if classes <= 16384 else BLOCK
 
 
-def staged_rows(classes: int, size: int) -> int:
-    """Rows of a block that go through shared memory together."""
-    fitting = SHARED // ((classes | 1) * size) // WARP * WARP
-    return min(BLOCK, fitting)
+def piece_of(row: int) -> tuple[int, int]:
+    """Of short rows of that many bytes, the bytes of a piece, and of the pitch in shared memory."""
+    width = VECTOR
+    while row % width:
+        width //= 2
+    # of rows that are an even number of the widest pieces, threads would meet in few banks
+    return width, row + (VECTOR if row % (2 * VECTOR) == 0 else 0)
+
+
+def rows_together(pitch: int) -> int:
+    """Short rows of a thread block."""
+    return min(BLOCK, (SHARED - VECTOR) // pitch // WARP * WARP)
 
 
 def _up(number: int, step: int) -> int:

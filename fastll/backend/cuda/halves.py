@@ -45,6 +45,11 @@ NAMES = {
 }
 
 
+def exponential(x, floor, magic):
+    """As in `fastll.formulas.maths`; what is below the floor is 0 of itself."""
+    return approximate_exp2(fma(x, c.log2e, magic - c.magic))
+
+
 def reference(m):
     """The `Line` of a maximum."""
     slope, intercept, lead = c.log2e, shift, c.one / c.unshift

@@ -63,7 +63,7 @@ def _loader(operand, real, lanes):
 
 def _storer(operand, real, lanes, modern):
     """Function (held, at, address, step, left): the other way round."""
-    write = primitives.writer(operand.format, real)
+    write = primitives.writer(operand.format, real, modern)
     deliver = primitives.vector_writer(operand.format, modern) if operand.vectors else None
 
     @device
@@ -197,4 +197,6 @@ def kernel(variant):
                 at = call.partial.address + outer * call.partial.outer + part * call.partial.inner
                 write_sum(at, total)
 
-    return Kernel(run, calls.Map, real, inputs=count, parameters=row.parameters)
+    approximate = primitives.is_half(x.format)
+    lengths = {"inputs": count, "parameters": row.parameters}
+    return Kernel(run, calls.Map, real, approximate=approximate, **lengths)

@@ -8,7 +8,6 @@ float32, as that input has 8 or 11 bits, and its results no more: see `fastll.ba
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import cache
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import numpy as np
 
 from fastll.backend.cuda import halves, primitives
 from fastll.backend.cuda.compiler import device
-from fastll.backend.cuda.primitives import exponent, exponent_bits, fma, power_of_two, where_gt
+from fastll.backend.cuda.primitives import exponent, fma, power_of_two, where_gt
 from fastll.formulas import bind, constants, texts
 from fastll.formulas.maths import exponential, series, split
 
@@ -159,21 +158,5 @@ def of(real, approximate=False, modern=False) -> SimpleNamespace:
     found = {text.__name__: text for text in (*texts(), *_TEXTS)}
     if approximate:
         names |= halves.NAMES
-        names["exponential"] = _approximation(c, names["maximum"])
         found |= {text.__name__: text for text in texts(halves)}
-        del found["exponential"]
     return bind(names, device, list(found.values()))
-
-
-def _approximation(c, maximum):
-    log2e_low = np.float32(1 / math.log(2) - float(c.log2e))
-
-    @device
-    def exponential(x, floor, magic):
-        """exp(x) 2**(SHIFT - n_ref), as in `fastll.formulas.maths`."""
-        y = maximum(floor, x)
-        z = fma(y, c.log2e, magic)
-        f = fma(y, log2e_low, fma(y, c.log2e, magic - z))
-        return primitives.approximate_exp2(f) * exponent_bits(z)
-
-    return exponential

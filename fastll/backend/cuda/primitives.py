@@ -224,21 +224,27 @@ def vector_writer(name, modern=False):
     @emits(types.none, address=types.int64)
     def deliver(builder, address, values, at):
         numbers = [builder.load(_element(builder, values, at, i)) for i in range(lanes_of(name))]
-        if name == "bfloat16" and modern:
-            words = [
-                _asm(builder, _I32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", *two)
-                for two in zip(numbers[::2], numbers[1::2], strict=True)
-            ]
-        else:
-            words = [_encode(builder, name, number) for number in numbers]
-        vector = ir.Constant(ir.VectorType(words[0].type, len(words)), ir.Undefined)
-        for i, word in enumerate(words):
-            vector = builder.insert_element(vector, word, _I32(i))
-        if word.type == _I16:
-            vector = builder.bitcast(vector, ir.VectorType(_I32, 4))
+        vector = _packed(builder, name, numbers, modern)
         builder.store(vector, _pointer(builder, address, vector.type), align=VECTOR)
 
     return deliver
+
+
+def _packed(builder, name, numbers, modern):
+    """Numbers as a vector of stored elements, of words where there are two."""
+    if name == "bfloat16" and modern and len(numbers) > 1:
+        words = [
+            _asm(builder, _I32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", *two)
+            for two in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+    else:
+        words = [_encode(builder, name, number, modern) for number in numbers]
+    vector = ir.Constant(ir.VectorType(words[0].type, len(words)), ir.Undefined)
+    for i, word in enumerate(words):
+        vector = builder.insert_element(vector, word, _I32(i))
+    if word.type == _I16 and len(words) > 1:
+        vector = builder.bitcast(vector, ir.VectorType(_I32, len(words) // 2))
+    return vector
 
 
 # shared memory, by the number of a byte in it
@@ -251,10 +257,12 @@ def _shared(builder, memory, at, kind):
     return builder.bitcast(builder.gep(start, [at]), ir.PointerType(kind, addrspace=3))
 
 
-def _vector_type(name):
-    return {"float32": ir.VectorType(_F32, 4), "float64": ir.VectorType(_F64, 2)}.get(
-        name, ir.VectorType(_I32, 4)
-    )
+def _vector_type(name, width):
+    """So many bytes as they are loaded: numbers, or words of two halves, or one half."""
+    if width == 2:
+        return ir.VectorType(_I16, 1)
+    kind = {"float32": _F32, "float64": _F64}.get(name, _I32)
+    return ir.VectorType(kind, width // (8 if name == "float64" else 4))
 
 
 def vector_copier(modern=False):
@@ -350,14 +358,28 @@ def shared_reader(name):
     return read
 
 
-def shared_vector_reader(name):
-    """Function (values, memory, at): the numbers of a vector."""
+def shared_writer(name, modern=False):
+    """Function (memory, at, number of the compute type) of an element."""
+
+    @emits(types.none, at=types.int32, value=getattr(types, compute_type(name).__name__))
+    def write(builder, memory, at, value):
+        bits = _encode(builder, name, value, modern)
+        builder.store(bits, _shared(builder, memory, at, bits.type), align=_SIZES[name])
+
+    return write
+
+
+def shared_vector_reader(name, width=VECTOR):
+    """Function (values, memory, at): the numbers of a vector of `width` bytes."""
+    kind = _vector_type(name, width)
 
     @emits(types.none, at=types.int32)
     def fetch(builder, values, memory, at):
-        vector = builder.load(_shared(builder, memory, at, _vector_type(name)), align=VECTOR)
-        numbers = [builder.extract_element(vector, _I32(i)) for i in range(vector.type.count)]
-        if is_half(name):
+        vector = builder.load(_shared(builder, memory, at, kind), align=width)
+        numbers = [builder.extract_element(vector, _I32(i)) for i in range(kind.count)]
+        if width == 2:
+            numbers = [_decode(builder, name, number) for number in numbers]
+        elif is_half(name):
             numbers = [_half(builder, name, two, upper) for two in numbers for upper in (False, True)]
         for i, number in enumerate(numbers):
             builder.store(number, _element(builder, values, _I64(0), i))
@@ -365,19 +387,42 @@ def shared_vector_reader(name):
     return fetch
 
 
-def shared_vector_writer(name):
-    """Function (values, memory, at): a vector of float32 or float64."""
+def shared_vector_writer(name, width=VECTOR, modern=False):
+    """Function (values, memory, at): a vector of `width` bytes."""
 
     @emits(types.none, at=types.int32)
     def put(builder, values, memory, at):
-        kind = _vector_type(name)
-        vector = ir.Constant(kind, ir.Undefined)
-        for i in range(kind.count):
-            number = builder.load(_element(builder, values, _I64(0), i))
-            vector = builder.insert_element(vector, number, _I32(i))
-        builder.store(vector, _shared(builder, memory, at, kind), align=VECTOR)
+        numbers = [
+            builder.load(_element(builder, values, _I64(0), i)) for i in range(width // _SIZES[name])
+        ]
+        vector = _packed(builder, name, numbers, modern)
+        builder.store(vector, _shared(builder, memory, at, vector.type), align=width)
 
     return put
+
+
+def vector_taker():
+    """Function (memory, at, address): a vector from shared to global memory."""
+
+    @emits(types.none, at=types.int32, address=types.int64)
+    def take(builder, memory, at, address):
+        kind = ir.VectorType(_I32, 4)
+        vector = builder.load(_shared(builder, memory, at, kind), align=VECTOR)
+        builder.store(vector, _pointer(builder, address, kind), align=VECTOR)
+
+    return take
+
+
+def element_taker(name):
+    """The same of an element."""
+    kind = ir.IntType(8 * _SIZES[name])
+
+    @emits(types.none, at=types.int32, address=types.int64)
+    def take(builder, memory, at, address):
+        bits = builder.load(_shared(builder, memory, at, kind), align=_SIZES[name])
+        builder.store(bits, _pointer(builder, address, kind), align=_SIZES[name])
+
+    return take
 
 
 # words of two halves, as int32: compute capability 8 or more

@@ -1,8 +1,7 @@
-"""Rows of any strides, formats and operands, and short rows: a few threads to a row, or one.
+"""Rows of any strides, formats and operands: a few threads to a row, or one.
 
 The threads of a row take its classes in turn, four at a time, each with a running state, and fold these
-by halves; how many they are depends on the number of classes alone. Rows that lie one after the other
-and are short come and go through shared memory, so that memory sees whole vectors.
+by halves; how many they are depends on the number of classes alone.
 
 Texts, bound to the names of a variant: see `fastll.backend.cuda.folds`.
 """
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fastll.backend.cuda.compiler import cuda
-from fastll.backend.cuda.primitives import VECTOR, larger
 from fastll.backend.cuda.rows import *
 
 #: Classes that a thread takes together.
@@ -28,18 +26,15 @@ TOGETHER = 4
 class Place(NamedTuple):
     """Where a thread is."""
 
-    first_row: int  # of the thread block
-    present: int  # its rows
     outer: int  # the thread's row
     inner: int
     live: bool  # whether there is such a row
     lane: int  # of the threads that share it
     apart: int  # how far these are from each other
-    tile: int  # place of the row in shared memory
 
 
 def locate(call, memory):
-    """The `Place` of a thread; staged rows are brought into shared memory."""
+    """The `Place` of a thread."""
     rows_of_block = cuda.blockDim.x // call.lanes
     first_row = np.int64(cuda.blockIdx.x) * rows_of_block
     if call.across:
@@ -51,13 +46,8 @@ def locate(call, memory):
     if call.inner != 1:  # a division takes as long as several elements
         outer = row // call.inner
         inner = row - outer * call.inner
-    present = min(rows_of_block, call.rows - first_row)
-    if staged and not label_alone:
-        move(memory, call.x.address + first_row * call.x.outer, present, call.classes, True)
-        cuda.syncthreads()
     apart = rows_of_block if call.across else 1
-    tile = local_row * (call.classes | 1)
-    return Place(first_row, present, outer, inner, row < call.rows, lane, apart, tile)
+    return Place(outer, inner, row < call.rows, lane, apart)
 
 
 def start_of(operand, place):
@@ -73,45 +63,7 @@ def label_of(call, place):
 # access to the elements of a row
 
 
-def move(memory, address, count, classes, inwards):
-    """`count` rows, one after the other in memory, to or from shared memory.
-
-    There their pitch is odd, so that neighbouring rows are in different banks.
-    """
-    part = cuda.local.array(lanes, real)
-    elements, width, whole = np.uint32(count * classes), np.uint32(classes), np.uint32(0)
-    if address & (VECTOR - 1) == 0:
-        whole = np.uint32(elements & ~np.uint32(lanes - 1))
-    at = np.uint32(cuda.threadIdx.x * lanes)
-    while at < whole:
-        if inwards:
-            fetch_x(part, 0, address + at * size, True)
-        i = np.uint32(at // width)
-        j = np.uint32(at - i * width)
-        for k in range(lanes):
-            if inwards:
-                memory[np.uint32(i * (width | 1) + j)] = part[k]
-            else:
-                part[k] = memory[np.uint32(i * (width | 1) + j)]
-            j = np.uint32(j + 1)
-            if j == width:
-                i, j = np.uint32(i + 1), np.uint32(0)
-        if not inwards:
-            deliver(address + at * size, part, 0)
-        at = np.uint32(at + cuda.blockDim.x * lanes)
-    at = np.uint32(whole + cuda.threadIdx.x)
-    while at < elements:
-        place = np.uint32(at + at // width * ((width | 1) - width))
-        if inwards:
-            memory[place] = read_x(address + at * size)
-        else:
-            write_out(address + at * size, memory[place])
-        at = np.uint32(at + cuda.blockDim.x)
-
-
 def element(call, place, memory, j):
-    if staged and not label_alone:
-        return memory[np.uint32(place.tile + j)]
     return read_x(start_of(call.x, place) + j * call.x.classes)
 
 
@@ -119,20 +71,11 @@ def second_element(call, place, j):
     return read_second(start_of(call.second, place) + j * call.second.classes)
 
 
-def put_element(call, place, memory, j, value):
-    if staged:
-        memory[np.uint32(place.tile + j)] = value
-    else:
-        write_out(start_of(call.out, place) + j * call.out.classes, value)
-
-
 # load and fold
 
 
-def fold(call, place, held, u, memory):
+def fold_in_turn(call, place, held, u, memory):
     """The state of a thread's elements, and their reference."""
-    if two_passes:
-        return fold_staged(call, place, memory)
     state, ref = identity, reference(-c.infinity)
     stop = call.classes if place.live and not whole_state else 0
     for begin in range(place.lane, stop, call.lanes * TOGETHER):
@@ -143,33 +86,6 @@ def fold(call, place, held, u, memory):
         state = folded(state, ref, held, u)
     at_maximum = state.at_maximum if state.maximum > -c.infinity else c.zero
     return State(state.maximum, settled(state, ref), at_maximum, state.distance, state.mass), ref
-
-
-def fold_staged(call, place, memory):
-    """The same of a row in shared memory: its maximum first, then its exponentials."""
-    width, top, j = np.uint32(call.classes if place.live else 0), -c.infinity, np.uint32(0)
-    while j < width:
-        top = larger(top, tempered_element(call, element(call, place, memory, j)))
-        j = np.uint32(j + 1)
-    ref = reference(top)
-    part, equal, total, more, away = c.zero, c.zero, nothing, c.zero, nothing
-    j = np.uint32(0)
-    while j < width:
-        x = tempered_element(call, element(call, place, memory, j))
-        if x == top:
-            equal += c.one
-        else:
-            e = relative(x, ref)
-            part += e
-            if entropic:
-                more += distance(x, e, top)
-        j = np.uint32(j + 1)
-        if j & np.uint32(15) == 0:  # so often that nothing is lost
-            total, part = plus(total, part), c.zero
-            if entropic:
-                away, more = plus(away, more), c.zero
-    below, away = relative_to(ref.lead, plus(total, part)), relative_to(ref.lead, plus(away, more))
-    return State(top, below, equal if top > -c.infinity else c.zero, away, nothing), ref
 
 
 def load(call, place, begin, held, u, memory):
@@ -255,7 +171,7 @@ def folded(state, ref, held, u):
 
 def merge(call, place, state, memory):
     """The state of a whole row, by halves, for all of its threads."""
-    if not staged and call.lanes > 1:
+    if call.lanes > 1:
         step, me, half = cuda.blockDim.x, cuda.threadIdx.x, call.lanes
         while half > 1:
             put(memory, me, step, state)
@@ -325,8 +241,7 @@ def write(call, place, label, row, ref, held, u, memory):
     if not written:
         return
     writer = writer_of(row, reference(row.maximum), c.one / c.unshift)
-    j, stop, step = index(place.lane), index(call.classes if place.live else 0), index(call.lanes)
-    while j < stop:
+    for j in range(place.lane, call.classes if place.live else 0, call.lanes):
         x, u = c.zero, c.zero
         if not nll:
             x = element(call, place, memory, j)
@@ -334,15 +249,8 @@ def write(call, place, label, row, ref, held, u, memory):
             t = second_element(call, place, j) if dense or divergence else c.zero
             u = target_of(call, t, j)
         value = written_of(call, x, u, row, writer)
-        if sparse and not staged and j == label.number:
+        if sparse and j == label.number:
             value = row.at_label
         if dropping and label.sample == c.zero:
             value = c.zero
-        put_element(call, place, memory, j, value)
-        j = index(j + step)
-    if staged:
-        if sparse and label.sample != c.zero and label.number >= 0:
-            put_element(call, place, memory, label.number, row.at_label)
-        cuda.syncthreads()
-        address = call.out.address + place.first_row * call.out.outer
-        move(memory, address, place.present, call.classes, False)
+        write_out(start_of(call.out, place) + j * call.out.classes, value)
