@@ -365,6 +365,35 @@ def test_only_elements_at_labels_are_read(gpu, rng, classes):
         assert only.stats.bytes_written <= 2 * 4 * len(y) + return_grad * x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=str)
+def test_very_long_rows(gpu, rng, monkeypatch, dtype):
+    """Every part of a row has a thread block; the bits are the row's, whatever is beside it."""
+    monkeypatch.setattr(geometry, "LONG", 3000)
+    monkeypatch.setattr(geometry, "PART", 1024)
+    monkeypatch.setattr(geometry, "BLOCK", 32)
+    monkeypatch.setattr(geometry, "TEAM", 64)
+    monkeypatch.setattr(geometry, "CLUSTERS", (1,))
+    monkeypatch.setattr(geometry, "MOST_SHARED", {gpu.capability: 11})
+    monkeypatch.setattr(geometry, "team", geometry.team.__wrapped__)
+    x = (5 * rng.standard_normal((3, 9001))).astype(dtype)
+    x[0, 7000], x[1, :2048], x[2] = 30, -np.inf, -np.inf
+    gpu.launches.clear()
+    lse = fastll.logsumexp(x, axis=1)
+    with np.errstate(invalid="ignore"):
+        assert_close(lse, oracle.logsumexp(x, 1)[0], np.float32)
+        assert_close(fastll.logsumexp(x[:2]), oracle.logsumexp(x[:2].reshape(-1), 0)[0], np.float32)
+    first, second, *_ = gpu.launches
+    assert "in_parts=True" in first.kernel.key
+    assert "merge_parts" in second.kernel.key
+    assert x.nbytes <= first.stats.bytes_read <= 1.01 * x.nbytes
+    for i in (0, 1):
+        assert fastll.logsumexp(x[i]).tobytes() == lse[i].tobytes()
+    for operation in ("softmax", "log_softmax"):
+        result = getattr(fastll, operation)(x[:2])
+        with np.errstate(invalid="ignore"):
+            assert_close(result, getattr(oracle, operation)(x[:2], 1), np.float32)
+
+
 def test_streaming(gpu, rng):
     """Running states on the device: updated, merged, finished there."""
     x = rng.standard_normal((5, 300)).astype(np.float32)

@@ -89,7 +89,9 @@ class Backend:
 
     def fold(self, call: contract.Fold) -> contract.Kernel:
         steps = _team_steps(call)
-        return self._by_threads(call) if steps is None else self._by_teams(call, steps)
+        if steps is None:
+            return self._by_threads(call)
+        return self._in_parts(call, steps) or self._by_teams(call, steps)
 
     def _kernel(self, call: contract.Fold, **rows: Any) -> Kernel:
         """The kernel of a fold, for rows that are like that."""
@@ -114,20 +116,79 @@ class Backend:
         )
         return folds.kernel(variant)
 
-    def _by_teams(self, call: contract.Fold, steps: dict[str, int]) -> contract.Kernel:
-        """Rows of contiguous classes."""
+    def _in_parts(self, call: contract.Fold, steps: dict[str, int]) -> contract.Kernel | None:
+        """Very long rows, of which every part has a thread block; None for others."""
+        (outer, classes, inner), name = call.x.shape, format_of(call.x)
+        if classes <= geometry.LONG or call.operation not in ("logsumexp", "softmax", "log_softmax"):
+            return None
+        if call.out is not None and not self._plan(classes, name, 1).chunked:
+            return None
+        rows, parts = outer * inner, -(-classes // geometry.PART)
+        alone = call._replace(operation="logsumexp", lse=None, out=None)
+        merged = call.lse is None
+
+        def go(start: int, stop: int) -> None:
+            states = self._empty((rows, parts, 3), np.float64)
+            whole = self._empty((rows, 3), np.float64) if merged else None
+            self._by_teams(alone, steps, parts=parts, states=states)(0, rows)
+            lse = placed(Row, call.lse)
+            told = calls.Parts(
+                parts, address(states), address(whole), lse.address, steps.get("lse", lse.outer)
+            )
+            kernel = totals.merge_parts(format_of(call.lse) or "float64")
+            block, shared = (totals.PART_THREADS, 1), 24 * totals.PART_THREADS
+            self._bound(kernel, rows, block, told, shared)(0, rows)
+            if whole is not None:
+                self._write_in_parts(call, whole)
+
+        return go
+
+    def _write_in_parts(self, call: contract.Fold, states: Array) -> None:
+        """Write rows of which the states are known, a part of a row as a row of its own."""
+        x, out, part = call.x, call.out, geometry.PART
+        for i in range(x.shape[0]):
+            for k in range(x.shape[2]):
+                row, target = x[i, :, k], out[i, :, k]  # type: ignore[index]
+                whole = len(row) // part * part
+                for begin, size in ((0, part), (whole, len(row) - whole)):
+                    stop = whole if begin == 0 else len(row)
+                    if begin < stop:
+                        shape = (stop - begin) // size, size, 1
+                        state = states[i * x.shape[2] + k].reshape(1, 1, 3)
+                        piece = call._replace(
+                            x=row[begin:stop].reshape(shape),
+                            out=target[begin:stop].reshape(shape),
+                            state=np.broadcast_to(state, (shape[0], 1, 3), subok=True),
+                        )
+                        self._by_threads(piece)(0, shape[0])
+
+    def _plan(self, classes: int, name: str, inputs: int, part: int | None = None) -> geometry.Team:
+        """The team for rows of contiguous classes of a format, or for parts of them."""
+        scratch = teams.SCRATCH * np.dtype(compute_type(name)).itemsize
+        return geometry.team(classes, name, inputs, scratch, self._gpu.capability, part)
+
+    def _by_teams(
+        self,
+        call: contract.Fold,
+        steps: dict[str, int],
+        parts: int = 1,
+        states: Array | None = None,
+    ) -> contract.Kernel:
+        """Rows of contiguous classes; of parts of them, the `states`."""
         (outer, classes, inner), name = call.x.shape, format_of(call.x)
         inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
-        scratch = teams.SCRATCH * np.dtype(compute_type(name)).itemsize
-        plan = geometry.team(classes, name, inputs, scratch, self._gpu.capability)
+        plan = self._plan(classes, name, inputs, None if parts == 1 else geometry.PART)
         told = _told(call)
         told = told._replace(
             segment=plan.segment,
             capacity=plan.capacity,
-            rows_at=scratch + plan.exchanged,
+            parts=parts,
+            rows_at=plan.rows_at,
             pitch=plan.pitch,
             **{key: getattr(told, key)._replace(outer=steps[key]) for key in steps},
         )
+        if states is not None:
+            told = told._replace(state=told.state._replace(address=address(states)))
         aligned = classes % lanes == 0 and not any(
             (a.address | a.outer) % VECTOR for a in (told.x, told.second, told.out)
         )
@@ -137,9 +198,11 @@ class Backend:
             newest=self._gpu.capability >= (9, 0),
             cluster=plan.cluster,
             chunked=plan.chunked,
+            in_parts=parts > 1,
             aligned=aligned,
         )
-        blocks, block = -(-outer * inner // plan.teams) * plan.cluster, (plan.threads, plan.teams)
+        blocks = -(-outer * inner // plan.teams) * plan.cluster * parts
+        block = plan.threads, plan.teams
         return self._bound(kernel, blocks, block, told, plan.shared, bound=geometry.RESIDENT)
 
     def _by_threads(self, call: contract.Fold) -> contract.Kernel:

@@ -71,6 +71,7 @@ class Fold(NamedTuple):
     inverse_temperature: float
     segment: int = 0  # of a team: classes of each block of a cluster
     capacity: int = 0  # and those it takes at once
+    parts: int = 1  # thread blocks that leave a state each
     rows_at: int = 0  # byte of shared memory where rows are
     pitch: int = 0  # and bytes of each
     lanes: int = 1  # of threads on their own: how many share a row
@@ -125,6 +126,16 @@ class Merge(NamedTuple):
     rows: int
     state: int  # address
     other: int  # address, or 0
+
+
+class Parts(NamedTuple):
+    """Running states (rows, parts, 3) of the parts of rows, contiguous, for those of the rows."""
+
+    parts: int
+    states: int  # address
+    merged: int  # address of the states (rows, 3), or 0
+    lse: int  # address of the log-sum-exps, or 0
+    lse_step: int
 
 
 class Accumulate(NamedTuple):

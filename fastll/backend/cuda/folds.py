@@ -58,6 +58,7 @@ class Variant(NamedTuple):
     team: bool = False  # whether a row has a team of threads; for these:
     cluster: int = 1  # thread blocks that share a row
     chunked: bool = False  # whether a thread block takes its part of a row in chunks
+    in_parts: bool = False  # whether any number of thread blocks leave states, of a part of a row each
     aligned: bool = False  # whether every row begins and ends with a vector
 
 
@@ -69,7 +70,7 @@ def names(v):
     weighted_classes, sampled = v.weight is not None, v.sample is not None
     weighted = v.operation == "logsumexp" and paired  # a log-sum-exp of weighted elements
     # one that is finished in float64: weighted, or of a running state
-    exact = v.operation == "logsumexp" and (weighted or running or v.signed)
+    exact = v.operation == "logsumexp" and (weighted or running or v.signed) and not v.in_parts
     whole_state = running and v.operation != "logsumexp"  # the state is that of the whole row
     logs, cross_entropies = v.operation == "log_softmax", v.operation == "cross_entropy"
     entropic = v.operation == "entropy_from_logits"
@@ -161,7 +162,7 @@ def kernel(variant):
         fold = f.fold_nothing
     elif alone and own:
         fold = f.fold_alone
-    finish = f.finish_exactly if known["exact"] else f.finish
+    finish = f.finish_exactly if known["exact"] else f.finish_part if variant.in_parts else f.finish
     real, held = known["real"], threads.TOGETHER if alone else known["lanes"]
 
     def reduce(call):

@@ -20,6 +20,10 @@ RESIDENT = 1024
 #: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.
 CLUSTERS = (1, 2, 4, 8)
 
+#: Longer rows are taken in parts of so many classes, a thread block for each: where nothing is written
+#: that needs the whole row, and where it is more than the chip holds.
+LONG, PART = 1 << 18, 1 << 14
+
 #: Up to this many classes, a row has one thread.
 SHORT = 128
 #: Bytes of shared memory that a block may use without asking.
@@ -37,21 +41,28 @@ class Team(NamedTuple):
     segment: int  # classes of each of them
     capacity: int  # classes of a chunk
     chunked: bool  # whether a segment has several
-    exchanged: int  # bytes of shared memory by which lanes are exchanged
-    pitch: int  # and of a chunk of one input
+    rows_at: int  # byte of shared memory where rows are
+    pitch: int  # bytes of a chunk of one input
     shared: int  # of all
 
 
 @lru_cache(1024)
-def team(classes: int, name: str, inputs: int, scratch: int, capability: tuple[int, int]) -> Team:
+def team(
+    classes: int,
+    name: str,
+    inputs: int,
+    scratch: int,
+    capability: tuple[int, int],
+    part: int | None = None,
+) -> Team:
     """The team for rows of contiguous classes of a format, with one input or two, where a block needs
-    `scratch` bytes of shared memory for other things."""
+    `scratch` bytes of shared memory for other things; or that for parts of rows, of so many classes."""
     lanes, number = lanes_of(name), max(4, size_of(name))
     ragged = classes % lanes != 0
     most = 1024 * (MOST_SHARED.get(capability, 227) if capability >= (7, 5) else 48)
 
     def planned(cluster: int, capacity: int | None = None) -> Team:
-        segment = _up(-(-classes // cluster), lanes) if cluster > 1 else classes
+        segment = _up(-(-classes // cluster), lanes) if cluster > 1 else part or classes
         taken = segment if capacity is None else capacity
         # a row that is no multiple of a vector may begin anywhere in one
         vectors = -(-(taken + (lanes - 1 if ragged else 0)) // lanes)
@@ -61,16 +72,17 @@ def team(classes: int, name: str, inputs: int, scratch: int, capability: tuple[i
         pitch = vectors * VECTOR
         shared = scratch + exchanged + teams * inputs * pitch
         chunked = taken < segment
-        return Team(threads, teams, cluster, segment, taken, chunked, exchanged, pitch, shared)
+        at = scratch + exchanged
+        return Team(threads, teams, cluster, segment, taken, chunked, at, pitch, shared)
 
-    clusters = CLUSTERS if capability >= (9, 0) else CLUSTERS[:1]
+    clusters = CLUSTERS if capability >= (9, 0) and part is None else CLUSTERS[:1]
     # two blocks beside each other: one computes while the other one's row arrives
     for room in (_each(most, 2), most):
         for cluster in clusters:
             plan = planned(cluster)
             if plan.shared <= room:
                 return plan
-    room = _each(most, 2) - planned(clusters[-1], lanes * VECTORS * TEAM).exchanged - scratch
+    room = _each(most, 2) - planned(clusters[-1], lanes * VECTORS * TEAM).rows_at
     return planned(clusters[-1], (room // inputs // VECTOR - 1) * lanes)
 
 

@@ -90,6 +90,8 @@ def locate(call, memory):
     if clustered:
         cluster_started()
         rank, group = cluster_rank(), group // cluster
+    elif in_parts:
+        group, rank = group // call.parts, group % call.parts
     row = group * teams + cuda.threadIdx.y
     ragged = not aligned and (call.classes & (lanes - 1)) != 0
     first = rank * call.segment
@@ -530,6 +532,16 @@ def finish(call, place, label, state, memory):
         places = row_of(call.x, place), row_of(call.choices, place), row_of(call.selected, place)
         select(call, places, row, cuda.threadIdx.x, cuda.blockDim.x)
     return row
+
+
+def finish_part(call, place, label, state, memory):
+    """Leave the state of a part of a row, in float64, for `totals.merge_parts`."""
+    if place.live:
+        at = call.state.address + (place.own_row * call.parts + place.rank) * 24
+        write_state(at, state.maximum)
+        write_state(at + 8, np.float64(state.below.high) + np.float64(state.below.low))
+        write_state(at + 16, state.at_maximum)
+    return only(c.zero, c.zero, c.zero, c.zero)
 
 
 # write

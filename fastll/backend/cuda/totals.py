@@ -7,6 +7,8 @@ All in float64: there is one number per row at most.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastll.backend.cuda import calls, states
@@ -18,6 +20,8 @@ from fastll.formulas import constants
 THREADS = 1024
 #: Numbers that a thread block adds up.
 UNIT = 16 * THREADS
+#: Threads that merge the states of the parts of a row.
+PART_THREADS = 256
 #: What `weigh` leaves of all rows: the sum, 1 / sum, and 1 / sum in float32.
 WEIGHT_WORDS = 3
 #: Bytes of shared memory: what the warps have found, twice.
@@ -131,6 +135,13 @@ def _read_state(address):
     return _read(address), _read(address + 8), _read(address + 16)
 
 
+@device
+def _write_state(address, state):
+    _write(address, state[0])
+    _write(address + 8, state[1])
+    _write(address + 16, state[2])
+
+
 @kernels
 def merge():
     """The kernel that adds one running state (rows, 3) to another; without the other, the identity."""
@@ -142,11 +153,40 @@ def merge():
         at, m, below, at_maximum = call.state + row * 24, -np.inf, 0.0, 0.0
         if call.other != 0:
             m, below, at_maximum = _joined(_read_state(at), _read_state(call.other + row * 24))
-        _write(at, m)
-        _write(at + 8, below)
-        _write(at + 16, at_maximum)
+        _write_state(at, (m, below, at_maximum))
 
     return Kernel(run, calls.Merge, np.float64)
+
+
+@kernels
+def merge_parts(lse):
+    """The kernel that merges the states of the parts of a row, a thread block for each: those of a
+    thread in their order, and those of the threads by halves."""
+    write_lse = writer(lse, np.float64)
+
+    def run(call):
+        memory = cuda.shared.array(0, np.float64)
+        row, thread, half = np.int64(cuda.blockIdx.x), cuda.threadIdx.x, np.int64(PART_THREADS)
+        state = (-np.inf, 0.0, 0.0)
+        for part in range(thread, call.parts, PART_THREADS):
+            state = _joined(state, _read_state(call.states + (row * call.parts + part) * 24))
+        while half > 1:
+            memory[3 * thread], memory[3 * thread + 1], memory[3 * thread + 2] = state
+            cuda.syncthreads()
+            half //= 2
+            if thread < half:
+                at = 3 * (thread + half)
+                state = _joined(state, (memory[at], memory[at + 1], memory[at + 2]))
+            cuda.syncthreads()
+        if thread == 0:
+            m, below, at_maximum = state
+            if call.merged != 0:
+                _write_state(call.merged + row * 24, state)
+            if call.lse != 0:
+                result = m + math.log1p(below + (at_maximum - 1.0)) if m > -np.inf else m + below
+                write_lse(call.lse + row * call.lse_step, result)
+
+    return Kernel(run, calls.Parts, np.float64)
 
 
 @kernels
