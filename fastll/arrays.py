@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fastll.array_libraries import CPU, Device, Library, library_of
+from fastll import adapted, replay
+from fastll.array_libraries import CPU, Device, Library, Shape, library_of
 from fastll.dtypes import kind_of, name_of
 
 Array = NDArray[Any]
@@ -67,11 +68,17 @@ class Place:
         check_output(array, name, shape, dtype, inputs, like, cast)
         if library is not None:
             library.writes(out)
+            replay.written(out)
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array."""
-        return self.library.empty(shape, np.dtype(dtype), self.device, None)
+        return self._new(shape, np.dtype(dtype), None)
+
+    def _new(self, shape: Shape, dtype: np.dtype[Any], order: Shape | None) -> Array:
+        view = self.library.empty(shape, dtype, self.device, order)
+        replay.made(view, shape, dtype, order)
+        return view
 
     def scratch(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array that does not outlive the call."""
@@ -82,7 +89,7 @@ class Place:
         order = None
         if not x.flags.c_contiguous:
             order = tuple(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
-        return self.library.empty(x.shape, dtype, self.device, order)
+        return self._new(x.shape, dtype, order)
 
     def give(self, view: Array) -> Any:
         """A result as an array of the library, or as a NumPy scalar."""
@@ -145,6 +152,8 @@ def place_of(x: Any) -> Place:
     device = library.device(x)
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"an array of {library.name} is on {device}, which has no backend")
+    if device.type == "cuda" and type(x) in library.plain:
+        adapted.on_gpu[type(x)] = library
     return Place(library, device)
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
-from fastll import takeover
+from fastll import replay, takeover
 from fastll.array_libraries import NEEDS_NUMBA_CUDA
 from fastll.arrays import Place
 from fastll.backend.host import crosses
@@ -52,6 +52,7 @@ _environment = os.environ.get("FASTLL_BACKEND") or None
 _debugging: ContextVar[bool] = ContextVar(
     "fastll_debug_labels", default=os.environ.get("FASTLL_DEBUG_LABELS", "0") not in ("", "0")
 )
+replay.settings = _forced.get, _debugging.get
 _handled: dict[tuple[str, Family, str], int] = {}
 
 

@@ -16,6 +16,7 @@ import pytest
 from numpy.lib.array_utils import byte_bounds
 
 import fastll
+from fastll import adapted, replay
 from fastll import array_libraries as libraries
 from fastll.backend.cuda import compiler, launch
 from fastll.operations import OPERATIONS, Argument
@@ -60,6 +61,7 @@ class Library(libraries.Library):
 
     def __init__(self):
         self.array = type(self.name, (DeviceArray,), {})
+        self.plain = (self.array,)
         libraries._known[self.array] = self
 
     def to_device(self, x):
@@ -86,6 +88,11 @@ class Library(libraries.Library):
         geometry = _view(address, np.empty(permuted, dtype)).transpose(inverse)
         return self.view(self.array(geometry, address, self), "new")
 
+    def facts(self, x):
+        g = x.geometry
+        address = g.__array_interface__["data"][0]
+        return address, (g.shape, g.strides, g.dtype, g.flags.writeable)
+
     def give(self, view):
         return view.owner
 
@@ -105,19 +112,16 @@ class Emulated(Library):
         self.launches = []
         self.options = {}
 
-    def launch(self, kernel, stream, blocks, block, arguments, *, bound, shared=0):
-        module = compiled(kernel, self.capability, bound)
-        stats = module.launch(
-            None,
-            blocks,
-            block,
-            list(arguments),
-            self.memory,
-            shared=shared,
-            cluster=kernel.cluster,
-            **self.options,
-        )
-        self.launches.append(SimpleNamespace(kernel=kernel, stream=stream, stats=stats))
+    def function(self, launch):
+        return launch.kernel, compiled(launch.kernel, self.capability, launch.bound)
+
+    def start(self, stream, launches):
+        for (kernel, module), blocks, block, shared, pointers in launches:
+            kinds = [{"f32": "f", "f64": "d"}.get(p.kind, "q") for p in module.kernel(None).params]
+            options = {"shared": shared, "cluster": kernel.cluster} | self.options
+            arguments = words(pointers, kinds)
+            stats = module.launch(None, blocks, block, arguments, self.memory, **options)
+            self.launches.append(SimpleNamespace(kernel=kernel, stream=stream, stats=stats))
 
     def read(self, address, count, dtype, stream):
         return self.memory.view(address, dtype, (count,)).copy()
@@ -136,6 +140,13 @@ class Emulated(Library):
 
     def contents(self, x):
         return x.geometry
+
+
+def words(pointers, kinds):
+    """The arguments of a launch, which the driver finds through pointers; `kinds` as in `struct`."""
+    types = {"f": ctypes.c_float, "d": ctypes.c_double, "q": ctypes.c_int64}
+    places = (ctypes.c_void_p * len(kinds)).from_address(pointers)
+    return [types[kind].from_address(place).value for kind, place in zip(kinds, places, strict=True)]
 
 
 @functools.cache
@@ -332,6 +343,8 @@ def on_device(function):
 def instead_of_host(monkeypatch):
     """The public functions for NumPy arrays, done on the device."""
     there = gpu()
+    monkeypatch.setattr(adapted, "on_gpu", {})
+    monkeypatch.setattr(replay, "_plans", {})
     if isinstance(there, Emulated):
         monkeypatch.setattr(launch, "gpu", lambda index: there)
         monkeypatch.setattr(launch, "count", lambda: 1)

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from fastll import array_libraries, dispatch
+from fastll import adapted, array_libraries, dispatch, replay
 from fastll.array_libraries import DeviceView, _known
 from fastll.backend.host import Host
 from fastll.backend.numpy import backend as reference
@@ -182,6 +182,7 @@ def cupy(gpu):
 
     return module(
         "cupy",
+        ndarray=CupyArray,
         empty=lambda shape, dtype: CupyArray(np.empty(shape, dtype), current[0]),
         cuda=types.SimpleNamespace(
             Device=device,
@@ -224,6 +225,8 @@ def installed(monkeypatch):
 
     monkeypatch.setattr(array_libraries, "order_streams", order)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
+    monkeypatch.setattr(adapted, "on_gpu", {})
+    monkeypatch.setattr(replay, "_plans", {})
     yield gpu
     _known.pop(CupyArray, None)
     sys.modules.pop("fastll.array_libraries.cupy", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from fastll.adapted import again
 from fastll.api import check_reduction, number
 from fastll.arrays import Array
 from fastll.calls import Call
@@ -68,6 +69,9 @@ class ElementwiseLoss:
         return self.__qualname__ if found is self else (ElementwiseLoss, (self.formula,))
 
     def __call__(self, *operands: ArrayLike, **keywords: Any) -> Any:
+        return again(self._call, operands, keywords)
+
+    def _call(self, *operands: ArrayLike, **keywords: Any) -> Any:
         options = self._defaults | keywords
         if len(operands) != len(self._operands) or options.keys() != self._keywords:
             # operands by name, or a mistake, which this raises

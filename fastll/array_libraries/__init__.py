@@ -7,6 +7,7 @@ met, and then it has been imported already.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
@@ -44,6 +45,7 @@ class Library(Protocol):
 
     name: str  # in messages
     mutable: bool = True  # whether its arrays may be written to
+    plain: tuple[type, ...] = ()  # types of arrays that have `facts`
 
     def device(self, x: Any) -> Device:
         """Device of an array."""
@@ -70,6 +72,21 @@ class Library(Protocol):
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
         """View of a new array, its `owner`; `order` lists the axes, outermost in memory first."""
+
+    def facts(self, x: Any) -> tuple[int, Hashable]:
+        """The address of a `plain` array on a GPU, and all else that a call of it depends on; None or
+        an error where that is more than its geometry."""
+        return 0, None
+
+    def maker(
+        self, shape: Shape, dtype: np.dtype[Any], order: Shape | None, device: Device
+    ) -> Callable[[], Any]:
+        """What makes the library's own array of `empty`. Only called for those that have `facts`."""
+        return lambda: self.empty(shape, dtype, device, order).owner  # type: ignore[attr-defined]
+
+    def address(self, x: Any) -> int:
+        """The address of an array that was made by `maker`."""
+        return self.facts(x)[0]
 
     def give(self, view: Array) -> Any:
         """The library's array for a result: the view's `owner`, or one for a NumPy array or scalar."""

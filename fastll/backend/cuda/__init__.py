@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastll import contract
+from fastll import contract, replay
 from fastll.backend.cuda import calls, folds, geometry, launch, maps, pairs, states, teams, totals
 from fastll.backend.cuda.calls import Array, Full, Line, Row, address, format_of, placed
 from fastll.backend.cuda.compiler import Kernel
@@ -49,6 +49,7 @@ class Backend:
 
     def __init__(self, gpu: launch.Gpu, stream: int, empty: Empty) -> None:
         self._gpu = gpu
+        self._program = partial(launch.Program, gpu)
         self._stream = stream
         self._empty = empty
 
@@ -245,9 +246,11 @@ class Backend:
     ) -> contract.Kernel:
         """A `Kernel` of the contract; `bound` is the most threads the kernel is compiled for."""
         words = calls.words(told, kernel.real)
+        made = launch.Launch(kernel, blocks, block, words, bound, shared)
 
         def go(start: int, stop: int) -> None:
-            self._gpu.launch(kernel, self._stream, blocks, block, words, bound=bound, shared=shared)
+            launch.start(self._gpu, made, self._stream)
+            replay.launched(self._program, made, words, lambda: calls.addresses(told))
 
         return go
 
@@ -330,6 +333,7 @@ class Backend:
 
     def _check(self, labels: Array, bad: Array, error: Callable[..., IndexError]) -> None:
         """Raise error(label, position) of the first label out of range, for which it waits."""
+        replay.prevent()
         first = self._gpu.read(address(bad), bad.size, np.float64, self._stream).min()
         if first < np.inf:
             at = tuple(int(i) for i in np.unravel_index(int(first), labels.shape))

@@ -7,7 +7,8 @@ An operand that is not there has the address 0. Steps are in bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from numpy.typing import NDArray
 
@@ -15,12 +16,14 @@ from fastll.dtypes import FORMATS, kind_of
 
 Array = NDArray[Any]
 _Kind = TypeVar("_Kind")
+#: Where memory begins, or 0: what differs where a call is made again with other arrays.
+Address = Annotated[int, "address"]
 
 
 class Full(NamedTuple):
     """An operand of shape (outer, classes, inner), or a running state (outer, 3, inner)."""
 
-    address: int = 0
+    address: Address = 0
     outer: int = 0
     classes: int = 0
     inner: int = 0
@@ -29,7 +32,7 @@ class Full(NamedTuple):
 class Row(NamedTuple):
     """An operand of shape (outer, inner)."""
 
-    address: int = 0
+    address: Address = 0
     outer: int = 0
     inner: int = 0
 
@@ -37,7 +40,7 @@ class Row(NamedTuple):
 class Line(NamedTuple):
     """An operand of one axis."""
 
-    address: int = 0
+    address: Address = 0
     step: int = 0
 
 
@@ -59,8 +62,8 @@ class Fold(NamedTuple):
     choices: Full  # the labels of which the log-probabilities are asked for: (outer, K, inner)
     selected: Full  # and these
     weight: Line
-    divisor: int  # address of a number that the gradient is multiplied with, or 0
-    row_divisor: int  # address of that of a mean without class weights, for lse**2
+    divisor: Address  # of a number that the gradient is multiplied with, or 0
+    row_divisor: Address  # of that of a mean without class weights, for lse**2
     wanted: int  # K
     ignore_index: int
     keep: float  # 1 - label_smoothing
@@ -96,10 +99,10 @@ class Total(NamedTuple):
     """A sum of contiguous numbers."""
 
     size: int
-    values: int  # address
-    out: int  # address
-    denominator: int  # address, or 0 for `divisor`
-    reciprocals: int  # address of where 1 / sum goes, or 0
+    values: Address
+    out: Address
+    denominator: Address  # or 0 for `divisor`
+    reciprocals: Address  # of where 1 / sum goes, or 0
     divisor: float
     exponential: int = 0  # whether exp of the result is wanted
 
@@ -107,8 +110,8 @@ class Total(NamedTuple):
 class Weigh(NamedTuple):
     """The sum of the weights of rows of any shape."""
 
-    labels: int  # address
-    sample: int  # address
+    labels: Address
+    sample: Address
     sizes: tuple[int, ...]
     label_steps: tuple[int, ...]
     sample_steps: tuple[int, ...]
@@ -116,16 +119,16 @@ class Weigh(NamedTuple):
     classes: int
     ignore_index: int
     weight: Line
-    out: int  # address of the blocks' sums
-    bad: int  # address of the blocks' first bad labels, or 0
+    out: Address  # of the blocks' sums
+    bad: Address  # of the blocks' first bad labels, or 0
 
 
 class Merge(NamedTuple):
     """Running states, contiguous, that others are added to; without others they are made new."""
 
     rows: int
-    state: int  # address
-    other: int  # address, or 0
+    state: Address
+    other: Address  # or 0
 
 
 class Parts(NamedTuple):
@@ -141,10 +144,10 @@ class Parts(NamedTuple):
 class Accumulate(NamedTuple):
     """Running sums (2, 2), and the numbers that are added to them."""
 
-    sums: int  # address
+    sums: Address
     fresh: int  # whether the sums are new
-    loss: int  # address
-    kept: int  # address, or 0 for `number`
+    loss: Address
+    kept: Address  # or 0 for `number`
     number: float
 
 
@@ -157,6 +160,21 @@ def words(call: tuple[Any, ...], real: Any) -> list[Any]:
         else:
             found.append(real(value) if isinstance(value, float) else value)
     return found
+
+
+def addresses(call: tuple[Any, ...]) -> list[bool]:
+    """Which of the words of a structure are addresses."""
+    found: list[bool] = []
+    for value, is_address in zip(call, _addresses(type(call), len(call)), strict=True):
+        found += addresses(value) if isinstance(value, tuple) else [is_address]
+    return found
+
+
+@cache
+def _addresses(kind: type, count: int) -> tuple[bool, ...]:
+    """The same of the members of a structure, or of a tuple, which has no addresses of its own."""
+    hints = get_type_hints(kind, include_extras=True).values()
+    return tuple([hint == Address for hint in hints]) or (False,) * count
 
 
 def address(a: Array | None) -> int:

@@ -1,11 +1,13 @@
-"""Kernels on a GPU: loaded once, launched on the caller's stream through `cuda.core`."""
+"""Kernels on a GPU: loaded once, launched on the caller's stream."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import driver
@@ -13,6 +15,21 @@ from numpy.typing import NDArray
 
 from fastll.backend.cuda import compiler
 from fastll.backend.cuda.compiler import Kernel, core
+
+
+class Launch(NamedTuple):
+    """A kernel, how it is launched, and with what arguments."""
+
+    kernel: Kernel
+    blocks: int  # thread blocks
+    block: tuple[int, int]
+    words: list[Any]
+    bound: int  # the most threads the kernel is compiled for
+    shared: int  # bytes of shared memory
+
+
+#: A launch as the driver is told it: function, grid, block, shared memory, address of the arguments.
+Told = tuple[Any, int, tuple[int, int], int, int]
 
 
 class Gpu:
@@ -26,14 +43,16 @@ class Gpu:
         before = _checked(driver.cuCtxGetCurrent())
         device.set_current()
         self._context = _checked(driver.cuCtxGetCurrent())
+        self._handle = int(self._context)
         _checked(driver.cuCtxSetCurrent(before))
+        self._loaded: list[Any] = []
         self._function = functools.cache(self._load)
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """The calling thread's device for a while."""
         before = _checked(driver.cuCtxGetCurrent())
-        if int(before) == int(self._context):
+        if int(before) == self._handle:
             yield
             return
         _checked(driver.cuCtxSetCurrent(self._context))
@@ -44,23 +63,27 @@ class Gpu:
 
     def _load(self, kernel: Kernel, threads: int) -> Any:
         code, entry = compiler.machine_code(kernel, self.capability, threads)
-        return core.ObjectCode.from_cubin(code).get_kernel(entry)
-
-    def launch(
-        self,
-        kernel: Kernel,
-        stream: int,
-        blocks: int,
-        block: tuple[int, int],
-        words: list[Any],
-        *,
-        bound: int,
-        shared: int = 0,
-    ) -> None:
-        """Start a kernel of `blocks` thread blocks; `bound` is the most threads it is compiled for."""
         with self.current():
-            function = self._function(kernel, bound)
-            core.launch(_stream(stream), _config(blocks, block, shared), function, *words)
+            loaded = core.ObjectCode.from_cubin(code).get_kernel(entry)
+            self._loaded.append(loaded)  # a handle does not keep it
+            return driver.CUfunction(int(loaded._handle))
+
+    def function(self, launch: Launch) -> Any:
+        """The driver's handle of a kernel."""
+        return self._function(launch.kernel, launch.bound)
+
+    def start(self, stream: int, launches: Sequence[Told]) -> None:
+        """Launch kernels one after the other."""
+        error, context = driver.cuCtxGetCurrent()
+        if error or int(context) != self._handle:
+            with self.current():
+                self.start(stream, launches)
+            return
+        queue, launch = _stream(stream), driver.cuLaunchKernel
+        for function, blocks, (x, y), shared, arguments in launches:
+            result = launch(function, blocks, 1, 1, x, y, 1, shared, queue, arguments, 0)
+            if result[0]:
+                _checked(result)
 
     def read(self, address: int, count: int, dtype: Any, stream: int) -> NDArray[Any]:
         """Numbers from the device's memory; waits for the stream."""
@@ -71,17 +94,69 @@ class Gpu:
         return result
 
 
-@functools.lru_cache(1024)
-def _config(blocks: int, block: tuple[int, int], shared: int) -> Any:
-    return core.LaunchConfig(grid=blocks, block=block, shmem_size=shared)
+class Program:
+    """Launches to be made any number of times, each time with other addresses.
+
+    `places` says, for each launch, which of the addresses of a call goes to which of its words.
+    """
+
+    def __init__(
+        self, gpu: Gpu, launches: Sequence[Launch], places: Sequence[dict[int, int]], addresses: int
+    ) -> None:
+        self._gpu = gpu
+        self._launches = [(launch, gpu.function(launch)) for launch in launches]
+        self._places = places
+        self._pack = struct.Struct(f"{addresses}q").pack_into
+        self._addresses = addresses
+        # blocks of arguments that no thread uses at the moment
+        self._free: list[tuple[Any, list[Told]]] = []
+
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = self._block()
+        memory, told = block
+        self._pack(memory, 0, *addresses)
+        self._gpu.start(stream, told)
+        self._free.append(block)
+
+    def _block(self) -> tuple[Any, list[Told]]:
+        """Addresses, the other words, and pointers to both, which are what the driver takes."""
+        words = [_packed(launch.words) for launch, _ in self._launches]
+        memory = array("q", bytes(8 * self._addresses) + b"".join(words))
+        memory.extend([0] * (len(memory) - self._addresses))
+        base, _ = memory.buffer_info()
+        at, pointers = self._addresses, (len(memory) + self._addresses) // 2
+        told = []
+        for (launch, function), places in zip(self._launches, self._places, strict=True):
+            count = len(launch.words)
+            told.append((function, launch.blocks, launch.block, launch.shared, base + 8 * pointers))
+            for i in range(count):
+                memory[pointers + i] = base + 8 * places.get(i, at + i)
+            at, pointers = at + count, pointers + count
+        return memory, told
+
+
+def start(gpu: Gpu, launch: Launch, stream: int) -> None:
+    """Make one launch."""
+    Program(gpu, [launch], [{}], 0)(stream, ())
+
+
+def _packed(words: list[Any]) -> bytes:
+    """Arguments, of 8 bytes each."""
+    formats = [_FORMATS.get(type(word), "q") for word in words]
+    return struct.pack(f"={''.join(formats)}", *words)
+
+
+#: How numbers that are no integers are packed.
+_FORMATS = {np.float32: "f4x", np.float64: "d"}
 
 
 @functools.lru_cache(1024)
 def _stream(handle: int) -> Any:
-    """A stream by its handle, of which 0 is the default one by its older name."""
-    if handle:
-        return core.Stream.from_handle(handle)
-    return getattr(core, "LEGACY_DEFAULT_STREAM", None) or core.Device().default_stream
+    """A stream by its handle, of which 0 is the default one, 1 by its older name."""
+    return driver.CUstream(handle or 1)
 
 
 @functools.cache
@@ -99,6 +174,6 @@ def count() -> int:
 def _checked(result: Any) -> Any:
     """The value of a call of the driver, or its error."""
     error, *values = result
-    if error != driver.CUresult.CUDA_SUCCESS:
+    if error:
         raise RuntimeError(f"the CUDA driver says {error.name}")
     return values[0] if values else None
