@@ -138,6 +138,8 @@ class GPU:
     def __init__(self):
         self.bound = []  # (index, stream)
         self.ordered = []  # (device, before, after)
+        self.submitted = []  # (device, stream), of which is asked when its work is done
+        self.busy = False
         self.stream = 0
 
     def bind(self, index, stream, empty):
@@ -223,7 +225,12 @@ def installed(monkeypatch):
         if before != after:
             gpu.ordered.append((device.index, before, after))
 
+    def submitted(device, stream):
+        gpu.submitted.append((device.index, stream))
+        return lambda: not gpu.busy
+
     monkeypatch.setattr(array_libraries, "order_streams", order)
+    monkeypatch.setattr(array_libraries, "submitted", submitted)
     monkeypatch.setattr(dispatch, "_import", cache(dispatch._import.__wrapped__))
     monkeypatch.setattr(adapted, "on_gpu", {})
     monkeypatch.setattr(replay, "_plans", {})

@@ -4,6 +4,8 @@ import copy
 import pickle
 import re
 import sys
+import weakref
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from fakes import CupyArray, Interface
 from test_processes import run
 
 import fastll
-from fastll import LogSumExp, NegativeLogLikelihood, dispatch, layout
+from fastll import LogSumExp, NegativeLogLikelihood, array_libraries, dispatch, layout
 from fastll.array_libraries import CPU, Device, DeviceView, device_view
 from fastll.arrays import HOST, place_of
 from fastll.dtypes import BFLOAT16, as_floats, kind_of, rounded
@@ -528,19 +530,26 @@ def test_streams_of_two_libraries_are_ordered(gpu):
     assert gpu.ordered == [(0, 9, 3), (0, 3, 4)]
 
 
-def test_dlpack_is_asked_to_order(gpu, monkeypatch):
-    asked = []
+class OnGPU(Interface):
+    """An array on the fake GPU by DLPack, like one of JAX."""
 
-    class OnGPU(Interface):
-        def __array_namespace__(self):
-            return SimpleNamespace(from_dlpack=None)
+    asked = ()
 
-        def __dlpack__(self, *, stream):
-            asked.append(stream)
+    def __array_namespace__(self):
+        return SimpleNamespace(from_dlpack=lambda buffer: buffer)
+
+    def __dlpack__(self, *, stream):
+        self.asked = *self.asked, stream
+
+
+@pytest.fixture
+def dlpack(gpu, monkeypatch):
+    """What `cuda.core` makes of such an array."""
 
     class StridedMemoryView:
         def __init__(self, x, stream):
             x.__dlpack__(stream=stream)
+            self.exporting = x
             self.ptr, self.shape, self.dtype = x.memory.ctypes.data, x.memory.shape, x.memory.dtype
             self.strides, self.readonly = None, False
 
@@ -548,9 +557,82 @@ def test_dlpack_is_asked_to_order(gpu, monkeypatch):
     for name in ("cuda", "cuda.core"):
         monkeypatch.setitem(sys.modules, name, fakes.module(name))
     monkeypatch.setitem(sys.modules, "cuda.core.utils", utils)
+
+
+def test_dlpack_is_asked_to_order(gpu, dlpack):
     gpu.stream = 3
-    fastll.cross_entropy(CupyArray(np.zeros((2, 3))), OnGPU(np.zeros(2, int)))
-    assert asked == [1, 3]
+    y = OnGPU(np.zeros(2, int))
+    fastll.cross_entropy(CupyArray(np.zeros((2, 3))), y)
+    assert y.asked == (1, 3)
+
+
+@pytest.mark.parametrize("kind", [OnGPU, Interface])
+def test_memory_is_kept_while_work_is_queued(gpu, dlpack, kind):
+    """Of an array that nobody else has any more, until its stream has come that far."""
+    from fastll.array_libraries.dlpack import _waiting
+
+    gpu.stream = 3
+    x = CupyArray(np.zeros((2, 3)))
+
+    def call():
+        y = kind(np.zeros(2, int))
+        fastll.cross_entropy(x, y)
+        return weakref.ref(y)
+
+    gpu.busy = True
+    first, second = call(), call()
+    assert gpu.submitted == [(0, 3)] * 2  # by the stream of the call
+    assert first() is not None
+    assert second() is not None
+    gpu.busy = False
+    third = call()
+    assert not any((first(), second(), third()))
+    assert not _waiting
+    # of the first array, by its own; and outputs
+    gpu.submitted.clear()
+    fastll.logsumexp(kind(np.zeros((2, 3)), stream=5), 1, out=kind(np.zeros(2)))
+    assert sorted(gpu.submitted) == [(0, 0 if kind is OnGPU else 5)] * 2
+
+
+def test_what_cannot_be_asked_is_not_kept(gpu, dlpack, monkeypatch):
+    """As while a graph is captured, or at the end of the process."""
+
+    def broken(device, stream):
+        raise RuntimeError("no driver")
+
+    for submitted in (lambda device, stream: None, broken):
+        monkeypatch.setattr(array_libraries, "submitted", submitted)
+        y = OnGPU(np.zeros(2, int))
+        known = weakref.ref(y)
+        fastll.cross_entropy(CupyArray(np.zeros((2, 3))), y)
+        del y
+        assert known() is None
+
+
+def test_asking_breaks_no_capture(monkeypatch):
+    """The driver is told that the thread may ask while another one captures a graph."""
+    pytest.importorskip("numba_cuda")
+    from cuda.bindings import driver
+    from numba import cuda
+
+    modes, capturing, answers = ["strict"], 0, [False, True]
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: answers.pop(0))
+
+    def exchanged(mode):
+        modes.append(mode)
+        return 0, modes[-2]
+
+    monkeypatch.setattr(driver, "cuStreamIsCapturing", lambda stream: (0, capturing))
+    monkeypatch.setattr(driver, "cuThreadExchangeStreamCaptureMode", exchanged)
+    monkeypatch.setattr(cuda, "gpus", {1: nullcontext()})
+    monkeypatch.setattr(cuda, "event", lambda timing: event)
+    monkeypatch.setattr(cuda, "external_stream", lambda stream: stream)
+    done = array_libraries.submitted(Device("cuda", 1), 7)
+    assert (done(), done()) == (False, True)
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    assert modes == ["strict", relaxed, "strict", relaxed, "strict"]
+    capturing = 1
+    assert array_libraries.submitted(Device("cuda", 1), 7) is None
 
 
 @pytest.mark.parametrize(("code", "name"), [(8, "metal:0"), (10, "rocm:0"), (99, "DLPack device 99:0")])

@@ -227,6 +227,33 @@ def order_streams(device: Device, after: int, stream: int) -> None:
         event.wait(cuda.external_stream(stream))
 
 
+def submitted(device: Device, stream: int) -> Callable[[], bool] | None:
+    """What tells, without waiting, whether all work submitted to a stream by now is done.
+
+    None while a graph is captured from the stream: what it reads has to be kept by whoever replays it.
+    """
+    from cuda.bindings import driver
+    from numba import cuda
+
+    error, capturing = driver.cuStreamIsCapturing(stream)
+    if error or capturing:
+        return None
+    with cuda.gpus[device.index]:
+        event = cuda.event(timing=False)
+        event.record(cuda.external_stream(stream))
+
+    def done() -> bool:
+        # to ask must not break a capture of another thread's
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        _, mode = driver.cuThreadExchangeStreamCaptureMode(relaxed)
+        try:
+            return bool(event.query())
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(mode)
+
+    return done
+
+
 def permuted(shape: Shape, order: Shape) -> tuple[Shape, Shape]:
     """Shape to allocate for an order of the axes in memory, and the transposition back."""
     inverse = sorted(range(len(order)), key=order.__getitem__)

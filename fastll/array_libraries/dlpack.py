@@ -6,6 +6,9 @@ a namespace it is a NumPy array, or on a GPU a Numba device array.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -34,6 +37,7 @@ class Exchanged(Library):
         self.interface = None
         if not hasattr(self.namespace, "from_dlpack"):
             self.namespace, self.interface = None, getattr(x, "__cuda_array_interface__", None)
+        self.consumer: int | None = None  # the stream that uses the array, if it is another's
 
     def device(self, x: Any) -> Device:
         if not hasattr(x, "__dlpack_device__"):
@@ -46,22 +50,24 @@ class Exchanged(Library):
         return CPU if kind == "cpu" else Device(kind, index)
 
     def view(self, x: Any, name: str) -> Array:
-        if self.device(x) == CPU:
+        device = self.device(x)
+        if device == CPU:
             # np.from_dlpack does not accept bfloat16, but JAX gives NumPy a view of it
             return np.from_dlpack(x) if self.mutable else np.asarray(x)
         if self.interface is None:
             memory = _strided_memory(x, _DEFAULT_STREAM)  # some stream is required
             strides = memory.strides and tuple([s * memory.dtype.itemsize for s in memory.strides])
             # `memory` keeps the array alive
+            owner = _Held(memory, self, device)
             return libraries.device_view(
-                memory.ptr, memory.shape, strides, memory.dtype, memory, not memory.readonly
+                memory.ptr, memory.shape, strides, memory.dtype, owner, not memory.readonly
             )
         if self.interface.get("mask") is not None:
             raise TypeError(f"{name} has a mask; expected an array without a mask")
         address, read_only = self.interface["data"]
         shape, dtype = self.interface["shape"], np.dtype(self.interface["typestr"])
         return libraries.device_view(
-            address, shape, self.interface.get("strides"), dtype, x, not read_only
+            address, shape, self.interface.get("strides"), dtype, _Held(x, self, device), not read_only
         )
 
     def empty(self, shape: Shape, dtype: np.dtype[Any], device: Device, order: Shape | None) -> Array:
@@ -88,11 +94,46 @@ class Exchanged(Library):
         return (self.interface or {}).get("stream") or 0
 
     def order(self, x: Any, device: Device, consumer: int) -> None:
+        self.consumer = consumer
         if self.interface is None:
             if consumer:  # the view has already ordered the default stream
                 x.__dlpack__(stream=consumer)
         elif self.interface.get("stream") is not None:
             libraries.order_streams(device, self.stream(device), consumer)
+
+
+class _Held:
+    """Another library's memory, kept as long as a stream may use it.
+
+    The last view of it goes when a call returns, and then its kernels may still be queued: without
+    anything that holds the memory, its library could give it out again.
+    """
+
+    def __init__(self, memory: Any, library: Exchanged, device: Device) -> None:
+        self.memory, self.library, self.device = memory, library, device
+
+    def __del__(self) -> None:
+        stream = self.library.consumer
+        if stream is None:
+            stream = self.library.stream(self.device)
+        with suppress(Exception):  # without a driver there is nothing that could be queued
+            done = libraries.submitted(self.device, stream)
+            if done is not None:
+                _waiting.append((self.memory, done))
+        _let_go()
+
+
+#: Memory that was used by work that may be queued still, and what tells whether that is done.
+_waiting: deque[tuple[Any, Callable[[], bool]]] = deque()
+
+
+def _let_go() -> None:
+    """Let go of memory whose work is done. What is left is asked for with the next array."""
+    for _ in range(len(_waiting)):
+        with suppress(Exception):  # another thread has taken the last one; or there is no device left
+            memory, done = _waiting.popleft()
+            if not done():
+                _waiting.append((memory, done))
 
 
 class _Buffer:
