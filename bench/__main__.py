@@ -16,7 +16,17 @@ from rich.console import Console
 from rich.progress import track
 
 import fastll
-from bench import card, frameworks, gpu, gpu_model_report, gpu_report, grid, grid_report, report
+from bench import (
+    card,
+    frameworks,
+    gpu,
+    gpu_calls,
+    gpu_model_report,
+    gpu_report,
+    grid,
+    grid_report,
+    report,
+)
 from bench.adapters import FRAMEWORKS
 from bench.cases import CALL_BELOW, CASES, CUDA_CASES, DTYPES, GROUPS, LOGITS, Case
 from bench.crossover import crossover as crossover_lines
@@ -381,6 +391,23 @@ def crossover() -> None:
         raise _Failure(f"no cython backend: {reason}")
     for line in crossover_lines():
         click.echo(line)
+
+
+@main.command("gpu-calls")
+@click.option("--library", type=click.Choice(list(gpu_calls.LIBRARIES)), multiple=True)
+@click.option("--rounds", type=click.IntRange(1), default=gpu_calls.ROUNDS, show_default=True)
+@click.option("--output", type=Results, help="JSON file to write to.")
+def measure_gpu_calls(library: tuple[str, ...], rounds: int, output: Path | None) -> None:
+    """Measure what a call on a GPU costs in Python; needs numba-cuda and PyTorch, but no GPU."""
+    try:
+        names = library or tuple(gpu_calls.LIBRARIES)
+        found = [record for name in names for record in gpu_calls.measure(name, rounds)]
+    except ImportError as error:
+        raise _Failure(f"{error}; try --library plain") from error
+    for line in gpu_calls.lines(found):
+        click.echo(line)
+    if output is not None:
+        output.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
