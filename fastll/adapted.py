@@ -48,14 +48,15 @@ def adapted(function: Callable[P, R]) -> Callable[P, R]:
         module: Any
         if torch is None or not torch.compiler.is_compiling():
             try:
-                if on_gpu:
-                    return again(function, args, kwargs)
+                if on_gpu and args and type(args[0]) in on_gpu:
+                    result: R = replay(function, args, kwargs)
+                    return result
                 return function(*args, **kwargs)
             except AdapterNeededError as needed:
                 module = import_module(f"fastll.interop.{needed.adapter}")
         else:
             from fastll.interop import _torch_calls as module
-        result: R = module.call(function.__name__, args, kwargs)
-        return result
+        taken: R = module.call(function.__name__, args, kwargs)
+        return taken
 
     return call

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -81,26 +82,26 @@ def prevent() -> None:
 def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A public function's result for arguments of which the first is of a type in `on_gpu`."""
     on_gpu = adapted.on_gpu
-    library = on_gpu[type(args[0])]
+    library: Library = on_gpu[type(args[0])]
     forced, debugging = settings
-    key = [function, *kwargs, forced(), debugging()]
+    key = [function, library, *kwargs, forced(), debugging()]
     arrays: list[Any] = []
     addresses: list[int] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
-        if kind in on_gpu:
+        if on_gpu.get(kind) is library:
             if arrays and (known := _index(arrays, value)) is not None:
                 key.append(known)
                 continue
             try:
                 address, geometry = library.facts(value)
-            except Exception:  # it is another library's, or has no memory of its own
+            except Exception:  # it has no memory of its own
                 return function(*args, **kwargs)
             if geometry is None:
                 return function(*args, **kwargs)
             arrays.append(value)
             addresses.append(address)
-            key += kind, address & _LOW_BITS, geometry
+            key += address & _LOW_BITS, geometry
         elif kind in _SCALARS:
             key += kind, value or repr(value)  # 0.0 is not -0.0
         elif kind is tuple and all(type(item) is int for item in value):
@@ -189,7 +190,7 @@ def _planned(
     in_order = sorted(spans, key=lambda span: span.low)
     if any(a.high > b.low for a, b in pairwise(in_order)):
         return None  # whose an address is cannot be told
-    results = result if isinstance(result, tuple) else (result,)
+    results = result if isinstance(result, tuple) and len(result) > 1 else (result,)
     makers, objects, temporary, scratch = [], list(arrays), [], 0
     for view, what in recorder.made:
         owner = view.owner  # type: ignore[attr-defined]
@@ -209,7 +210,7 @@ def _planned(
     outputs = [[i for i, x in enumerate(arrays) if x is w] for w in recorder.written]
     if not all(found) or not all(outputs):
         return False
-    sources: dict[tuple[int, int], int] = {}
+    sources = {(slot, 0): slot for slot in range(len(arrays) + len(makers))}
     places = []
     for _, _, words, are_addresses in recorder.launches:
         place = {}
@@ -222,17 +223,16 @@ def _planned(
                 place[i] = sources.setdefault(source, len(sources))
         places.append(place)
     programmer, *_ = recorder.launches[0]
-    return Plan(
-        library,
-        device,
-        makers,
-        programmer([launch for _, launch, *_ in recorder.launches], places, len(sources)),
-        sources=list(sources),
-        spans=[(span.low + span.shift, span.high + span.shift) for span in spans[: len(arrays)]],
-        outputs=[i for i, *_ in outputs],
-        results=[i for i, *_ in found],
-        single=not isinstance(result, tuple),
-    )
+    program = programmer([launch for _, launch, *_ in recorder.launches], places, len(sources))
+    within = list(sources)[len(arrays) + len(makers) :]
+    extents = [(s.slot, s.low + s.shift, s.high + s.shift) for s in spans[: len(arrays)]]
+    written = [(extents[i], [extent for extent in extents if extent[0] != i]) for i, *_ in outputs]
+    returned = itemgetter(*[i for i, *_ in found])
+    return Plan(library, device, makers, program, within, written, returned)
+
+
+#: A given array: its number, and where its first byte and the one after its last are from its address.
+Extent = tuple[int, int, int]
 
 
 class Plan(NamedTuple):
@@ -242,38 +242,29 @@ class Plan(NamedTuple):
     device: Device
     makers: list[Callable[[], Any]]  # of new arrays
     program: Callable[..., None]  # makes the launches
-    sources: list[tuple[int, int]]  # of its addresses: an object, and bytes from its address
-    spans: list[tuple[int, int]]  # of given arrays: first and last byte + 1 from the address
-    outputs: list[int]  # objects that are written to and were given
-    results: list[int]  # objects that are returned
-    single: bool  # whether that is one, and no tuple
+    within: list[tuple[int, int]]  # other addresses: so many bytes from that of an object
+    outputs: list[tuple[Extent, list[Extent]]]  # what is written to of the given arrays; the others
+    results: Callable[[list[Any]], Any]  # what is returned of the objects
 
     def __call__(self, arrays: list[Any], addresses: list[int]) -> Any:
         """Make the call again; None if that has to go the ordinary way."""
-        library = self.library
-        for i in self.outputs:
-            if self._overlaps(i, addresses):
-                return None
-        for make in self.makers:
+        library, device, makers, program, within, outputs, results = self
+        for (output, first, last), others in outputs:
+            at = addresses[output]
+            for i, low, high in others:
+                if addresses[i] + low < at + last and at + first < addresses[i] + high:
+                    return None  # it shares bytes with another array
+        address_of = library.address
+        for make in makers:
             array = make()
-            address = library.address(array)
+            address = address_of(array)
             if address & _LOW_BITS:
                 return None
             arrays.append(array)
             addresses.append(address)
-        for i in self.outputs:
-            library.writes(arrays[i])
-        stream = library.stream(self.device)
-        self.program(stream, [addresses[slot] + offset for slot, offset in self.sources])
-        if self.single:
-            return arrays[self.results[0]]
-        return tuple([arrays[i] for i in self.results])
-
-    def _overlaps(self, output: int, addresses: list[int]) -> bool:
-        """Whether an output shares bytes with another array."""
-        first, last = self.spans[output]
-        first, last = first + addresses[output], last + addresses[output]
-        return any(
-            i != output and addresses[i] + low < last and first < addresses[i] + high
-            for i, (low, high) in enumerate(self.spans)
-        )
+        for (output, _, _), _ in outputs:
+            library.writes(arrays[output])
+        if within:
+            addresses += [addresses[i] + offset for i, offset in within]
+        program(library.stream(device), addresses)
+        return results(arrays)

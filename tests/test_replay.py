@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from table import LAYOUTS, all_options, assert_same_bits, inputs, parts
+from table import LAYOUTS, assert_same_bits, inputs, label, parts
 
 import fastll
 from fastll import adapted, calls, replay
+from fastll import array_libraries as libraries
 from fastll.operations import OPERATIONS
 
 pytest.importorskip("numba_cuda")
@@ -86,31 +87,36 @@ def logits_and_labels(gpu, rng, dtype=np.float32, shape=(5, 77)):
     return gpu.to_device(x), gpu.to_device(y)
 
 
-@pytest.mark.parametrize(("name", "option"), all_options())
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        pytest.param(name, option, id=f"{name}-{label(operation.options[option])}")
+        for name, operation in OPERATIONS.items()
+        for option in sorted({0, len(operation.options) - 1})
+    ],
+)
 def test_bits(gpu, counted, rng, name, option):
+    """Without options by a mean with its gradient, with all of them by each row's loss."""
     operation = OPERATIONS[name]
     function, options = operation.function, operation.options[option]
-    ways = [{}]
+    way = {}
     if operation.gradient:
-        ways = [{"return_grad": True}, {"reduction": "none"}, {"reduction": "sum", "return_grad": True}]
-    for way in ways:
+        way = {"return_grad": True} if option == 0 else {"reduction": "none"}
 
-        def made(way=way):
-            arrays, keywords = inputs(name, np.float32, (7, 131), 1, options, rng)
-            return moved(gpu, arrays, keywords | way)
+    def made():
+        arrays, keywords = inputs(name, np.float32, (7, 40), 1, options, rng)
+        return moved(gpu, arrays, keywords | way)
 
-        arrays, keywords = made()
-        settle(lambda a=arrays, k=keywords: function(*a, **k))
-        for _ in range(2):  # the second time in other memory
-            arrays, keywords = made()
-            expected = fetched(gpu, function.__wrapped__(*arrays, **keywords))
-            launches = len(gpu.launches)
-            result = counted.of(lambda a=arrays, k=keywords: function(*a, **k))
-            launches = len(gpu.launches) - launches
-            assert_same_bits(fetched(gpu, result), expected)
-            stats = gpu.launches
-            for one, other in zip(stats[-launches:], stats[-2 * launches : -launches], strict=True):
-                assert (one.kernel, one.stream) == (other.kernel, other.stream)
+    arrays, keywords = made()
+    settle(lambda: function(*arrays, **keywords))
+    others, changed = made()
+    expected = fetched(gpu, function.__wrapped__(*others, **changed))
+    launches = len(gpu.launches)
+    result = counted.of(lambda: function(*others, **changed))
+    assert_same_bits(fetched(gpu, result), expected)
+    done = [(launched.kernel, launched.stream) for launched in gpu.launches]
+    count = len(done) - launches
+    assert done[-count:] == done[-2 * count : -count]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -424,6 +430,80 @@ def test_own_losses(gpu, counted, rng):
     assert_same_bits(fetched(gpu, counted.of(call)), expected)
     with pytest.raises(TypeError, match="factor is 'a'"):
         squared(x, t, factor="a")
+
+
+@pytest.fixture
+def tensors(monkeypatch):
+    """PyTorch, whose tensors on the CPU are taken for those on a GPU where nothing is computed."""
+    torch = pytest.importorskip("torch")
+    from bench import gpu_calls
+
+    library, _ = gpu_calls.LIBRARIES["torch"]()
+    with gpu_calls.stubbed():
+        for kind in library.plain:
+            monkeypatch.setitem(libraries._known, kind, library)
+        yield torch
+
+
+def test_tensors(tensors, counted):
+    """PyTorch's own tensors and parameters have plans, in the order of their axes in memory."""
+    torch = tensors
+    x, y = torch.zeros(5, 77), torch.zeros(5, dtype=torch.long)
+    call = partial(fastll.cross_entropy, x, y, return_grad=True)
+    settle(call)
+    loss, grad = counted.of(call)
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert (grad.shape, grad.stride(), grad.dtype) == (x.shape, x.stride(), x.dtype)
+    half = x.half().T
+    settle(lambda: fastll.softmax(half, 0))
+    probabilities = counted.of(lambda: fastll.softmax(half, 0))
+    assert (probabilities.dtype, probabilities.stride()) == (torch.half, half.stride())
+    parameter = torch.nn.Parameter(x)
+    with torch.no_grad():
+        settle(lambda: fastll.softmax(parameter))
+        counted.of(lambda: fastll.softmax(parameter))
+        version = parameter._version
+        settle(lambda: fastll.softmax(parameter, out=parameter))
+        assert counted.of(lambda: fastll.softmax(parameter, out=parameter)) is parameter
+        assert parameter._version == version + 4  # for a backward pass that needs what was there
+    with pytest.raises(RuntimeError, match="out requires a gradient"):
+        fastll.softmax(x, out=parameter)
+
+
+def test_tensors_that_are_more_than_their_memory(tensors, counted, monkeypatch):
+    """Those that PyTorch records, batches or negates go the way they did."""
+    torch = tensors
+    x = torch.zeros(5, 77)
+    settle(lambda: fastll.logsumexp(x, 1))
+    counted.of(lambda: fastll.logsumexp(x, 1))
+    negated = torch.complex(x, x).conj().imag
+    with pytest.raises(TypeError, match="negated view"):
+        fastll.logsumexp(negated, 1)
+    taken = []
+    adapter = SimpleNamespace(call=lambda function, args, kwargs: taken.append(function))
+    monkeypatch.setattr(adapted, "import_module", lambda name: adapter)
+    fastll.logsumexp(x.clone().requires_grad_(), 1)
+    torch.func.vmap(lambda row: fastll.logsumexp(row, 0) or row)(x)
+    assert taken == ["logsumexp"] * 2
+    assert counted.replayed == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "torch"])
+def test_measurement(name):
+    """What `python -m bench gpu-calls` shows."""
+    if name == "torch":
+        pytest.importorskip("torch")
+    from bench import gpu_calls
+
+    plans = replay._plans
+    records = list(gpu_calls.measure(name, 1))
+    for record in records:
+        assert 0 < record["microseconds"] < record["first_calls"]
+    first, *rows, last = gpu_calls.lines(records)
+    assert "target 10" in first
+    assert len(rows) == len(records) + 1
+    assert "__array_interface__" in last
+    assert replay._plans is plans
 
 
 class Driver:

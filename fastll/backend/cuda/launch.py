@@ -123,18 +123,21 @@ class Program:
 
     def _block(self) -> tuple[Any, list[Told]]:
         """Addresses, the other words, and pointers to both, which are what the driver takes."""
-        words = [_packed(launch.words) for launch, _ in self._launches]
-        memory = array("q", bytes(8 * self._addresses) + b"".join(words))
-        memory.extend([0] * (len(memory) - self._addresses))
+        memory = array("q", bytes(8 * self._addresses))
+        for launch, _ in self._launches:
+            memory.frombytes(_packed(launch.words))
+        pointers = len(memory)
+        memory.extend(bytes(pointers - self._addresses))
         base, _ = memory.buffer_info()
-        at, pointers = self._addresses, (len(memory) + self._addresses) // 2
-        told = []
+        told, word = [], self._addresses
         for (launch, function), places in zip(self._launches, self._places, strict=True):
             count = len(launch.words)
+            at = base + 8 * word
+            memory[pointers : pointers + count] = array("q", range(at, at + 8 * count, 8))
+            for i, place in places.items():
+                memory[pointers + i] = base + 8 * place
             told.append((function, launch.blocks, launch.block, launch.shared, base + 8 * pointers))
-            for i in range(count):
-                memory[pointers + i] = base + 8 * places.get(i, at + i)
-            at, pointers = at + count, pointers + count
+            word, pointers = word + count, pointers + count
         return memory, told
 
 
