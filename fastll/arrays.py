@@ -153,7 +153,7 @@ def place_of(x: Any) -> Place:
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"an array of {library.name} is on {device}, which has no backend")
     if device.type == "cuda" and type(x) in library.plain:
-        adapted.on_gpu[type(x)] = library
+        adapted.on_gpu.update(dict.fromkeys(library.plain, library))
     return Place(library, device)
 
 
