@@ -121,7 +121,10 @@ class Emulated(Library):
             options = {"shared": shared, "cluster": kernel.cluster} | self.options
             arguments = words(pointers, kinds)
             stats = module.launch(None, blocks, block, arguments, self.memory, **options)
-            self.launches.append(SimpleNamespace(kernel=kernel, stream=stream, stats=stats))
+            told = {"blocks": blocks, "block": block, "shared": shared}
+            self.launches.append(
+                SimpleNamespace(kernel=kernel, stream=stream, stats=stats, module=module, **told)
+            )
 
     def read(self, address, count, dtype, stream):
         return self.memory.view(address, dtype, (count,)).copy()

@@ -30,6 +30,7 @@ class Module:
     """The kernels of a PTX text. Unknown instructions are errors here, not when they are reached."""
 
     def __init__(self, text):
+        self.text = text
         self.kernels = Program(text).entries
         self.machines = {}
         for kernel in self.kernels.values():

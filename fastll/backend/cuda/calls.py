@@ -135,9 +135,9 @@ class Parts(NamedTuple):
     """Running states (rows, parts, 3) of the parts of rows, contiguous, for those of the rows."""
 
     parts: int
-    states: int  # address
-    merged: int  # address of the states (rows, 3), or 0
-    lse: int  # address of the log-sum-exps, or 0
+    states: Address
+    merged: Address  # of the states (rows, 3), or 0
+    lse: Address  # of the log-sum-exps, or 0
     lse_step: int
 
 

@@ -58,10 +58,12 @@ class Kernel:
         *,
         cluster: int = 1,
         approximate: bool = False,
+        roomy: bool = False,
         **lengths: int,
     ) -> None:
         self.function = function
         self.approximate = approximate  # whether divisions may be wrong by 2 ulp
+        self.roomy = roomy  # whether it asks for more shared memory than it may without asking
         self.real = real  # the NumPy type of the numbers in the call, and its bytes
         self.real_size = np.dtype(real).itemsize
         self.cluster = cluster  # thread blocks that work together

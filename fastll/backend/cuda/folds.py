@@ -176,5 +176,11 @@ def kernel(variant):
         row = finish(call, place, label, state, memory)
         write(call, place, label, row, reference, values, second, memory)
 
-    approximate = known["approximate"]
-    return Kernel(reduce, calls.Fold, real, cluster=variant.cluster, approximate=approximate)
+    return Kernel(
+        reduce,
+        calls.Fold,
+        real,
+        cluster=variant.cluster,
+        approximate=known["approximate"],
+        roomy=variant.team,
+    )

@@ -59,7 +59,7 @@ def team(
     `scratch` bytes of shared memory for other things; or that for parts of rows, of so many classes."""
     lanes, number = lanes_of(name), max(4, size_of(name))
     ragged = classes % lanes != 0
-    most = 1024 * (MOST_SHARED.get(capability, 227) if capability >= (7, 5) else 48)
+    most = most_shared(capability)
 
     def planned(cluster: int, capacity: int | None = None) -> Team:
         segment = _up(-(-classes // cluster), lanes) if cluster > 1 else part or classes
@@ -84,6 +84,11 @@ def team(
                 return plan
     room = _each(most, 2) - planned(clusters[-1], lanes * VECTORS * TEAM).rows_at
     return planned(clusters[-1], (room // inputs // VECTOR - 1) * lanes)
+
+
+def most_shared(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return 1024 * MOST_SHARED.get(capability, 227) if capability >= (7, 5) else SHARED
 
 
 def _each(most: int, blocks: int) -> int:

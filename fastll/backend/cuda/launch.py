@@ -13,7 +13,7 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from fastll.backend.cuda import compiler
+from fastll.backend.cuda import compiler, geometry
 from fastll.backend.cuda.compiler import Kernel, core
 
 
@@ -38,6 +38,7 @@ class Gpu:
     def __init__(self, index: int) -> None:
         _checked(driver.cuInit(0))
         device = core.Device(index)
+        self._device = _checked(driver.cuDeviceGet(index))
         major, minor = device.compute_capability
         self.capability: tuple[int, int] = (major, minor)
         before = _checked(driver.cuCtxGetCurrent())
@@ -66,7 +67,19 @@ class Gpu:
         with self.current():
             loaded = core.ObjectCode.from_cubin(code).get_kernel(entry)
             self._loaded.append(loaded)  # a handle does not keep it
+            if kernel.roomy:
+                self._make_room(driver.CUkernel(int(loaded._handle)))
             return driver.CUfunction(int(loaded._handle))
+
+    def _make_room(self, kernel: Any) -> None:
+        """Let a kernel have all of the shared memory, which then is as large as it can be."""
+        attribute = driver.CUfunction_attribute
+        most = geometry.most_shared(self.capability)
+        for key, value in (
+            (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most),
+            (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # percent
+        ):
+            _checked(driver.cuKernelSetAttribute(key, value, kernel, self._device))
 
     def function(self, launch: Launch) -> Any:
         """The driver's handle of a kernel."""
