@@ -487,12 +487,14 @@ def bulk(m, ins):
         counts = np.broadcast_to(size, m.lanes)[active.index]
         if (counts % 16).any():
             raise Fault("not whole vectors", int(np.argmax(counts % 16 != 0)))
-        lanes = np.arange(m.lanes)[active.index]
+        lanes, shared = np.arange(m.lanes)[active.index], m.spaces["shared"]
+        observed, shared.observe = shared.observe, m.races and m.races.observe  # no banks of a warp's
         for k, count in enumerate(counts):
             vectors = np.arange(0, count, 16).astype(np.uint64)
             index = np.full(len(vectors), lanes[k])
             values = m.load("global", address(active)[k] + vectors, index, np.dtype("u8"), 2)
             m.store("shared", to(active)[k] + vectors, index, np.dtype("u8"), list(values.T.copy()))
+        shared.observe = observed
         m.exchange("shared", at(active), active.index, np.dtype("i4"), lambda k, old: old - counts[k])
 
     return [m.stepwise(step, ins)]

@@ -86,25 +86,18 @@ def names(v):
     # weights may cancel, and what is left of a sum must not be its rounding errors
     real = np.float64 if weighted else compute_type(stored)
     approximate = primitives.is_half(stored) and not weighted
-    # exponentials take the place of a row's elements until they are written, where that is cheaper
-    # than to compute them again, and nothing but exponentials is written: the slope of the cap and the
-    # entropy are of the elements
-    held = v.team and written and not (approximate or v.chunked or v.capped or logs)
-    held = held and not (divergence or entropic or nll)
     # whether exponentials are multiplied with more than 1 / s
     factored = cross_entropies or entropic or divergence
-    # what is held is relative to the maximum of one thread block of a cluster
-    apart = v.cluster > 1 and held
-    # of short rows: whether the maximum comes first, and the exponentials stay until they are written
+    # of short rows: whether the maximum comes first
     two_passes = v.classes > 0 and not (targets or v.capped or terms or divergence or nll)
-    held_here = two_passes and written and not (approximate or logs or entropic)
-    held = held or held_here
-    clustered, inputs, parts = v.cluster > 1, 2 if paired else 1, states.PARTS
-    parts = pairs.PARTS if divergence else parts if targets or entropic else parts // 2
-    in_bulk, real_size = v.newest and not v.chunked, np.dtype(real).itemsize
-    vector = stored if v.team else "float32"
-    size, lanes = size_of(stored), lanes_of(vector)  # bytes of an element, elements of a vector
-    packable = v.team and approximate and v.modern  # whether a maximum is that of words of two halves
+    # whether exponentials take the place of a row's elements until they are written: where that is
+    # cheaper than to compute them again, and nothing but exponentials is written (the slope of the cap
+    # and the entropy are of the elements)
+    plain = v.capped or logs or entropic or divergence or nll
+    held = written and not (plain or approximate or v.chunked) and (v.team or two_passes)
+    clustered = v.cluster > 1
+    apart = clustered and held  # what is held is relative to the maximum of one thread block
+    size, real_size = size_of(stored), np.dtype(real).itemsize  # bytes of an element, and of a number
     # readers take an address, writers an address and a number
     read_x, read_second = reader(stored, real), reader(v.second or stored, real)
     read_weight, read_sample = reader(v.weight or value, real), reader(v.sample or value, real)
@@ -113,39 +106,52 @@ def names(v):
     read_state, write_state = reader("float64", real), writer("float64")
     read_double, write_double = reader("float64"), writer(value, np.float64)
     write_out, write_value = writer(out, real, v.modern), writer(value, real)
-    fetch_x = fetch_second = primitives.vector_reader(vector)
-    if v.team:
-        fetch_x = fetch_second = primitives.shared_vector_reader(vector)
-        read_shared, put_shared = primitives.shared_reader(stored), None
-        if not approximate:
-            put_shared = primitives.shared_vector_writer(stored)
-        copy_vector = primitives.vector_copier(v.modern)
-        copy_x = primitives.element_copier(stored, lowest=True)
-        copy_second = primitives.element_copier(stored, lowest=divergence)
-        write_peer = primitives.peer_writer(real)
-    if v.classes:
-        row_bytes = v.classes * size_of(stored)
-        width, pitch = geometry.piece_of(row_bytes)
-        piece, in_bulk = width // size_of(stored), v.newest and pitch == row_bytes
-        pieces, flush = row_bytes // width, short.ADDED // piece
-        read_shared = primitives.shared_reader(stored)
-        write_shared = primitives.shared_writer(stored, v.modern)
-        fetch_piece = primitives.shared_vector_reader(stored, width)
-        put_piece = primitives.shared_vector_writer(stored, width, v.modern)
-        copy_vector, copy_x = primitives.vector_copier(v.modern), primitives.element_copier(stored)
-        deliver_from = primitives.vector_taker()
-        write_from = primitives.element_taker(stored)
-    if packable:
-        larger_words, lowest = primitives.larger_words(stored), primitives.lowest_word(stored)
-        lower_half, upper_half = (primitives.half_of_word(stored, u) for u in (False, True))
-    deliver = primitives.vector_writer(vector, v.modern)
     joined = shared(np.float64).joined
     f = vars(shared(real, approximate, v.modern, targets, entropic))
     if divergence:
         identity = pairs.Pair(f["identity"], f["identity"])
     if terms:
         formula = f[TERMS[v.operation].formula.__name__]
-    return v._asdict() | f | locals()
+    known = v._asdict() | f | locals()
+    return known | (_of_teams(v, known) if v.team else _of_short_rows(v) if v.classes else {})
+
+
+def _of_teams(v, known):
+    """Further names of variants for teams."""
+    stored, real, modern = v.x, known["real"], v.modern
+    lanes, inputs = lanes_of(stored), 2 if v.second is not None else 1  # of a vector; of a row
+    parts = states.PARTS if known["targets"] or known["entropic"] else states.PARTS // 2
+    parts = pairs.PARTS if known["divergence"] else parts  # numbers of a state
+    in_bulk = v.newest and not v.chunked  # whether a whole row is copied at once
+    copy_vector = primitives.vector_copier(modern)
+    copy_x = primitives.element_copier(stored, lowest=True)
+    copy_second = primitives.element_copier(stored, lowest=known["divergence"])
+    read_shared = primitives.shared_reader(stored)
+    fetch_x = fetch_second = primitives.shared_vector_reader(stored)
+    put_shared = primitives.shared_vector_writer(stored)
+    write_peer = primitives.peer_writer(real)
+    deliver = primitives.vector_writer(stored, modern)
+    packable = primitives.is_half(stored) and modern  # whether a maximum is that of words of two halves
+    if packable:
+        larger_words, lowest = primitives.larger_words(stored), primitives.lowest_word(stored)
+        lower_half, upper_half = (primitives.half_of_word(stored, upper) for upper in (False, True))
+    return locals()
+
+
+def _of_short_rows(v):
+    """Further names of variants for short rows that lie one after the other."""
+    stored, modern, row_bytes = v.x, v.modern, v.classes * size_of(v.x)
+    width, pitch = geometry.piece_of(row_bytes)
+    piece, pieces = width // size_of(stored), row_bytes // width  # elements of a piece; pieces of a row
+    flush = max(1, short.ADDED // piece)
+    in_bulk = v.newest and pitch == row_bytes  # whether all rows are copied at once
+    copy_vector, copy_x = primitives.vector_copier(modern), primitives.element_copier(stored)
+    read_shared = primitives.shared_reader(stored)
+    write_shared = primitives.shared_writer(stored, modern)
+    fetch_piece = primitives.shared_vector_reader(stored, width)
+    put_piece = primitives.shared_vector_writer(stored, width, modern)
+    deliver_from, write_from = primitives.vector_taker(), primitives.element_taker(stored)
+    return locals()
 
 
 @kernels

@@ -129,7 +129,7 @@ def element(call, place, memory, j):
 # fold
 
 
-def fold(call, place, held, u, memory):
+def fold(call, place, values, second, memory):
     """The state of a row: its maximum first, then its exponentials."""
     x, top = cuda.local.array(piece, real), -c.infinity
     if place.live:
@@ -153,7 +153,7 @@ def fold(call, place, held, u, memory):
                 if entropic:
                     more += distance(v, e, top)
                 x[i] = e
-            if held_here:
+            if held:
                 put_piece(x, memory, np.int32(place.at + k * width))
             if k % flush == flush - 1:
                 total, together = plus(total, together), c.zero
@@ -171,7 +171,7 @@ def merge(call, place, state, memory):
 # write
 
 
-def write(call, place, label, row, ref, held, u, memory):
+def write(call, place, label, row, ref, values, second, memory):
     """Write what has the shape of a row."""
     if not written:
         return
