@@ -90,6 +90,10 @@ def disassembled(cubin: bytes, entry: str) -> Code:
     return Code(own.partition("\n//---")[0].splitlines())
 
 
+#: What sets registers.
+_MOVES = ("CS2R", "MOV", "IMAD.MOV", "UMOV", "HFMA2.MMA")
+
+
 class Block:
     """Instructions of which all are executed, or none."""
 
@@ -100,8 +104,13 @@ class Block:
             if instruction.line and (instruction.pipe != "control" or instruction.name[:3] == "BAR"):
                 copies[instruction.line][instruction.name] += 1
         # how often the block has what is one instruction of PTX: more than once in an unrolled loop.
-        # One may take several of machine code, of which the rarest tells
-        counts = sorted(min(names.values()) for names in copies.values())
+        # One may take several of machine code, of which the rarest tells; but any number of registers
+        # are set before a branch
+        told = [
+            Counter({n: k for n, k in names.items() if not n.startswith(_MOVES)})
+            for names in copies.values()
+        ]
+        counts = sorted(min(names.values()) for names in told if names)
         self.copies = counts[len(counts) // 4] if counts else 1
         self.lines = list(copies)
 

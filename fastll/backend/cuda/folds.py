@@ -123,6 +123,9 @@ def _of_teams(v, known):
     parts = states.PARTS if known["targets"] or known["entropic"] else states.PARTS // 2
     parts = pairs.PARTS if known["divergence"] else parts  # numbers of a state
     in_bulk = v.newest and not v.chunked  # whether a whole row is copied at once
+    # whether exponentials of halves are written, of one array
+    on_line = known["written"] and known["approximate"] and not (known["divergence"] or known["nll"])
+    on_line = on_line and not known["logs"]
     copy_vector = primitives.vector_copier(modern)
     copy_x = primitives.element_copier(stored, lowest=True)
     copy_second = primitives.element_copier(stored, lowest=known["divergence"])

@@ -97,9 +97,13 @@ def tempered_element(call, x):
     return x * call.inverse_temperature if tempered else x
 
 
-def gradient_scale(call, label):
-    """The `scale` of the gradient of the label's row."""
-    scale = call.scale * read_number(call.divisor) if call.divisor != 0 else call.scale
+def common_scale(call):
+    """The factor of the gradient of all rows."""
+    return call.scale * read_number(call.divisor) if call.divisor != 0 else call.scale
+
+
+def gradient_scale(scale, label):
+    """That of the label's row."""
     if sampled:  # of a row that is dropped it may be NaN: a mean over nothing
         scale = product(label.sample, scale)
     return scale

@@ -46,8 +46,10 @@ TOPS, SUMS, EQUALS, DISTANCES, MASSES, RESULTS = (np.int64(SLOTS * i) for i in r
 FINISHED = RESULTS + 4 * SLOTS
 #: And those of a second array of logits.
 TARGET_TOPS, TARGET_SUMS, TARGET_EQUALS = (FINISHED + np.int64(SLOTS * i) for i in range(8, 11))
+#: Of halves, what exponentials take to become what is written.
+WRITER = TARGET_EQUALS + SLOTS
 #: The state of this block, and those of all blocks of its cluster: of a number, one after the other.
-OWN = TARGET_EQUALS + SLOTS
+OWN = WRITER + np.int64(3 * SLOTS)
 OF_PEERS = OWN + np.int64(2 * PARTS)
 #: The barrier that copies in bulk arrive at.
 ARRIVALS = OF_PEERS + np.int64(2 * PARTS * PEERS)
@@ -70,6 +72,7 @@ class Place(NamedTuple):
     live: bool  # whether there is one
     label: int  # of the team's row, and of the row that the thread finishes
     own_label: int
+    scale: float  # of the gradient of all rows
 
 
 class Part(NamedTuple):
@@ -101,20 +104,20 @@ def locate(call, memory):
     own_row = group * teams + member
     live = number < teams and own_row < call.rows
     shift = shift_of(call, row)
-    place = Place(
-        row, first, last, ragged, shift, rank, member, own_row, live, np.int64(-1), np.int64(-1)
-    )
+    label, own_label, scale = np.int64(-1), np.int64(-1), c.one
+    place = Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label, scale)
     if not label_alone:
         bring(call, place, part_of(call, place, first), memory)
-    label, own_label = np.int64(-1), np.int64(-1)
-    if sparse:  # on their way together with the row
-        if written and row < call.rows:
-            label = read_label(row_of(call.labels, place))
-        if live:
-            own_label = read_label(start_of(call.labels, place))
+    # on their way together with the row
+    if sparse and written and row < call.rows:
+        label = read_label(row_of(call.labels, place))
+    if sparse and live:
+        own_label = read_label(start_of(call.labels, place))
+    if written and live:
+        scale = common_scale(call)
     if not label_alone:
         arrive(memory)
-    return Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label)
+    return Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label, scale)
 
 
 def shift_of(call, row):
@@ -505,7 +508,7 @@ def merge(call, place, state, memory):
 
 def finish(call, place, label, state, memory):
     """Finish rows, and tell every thread what became of its own."""
-    scale, at = gradient_scale(call, label), FINISHED + cuda.threadIdx.y
+    scale, at = gradient_scale(place.scale, label), FINISHED + cuda.threadIdx.y
     if place.live:
         row = finished(call, state, label, scale)
         if place.rank == 0:
@@ -516,6 +519,12 @@ def finish(call, place, label, state, memory):
             numbers = row.scale, row.mean, row.target_maximum, row.target_factor
             if sampled or entropic or divergence:
                 leave(memory, FINISHED + 4 * SLOTS + place.member, np.int64(SLOTS), numbers)
+            if on_line:
+                line, scales = lowered(reference(row.maximum), row.factor)
+                at_writer = WRITER + place.member
+                memory[np.uint32(at_writer)] = line.slope
+                memory[np.uint32(at_writer + SLOTS)] = line.intercept
+                memory[np.uint32(at_writer + 2 * SLOTS)] = scales.first
     if written or selected:
         cuda.syncthreads()
     m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
@@ -556,12 +565,7 @@ def write(call, place, label, row, ref, values, second, memory):
         y, counts = label_within(call, place.label)
     if sampled:
         counts = counts and row.scale != c.zero
-    fall = c.one / c.unshift
-    if apart:
-        fall = exp_minus_scaled(ref.maximum, row.maximum)
-    if not held:
-        ref = reference(row.maximum)
-    writer = writer_of(row, ref, fall)
+    writer = writer_of_team(row, ref, memory)
     while True:
         part = part_of(call, place, begin)
         if chunked and not label_alone:
@@ -579,6 +583,20 @@ def write(call, place, label, row, ref, values, second, memory):
             break
 
 
+def writer_of_team(row, ref, memory):
+    """The `Writer` of the team's row, where `ref` is what held exponentials are relative to."""
+    if on_line:
+        at = WRITER + cuda.threadIdx.y
+        slope, intercept = memory[np.uint32(at)], memory[np.uint32(at + SLOTS)]
+        line = Line(row.maximum, slope, intercept, c.zero)
+        scales = Scales(c.zero, memory[np.uint32(at + 2 * SLOTS)], c.one)
+        return Writer(line, scales, line, scales)
+    fall = c.one / c.unshift
+    if apart:
+        fall = exp_minus_scaled(ref.maximum, row.maximum)
+    return writer_of(row, ref if held else reference(row.maximum), fall)
+
+
 def write_part(call, out, part, counts, row, writer, x, u, memory):
     at, step = first_of(part)
     target = out + part.begin * size - part.shift * size
@@ -589,17 +607,19 @@ def write_part(call, out, part, counts, row, writer, x, u, memory):
     target += at - part.at
     if dropping and not counts:
         clear(x)
+        while at < part.end:
+            store(target, limit, x, at, part)
+            at, target = np.int32(at + step), target + step
     while at < part.end:
-        if not dropping or counts:
-            if not nll:
-                fetch_x(x, memory, at)
+        if not nll:
+            fetch_x(x, memory, at)
+        if dense or weighted_classes or divergence:
+            find_targets(call, part, u, memory, at)
+        for i in range(lanes):
+            t = call.spread  # which takes no register
             if dense or weighted_classes or divergence:
-                find_targets(call, part, u, memory, at)
-            for i in range(lanes):
-                t = call.spread  # which takes no register
-                if dense or weighted_classes or divergence:
-                    t = u[i]
-                x[i] = written_of(call, x[i], t, row, writer)
+                t = u[i]
+            x[i] = written_of(call, x[i], t, row, writer)
         store(target, limit, x, at, part)
         at, target = np.int32(at + step), target + step
 
