@@ -209,26 +209,17 @@ def scales_of(factor, fall, lead):
 def writer_of(row, ref, fall):
     """The `Writer` of a row; `ref` and `fall` are as for `scales_of`."""
     if approximate:
-        ref, scales = lowered(ref, row.factor)
+        line, first = lifted_line(ref, row.factor)
+        scales = Scales(row.factor, first, c.one)
         if divergence:
-            target, target_scales = lowered(reference(row.target_maximum), row.target_factor)
-            return Writer(ref, scales, target, target_scales)
-        return Writer(ref, scales, ref, scales)
+            target, factor = lifted_line(reference(row.target_maximum), row.target_factor)
+            return Writer(line, scales, target, Scales(row.target_factor, factor, c.one))
+        return Writer(line, scales, line, scales)
     scales = scales_of(row.factor, fall, ref.lead)
     if divergence:
         target = reference(row.target_maximum)
         return Writer(ref, scales, target, scales_of(row.target_factor, fall, target.lead))
     return Writer(ref, scales, ref, scales)
-
-
-def lowered(ref, factor):
-    """A `Line` of exponentials, and the one factor that makes of them what is written: where it is no
-    normal number, that of exponentials which are lower by 2**-SHIFT."""
-    first = factor / ref.lead
-    if not abs(first) >= c.least:
-        first, intercept = factor / (ref.lead * c.unshift), ref.intercept - shift
-        ref = Line(ref.maximum, ref.slope, intercept, ref.lead * c.unshift)
-    return ref, Scales(factor, first, c.one)
 
 
 def share(e, ref, scales):

@@ -54,12 +54,14 @@ def locate(call, memory):
     thread = np.int32(cuda.threadIdx.x)
     present = np.int32(min(np.int64(cuda.blockDim.x), call.rows - first_row))
     row, live, label, scale = first_row + thread, thread < present, np.int64(-1), c.one
-    bring(call.x.address + first_row * row_bytes, present, memory)
+    if not label_alone:
+        bring(call.x.address + first_row * row_bytes, present, memory)
     if sparse and live:  # on its way together with the row
         label = read_label(call.labels.address + row * call.labels.outer)
     if written:
         scale = common_scale(call)
-    arrive(memory)
+    if not label_alone:
+        arrive(memory)
     at = np.int32(ROWS_AT + thread * pitch)
     zero, one = np.int64(0), np.int64(1)
     return PlaceInShared(first_row, present, row, zero, live, zero, one, at, label, scale)
@@ -130,6 +132,8 @@ def take_away(address, present, memory):
 
 
 def element(call, place, memory, j):
+    if label_alone:
+        return read_x(start_of(call.x, place) + j * size)
     return read_shared(memory, np.int32(place.at + j * size))
 
 
@@ -199,7 +203,8 @@ def write(call, place, label, row, ref, values, second, memory):
 def write_row(call, place, row, ref, memory):
     x, writer = cuda.local.array(piece, real), writer_of(row, ref, c.one / c.unshift)
     for k in range(pieces):
-        fetch_piece(x, memory, np.int32(place.at + k * width))
+        if not label_alone:
+            fetch_piece(x, memory, np.int32(place.at + k * width))
         for i in range(piece):
             t, j = call.spread, k * piece + i
             if dense or divergence:

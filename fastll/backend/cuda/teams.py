@@ -113,7 +113,7 @@ def locate(call, memory):
         label = read_label(row_of(call.labels, place))
     if sparse and live:
         own_label = read_label(start_of(call.labels, place))
-    if written and live:
+    if written and (live or targets):
         scale = common_scale(call)
     if not label_alone:
         arrive(memory)
@@ -520,11 +520,11 @@ def finish(call, place, label, state, memory):
             if sampled or entropic or divergence:
                 leave(memory, FINISHED + 4 * SLOTS + place.member, np.int64(SLOTS), numbers)
             if on_line:
-                line, scales = lowered(reference(row.maximum), row.factor)
+                line, first = lifted_line(reference(row.maximum), row.factor)
                 at_writer = WRITER + place.member
                 memory[np.uint32(at_writer)] = line.slope
                 memory[np.uint32(at_writer + SLOTS)] = line.intercept
-                memory[np.uint32(at_writer + 2 * SLOTS)] = scales.first
+                memory[np.uint32(at_writer + 2 * SLOTS)] = first
     if written or selected:
         cuda.syncthreads()
     m, log_s, factor, at_label = c.zero, c.zero, c.zero, c.zero
