@@ -176,7 +176,7 @@ def model(case: Case) -> Record:
 
     cubin = assembled(found.text)
     needs = sass.resources(cubin)
-    resident = latency.resident(found.threads, needs.registers, needs.shared + found.shared)
+    resident = latency.resident(found.threads, needs.registers, found.shared)
     by_class = each(stats.warps_by_class)
     record = {
         "operation": case.operation,
@@ -187,7 +187,7 @@ def model(case: Case) -> Record:
         "bytes_of_a_block": case.nbytes // found.blocks,
         "registers": needs.registers,
         "stack": needs.stack,
-        "shared": needs.shared + found.shared,
+        "shared": found.shared,
         "resident_blocks": resident,
         "conflicts": round(1000 * stats.shared_conflicts / elements, 1),  # for 1000 elements
         "wavefronts": round(1000 * stats.shared_wavefronts / elements, 1),

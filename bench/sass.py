@@ -40,7 +40,7 @@ PIPES = {
 _PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 #: Sections of a cubin, their flags, and attributes of its functions.
-NOTES, NOBITS, WRITTEN, REGISTERS, STACK = 0x70000000, 8, 1, 0x2F, 0x11
+NOTES, REGISTERS, STACK = 0x70000000, 0x2F, 0x11
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ )?\s*(\S+?)( [^;]*)?\s*;")
 _LINE = re.compile(r'\s*//## File ".*", line (\d+)')
@@ -240,7 +240,6 @@ class Resources(NamedTuple):
 
     registers: int  # of a thread
     stack: int  # bytes of a thread
-    shared: int  # bytes of a block, of fixed size
 
 
 def resources(cubin: bytes) -> Resources:
@@ -248,16 +247,11 @@ def resources(cubin: bytes) -> Resources:
     (start,) = struct.unpack_from("<Q", cubin, 0x28)
     (count,) = struct.unpack_from("<H", cubin, 0x3C)
     found = {REGISTERS: 0, STACK: 0}
-    shared = 0
     for k in range(count):
-        _, kind, flags, _, offset, size, _, info = struct.unpack_from(
-            "<IIQQQQII", cubin, start + 64 * k
-        )
+        _, kind, _, _, offset, size, _, info = struct.unpack_from("<IIQQQQII", cubin, start + 64 * k)
         if kind == NOTES and not info:
             for at in range(offset, offset + size - 11, 4):
                 form, attribute, length, _, value = struct.unpack_from("<BBHII", cubin, at)
                 if form == 4 and attribute in found and length == 8:
                     found[attribute] = max(found[attribute], value)
-        elif kind == NOBITS and flags & WRITTEN:
-            shared = max(shared, size)
-    return Resources(found[REGISTERS], found[STACK], shared)
+    return Resources(found[REGISTERS], found[STACK])

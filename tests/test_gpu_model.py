@@ -49,7 +49,22 @@ def test_what_is_stored(model: Any) -> None:
     assert list(cases) == [case.name for case in model.cases()]
     for record in cases.values():
         assert record["unexplained"] < 0.06
+        assert record["spills"] == 0
         assert not any(record["measured"].values())  # it is a model
+
+
+def test_budgets(model: Any) -> None:
+    """Half precision at most 11 instructions per element, with gradient 16; rows that are no multiple
+    of a vector at most 1 more, without conflicts."""
+    cases = model.stored()["cases"]
+    for operation, budget in (("logsumexp", 11), ("cross_entropy", 11), ("cross_entropy gradient", 16)):
+        aligned, ragged = (cases[f"{operation}, {classes}, bfloat16"] for classes in (32000, 50257))
+        assert max(aligned["instructions"], ragged["instructions"]) <= budget
+        assert ragged["instructions"] <= aligned["instructions"] + 1
+        for record in (aligned, ragged):
+            assert record["conflicts"] < 1  # for 1000 elements
+            assert record["issue_limit"] > 1
+            assert record["latency_limit"] > 1
 
 
 def test_line_information_changes_no_code(model: Any) -> None:

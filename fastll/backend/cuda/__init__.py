@@ -196,6 +196,7 @@ class Backend:
         kernel = self._kernel(
             call,
             team=True,
+            several=plan.teams > 1,
             newest=self._gpu.capability >= (9, 0),
             cluster=plan.cluster,
             chunked=plan.chunked,

@@ -56,6 +56,7 @@ class Variant(NamedTuple):
     newest: bool = False  # 9 or more
     classes: int = 0  # of short rows that lie one after the other, which go through shared memory
     team: bool = False  # whether a row has a team of threads; for these:
+    several: bool = False  # whether a thread block has several teams
     cluster: int = 1  # thread blocks that share a row
     chunked: bool = False  # whether a thread block takes its part of a row in chunks
     in_parts: bool = False  # whether any number of thread blocks leave states, of a part of a row each
@@ -107,7 +108,7 @@ def names(v):
     read_double, write_double = reader("float64"), writer(value, np.float64)
     write_out, write_value = writer(out, real, v.modern), writer(value, real)
     joined = shared(np.float64).joined
-    f = vars(shared(real, approximate, v.modern, targets, entropic))
+    f = vars(shared(real, approximate, v.modern, targets, entropic, v.several))
     if divergence:
         identity = pairs.Pair(f["identity"], f["identity"])
     if terms:

@@ -14,7 +14,7 @@ from fastll.backend.cuda.primitives import VECTOR, WARP, lanes_of, size_of
 #: Threads of a block of several short teams, and of kernels over rows of any strides.
 BLOCK = 256
 #: Most threads of a team, and vectors of a row that each takes.
-TEAM, VECTORS = 384, 8
+TEAM, VECTORS = 320, 8
 #: Threads of teams that must fit on a multiprocessor, which sets the registers of each.
 RESIDENT = 1024
 #: Blocks of a cluster, from compute capability 9 on: as many as every card has room for.

@@ -97,13 +97,14 @@ def tempered_element(call, x):
     return x * call.inverse_temperature if tempered else x
 
 
-def common_scale(call):
-    """The factor of the gradient of all rows."""
-    return call.scale * read_number(call.divisor) if call.divisor != 0 else call.scale
+def read_divisor(call):
+    """What the gradient of all rows is multiplied with besides their `scale`."""
+    return read_number(call.divisor) if call.divisor != 0 else c.one
 
 
-def gradient_scale(scale, label):
-    """That of the label's row."""
+def gradient_scale(call, divisor, label):
+    """The factor of the gradient of the label's row."""
+    scale = call.scale * divisor
     if sampled:  # of a row that is dropped it may be NaN: a mean over nothing
         scale = product(label.sample, scale)
     return scale

@@ -45,7 +45,7 @@ class PlaceInShared(NamedTuple):
     apart: int
     at: int  # byte of the row in shared memory
     label: int
-    scale: float  # of the gradient of all rows
+    divisor: float
 
 
 def locate(call, memory):
@@ -53,18 +53,18 @@ def locate(call, memory):
     first_row = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
     thread = np.int32(cuda.threadIdx.x)
     present = np.int32(min(np.int64(cuda.blockDim.x), call.rows - first_row))
-    row, live, label, scale = first_row + thread, thread < present, np.int64(-1), c.one
+    row, live, label, divisor = first_row + thread, thread < present, np.int64(-1), c.one
     if not label_alone:
         bring(call.x.address + first_row * row_bytes, present, memory)
     if sparse and live:  # on its way together with the row
         label = read_label(call.labels.address + row * call.labels.outer)
     if written:
-        scale = common_scale(call)
+        divisor = read_divisor(call)
     if not label_alone:
         arrive(memory)
     at = np.int32(ROWS_AT + thread * pitch)
     zero, one = np.int64(0), np.int64(1)
-    return PlaceInShared(first_row, present, row, zero, live, zero, one, at, label, scale)
+    return PlaceInShared(first_row, present, row, zero, live, zero, one, at, label, divisor)
 
 
 def label_of(call, place):
@@ -72,9 +72,8 @@ def label_of(call, place):
     return place.label
 
 
-def scale_of(call, place):
-    """The factor of the gradient of all rows."""
-    return place.scale
+def divisor_of(call, place):
+    return place.divisor
 
 
 # between global and shared memory

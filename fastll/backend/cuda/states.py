@@ -206,17 +206,17 @@ def post(value, memory, at):
 def collect(memory, at, member):
     """The sum of a team, by its number in the thread block; for the threads of the first warp."""
     warps = warps_of_team()
-    if cuda.blockDim.y == 1:
-        number, lane = c.zero, lane_of_warp()
-        if lane < warps:
-            number = memory[np.uint32(at + lane)]
-        total = Sum(number, c.zero)
-        for mask in (16, 8, 4, 2, 1):
-            total = add(total, sum_across(total, mask))
-    else:
+    if several:
         first, total = np.uint32(at + member * warps), nothing
         for i in range(np.uint32(warps)):
             total = plus(total, memory[np.uint32(first + i)])
+        return total
+    number, lane = c.zero, lane_of_warp()
+    if lane < warps:
+        number = memory[np.uint32(at + lane)]
+    total = Sum(number, c.zero)
+    for mask in (16, 8, 4, 2, 1):
+        total = add(total, sum_across(total, mask))
     return total
 
 
@@ -259,13 +259,14 @@ def lifted_to_warp(state):
 
 
 @cache
-def shared(real, approximate=False, modern=False, targets=False, entropic=False):
+def shared(real, approximate=False, modern=False, targets=False, entropic=False, several=False):
     """What many variants share: formulas, and the texts of `maths` and of this module."""
     zero = real(0)
     nothing = Sum(zero, zero)
     names = {
         "targets": targets,
         "entropic": entropic,
+        "several": several,  # whether a thread block has more than one team
         "nothing": nothing,
         "identity": State(real(-np.inf), nothing, zero, nothing, nothing),
     }

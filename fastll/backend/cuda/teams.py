@@ -72,7 +72,7 @@ class Place(NamedTuple):
     live: bool  # whether there is one
     label: int  # of the team's row, and of the row that the thread finishes
     own_label: int
-    scale: float  # of the gradient of all rows
+    divisor: float
 
 
 class Part(NamedTuple):
@@ -104,20 +104,21 @@ def locate(call, memory):
     own_row = group * teams + member
     live = number < teams and own_row < call.rows
     shift = shift_of(call, row)
-    label, own_label, scale = np.int64(-1), np.int64(-1), c.one
-    place = Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label, scale)
+    label, own_label, divisor = np.int64(-1), np.int64(-1), c.one
+    # on their way together with the row: nothing here waits for them
+    if sparse and written and row < call.rows:
+        label = read_label(call.labels.address + row * call.labels.outer)
+    if sparse and live:
+        own_label = read_label(call.labels.address + own_row * call.labels.outer)
+    if written and (live or targets):
+        divisor = read_divisor(call)
+    place = Place(
+        row, first, last, ragged, shift, rank, member, own_row, live, label, own_label, divisor
+    )
     if not label_alone:
         bring(call, place, part_of(call, place, first), memory)
-    # on their way together with the row
-    if sparse and written and row < call.rows:
-        label = read_label(row_of(call.labels, place))
-    if sparse and live:
-        own_label = read_label(start_of(call.labels, place))
-    if written and (live or targets):
-        scale = common_scale(call)
-    if not label_alone:
         arrive(memory)
-    return Place(row, first, last, ragged, shift, rank, member, own_row, live, label, own_label, scale)
+    return place
 
 
 def shift_of(call, row):
@@ -144,8 +145,8 @@ def label_of(call, place):
 
 def element(call, place, memory, j):
     """An element of the row that the thread finishes. Another team may be changing its row already."""
-    here = place.first <= j and j < place.first + call.segment
-    if chunked or label_alone or cuda.blockDim.y > 1 or not here:
+    here = not (clustered or in_parts) or (place.first <= j and j < place.first + call.segment)
+    if chunked or label_alone or several or not here:
         return read_x(start_of(call.x, place) + j * size)
     at = start_of_rows(call, np.int32(place.member))
     return read_shared(memory, np.int32(at + (j - place.first + shift_of(call, place.own_row)) * size))
@@ -327,7 +328,7 @@ def fold_part(call, part, x, u, lane, memory):
     if targets:
         post_distances(call, part, x, u, finite(top), lane, memory)
     post_exponentials(call, part, x, ref, among, lane, memory)
-    if cuda.blockDim.y > 1 and cuda.threadIdx.x == 0:
+    if several and cuda.threadIdx.x == 0:
         memory[np.uint32(RESULTS + cuda.threadIdx.y)] = ref.maximum
         memory[np.uint32(RESULTS + SLOTS + cuda.threadIdx.y)] = ref.lead
     return ref
@@ -465,7 +466,7 @@ def in_order(lane, shift, memory):
 def collected(memory, member, ref):
     """The state of a chunk."""
     top, lead = ref.maximum, ref.lead
-    if cuda.blockDim.y > 1:
+    if several:
         top = memory[np.uint32(RESULTS + member)]
         lead = memory[np.uint32(RESULTS + SLOTS + member)]
     below, equal = collect(memory, SUMS, member), collect(memory, EQUALS, member)
@@ -508,7 +509,7 @@ def merge(call, place, state, memory):
 
 def finish(call, place, label, state, memory):
     """Finish rows, and tell every thread what became of its own."""
-    scale, at = gradient_scale(place.scale, label), FINISHED + cuda.threadIdx.y
+    scale, at = gradient_scale(call, place.divisor, label), FINISHED + cuda.threadIdx.y
     if place.live:
         row = finished(call, state, label, scale)
         if place.rank == 0:
@@ -600,15 +601,17 @@ def writer_of_team(row, ref, memory):
 def write_part(call, out, part, counts, row, writer, x, u, memory):
     at, step = first_of(part)
     target = out + part.begin * size - part.shift * size
-    # below it, vectors are whole; in the memory as well
-    limit = np.uint32(max(part.length - (lanes - 1), 0))
+    # the vectors that are whole, in the memory as well
+    first = np.int32(part.at + (VECTOR if part.shift != 0 else 0))
+    whole = np.int32(part.at + np.uint32(part.length + part.shift) // np.uint32(lanes) * VECTOR)
     if not aligned and target & (VECTOR - 1) != 0:
-        limit = np.uint32(0)
+        whole = first
+    whole = np.uint32(max(whole - first, 0))
     target += at - part.at
     if dropping and not counts:
         clear(x)
         while at < part.end:
-            store(target, limit, x, at, part)
+            store(target, first, whole, x, at, part)
             at, target = np.int32(at + step), target + step
     while at < part.end:
         if not nll:
@@ -620,16 +623,16 @@ def write_part(call, out, part, counts, row, writer, x, u, memory):
             if dense or weighted_classes or divergence:
                 t = u[i]
             x[i] = written_of(call, x[i], t, row, writer)
-        store(target, limit, x, at, part)
+        store(target, first, whole, x, at, part)
         at, target = np.int32(at + step), target + step
 
 
-def store(target, limit, x, at, part):
-    """Write a vector, element by element at the ends of a row."""
-    j = nth(at, 0, part)
-    if aligned or np.uint32(j) < limit:
+def store(target, first, whole, x, at, part):
+    """Write a vector, element by element if it is none of the `whole` bytes from `first` on."""
+    if aligned or np.uint32(at - first) < whole:
         deliver(target, x, 0)
     else:
+        j = nth(at, 0, part)
         for i in range(lanes):
             if np.uint32(j + i) < np.uint32(part.length):
                 write_out(target + i * size, x[i])

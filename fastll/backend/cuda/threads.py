@@ -55,9 +55,9 @@ def start_of(operand, place):
     return operand.address + place.outer * operand.outer + place.inner * operand.inner
 
 
-def scale_of(call, place):
-    """The factor of the gradient of all rows."""
-    return common_scale(call)
+def divisor_of(call, place):
+    """What the gradient of all rows is multiplied with besides their `scale`."""
+    return read_divisor(call)
 
 
 def label_of(call, place):
@@ -197,7 +197,7 @@ def finish(call, place, label, state, memory):
         below = Sum(read_state(at + step), c.zero)
         at_maximum = read_state(at + 2 * step)
         state = State(read_state(at), below, at_maximum, state.distance, state.mass)
-    row = finished(call, state, label, gradient_scale(scale_of(call, place), label))
+    row = finished(call, state, label, gradient_scale(call, divisor_of(call, place), label))
     if place.live and place.lane == 0:
         store_results(call, place, label, row)
     if selected and place.live:
