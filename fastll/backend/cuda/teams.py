@@ -172,7 +172,7 @@ def bring(call, place, part, memory):
     if in_bulk:
         bring_rows(call, place, memory)
     copy_part(row_of(call.x, place), part, memory, part.at, copy_x)
-    if dense or paired:
+    if paired:
         at = np.int32(part.at + call.pitch)
         copy_part(row_of(call.second, place), part, memory, at, copy_second)
 
@@ -190,7 +190,7 @@ def bring_rows(call, place, memory):
             length = np.int32(max(last - place.first, 0) if place.live else 0)
             shift, at = shift_of(call, place.own_row), start_of_rows(call, thread)
             copy_vectors(call.x, place, length, shift, memory, arrivals, at)
-            if dense or paired:
+            if paired:
                 copy_vectors(call.second, place, length, shift, memory, arrivals, at + call.pitch)
 
 
@@ -206,12 +206,9 @@ def copy_vectors(operand, place, length, shift, memory, arrivals, at):
 
 def copy_part(row, part, memory, at, copy_element):
     """Start to copy a chunk of a row; if rows come in bulk, what is not their whole vectors."""
-    source, thread, team = (
-        row + part.begin * size,
-        np.int32(cuda.threadIdx.x),
-        np.int32(cuda.blockDim.x),
-    )
-    source -= part.shift * size  # a vector of the memory, if these are those of the first input
+    thread, team = np.int32(cuda.threadIdx.x), np.int32(cuda.blockDim.x)
+    # a vector of the memory, if these are those of the first input
+    source = row + part.begin * size - part.shift * size
     end = np.int32(at + (part.end - part.at))
     whole = np.int32(at + np.uint32(part.length + part.shift) // np.uint32(lanes) * VECTOR)
     first = np.int32(at)
