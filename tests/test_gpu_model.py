@@ -48,7 +48,7 @@ def test_what_is_stored(model: Any) -> None:
     cases = model.stored()["cases"]
     assert list(cases) == [case.name for case in model.cases()]
     for record in cases.values():
-        assert record["unexplained"] < 0.06
+        assert record["unexplained"] < 0.1
         assert record["spills"] == 0
         assert not any(record["measured"].values())  # it is a model
 
