@@ -69,6 +69,9 @@ def _torch() -> tuple[Library, Callable[[Array], Any]]:
         def device(self, x: Any) -> Device:
             return _DEVICE
 
+        def are_plain(self, arrays: tuple[Any, ...]) -> bool:
+            return False  # to be taken by the kernels of the CPU
+
         def view(self, x: Any, name: str) -> Array:
             array = super().view(x, name)
             address = array.__array_interface__["data"][0]
