@@ -35,9 +35,13 @@ def is_loop(name, code):
 @pytest.mark.parametrize("family", ["rows", "columns"])
 def test_numba_float32_loops(family, operation):
     require("numba")
+    from llvmlite.binding import get_host_cpu_name
     from numba import njit
 
     from fastll.backend.numba.memory import KERNEL
+
+    if family == "columns" and get_host_cpu_name() == "znver1":
+        pytest.skip("for this CPU, LLVM joins the end of rows, in float64 by design, with a loop")
 
     fastll.warmup(["logsumexp", "softmax", "sparse_cross_entropy"], [np.float32])
     kernel = import_module(f"fastll.backend.numba.{family}").kernel(operation)
