@@ -131,7 +131,7 @@ class Backend:
         def go(start: int, stop: int) -> None:
             states = self._empty((rows, parts, 3), np.float64)
             whole = self._empty((rows, 3), np.float64) if merged else None
-            self._by_teams(alone, steps, parts=parts, states=states)(0, rows)
+            self._by_teams(alone, steps, states)(0, rows)
             lse = placed(Row, call.lse)
             told = calls.Parts(
                 parts, address(states), address(whole), lse.address, steps.get("lse", lse.outer)
@@ -169,16 +169,13 @@ class Backend:
         return geometry.team(classes, name, inputs, scratch, self._gpu.capability, part)
 
     def _by_teams(
-        self,
-        call: contract.Fold,
-        steps: dict[str, int],
-        parts: int = 1,
-        states: Array | None = None,
+        self, call: contract.Fold, steps: dict[str, int], states: Array | None = None
     ) -> contract.Kernel:
-        """Rows of contiguous classes; of parts of them, the `states`."""
+        """Rows of contiguous classes; of parts of them, the `states` (rows, parts, 3)."""
         (outer, classes, inner), name = call.x.shape, format_of(call.x)
         inputs, lanes = 1 if call.second is None else 2, lanes_of(name)
-        plan = self._plan(classes, name, inputs, None if parts == 1 else geometry.PART)
+        parts, part = (1, None) if states is None else (states.shape[1], geometry.PART)
+        plan = self._plan(classes, name, inputs, part)
         told = _told(call)
         told = told._replace(
             segment=plan.segment,
@@ -200,7 +197,7 @@ class Backend:
             newest=self._gpu.capability >= (9, 0),
             cluster=plan.cluster,
             chunked=plan.chunked,
-            in_parts=parts > 1,
+            in_parts=states is not None,
             aligned=aligned,
         )
         blocks = -(-outer * inner // plan.teams) * plan.cluster * parts

@@ -71,7 +71,7 @@ def names(v):
     weighted_classes, sampled = v.weight is not None, v.sample is not None
     weighted = v.operation == "logsumexp" and paired  # a log-sum-exp of weighted elements
     # one that is finished in float64: weighted, or of a running state
-    exact = v.operation == "logsumexp" and (weighted or running or v.signed) and not v.in_parts
+    exact = v.operation == "logsumexp" and (weighted or running or v.signed)
     whole_state = running and v.operation != "logsumexp"  # the state is that of the whole row
     logs, cross_entropies = v.operation == "log_softmax", v.operation == "cross_entropy"
     entropic = v.operation == "entropy_from_logits"

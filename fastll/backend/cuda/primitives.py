@@ -90,9 +90,12 @@ def _pointer(builder, address, kind):
     return builder.inttoptr(address, ir.PointerType(kind, addrspace=1))
 
 
+def _stored_type(name):
+    return {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
+
+
 def _load(builder, address, name):
-    kind = {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
-    return builder.load(_pointer(builder, address, kind), align=_SIZES[name])
+    return builder.load(_pointer(builder, address, _stored_type(name)), align=_SIZES[name])
 
 
 def _decode(builder, name, bits):
@@ -170,25 +173,16 @@ def _element(builder, values, at, i):
     return builder.gep(values, [builder.add(at, at.type(i))])
 
 
-#: 0 and -inf as the words of a vector.
-_PADS = {
-    "float32": ("0", "0xFF800000"),
-    "float64": ("0d0000000000000000", "0dFFF0000000000000"),
-    "float16": ("0", "0xFC00FC00"),
-    "bfloat16": ("0", "0xFF80FF80"),
-}
-
-
-def vector_reader(name, lowest=False):
-    """Function (values, at, address, wanted): a vector into values[at:]; if not wanted, 0 or -inf.
+def vector_reader(name):
+    """Function (values, at, address, wanted): a vector into values[at:]; if not wanted, 0.
 
     The load is one instruction under a predicate, without a branch, so that many are under way at once.
     """
     double = name == "float64"
     word, count, letter, kind = (_F64, 2, "d", "f64") if double else (_I32, 4, "r", "b32")
-    words = [f"${i}" for i in range(count)]
+    words, zero = [f"${i}" for i in range(count)], "0d0000000000000000" if double else "0"
     code = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; "
-    code += " ".join(f"mov.{kind} {word}, {_PADS[name][lowest]};" for word in words)
+    code += " ".join(f"mov.{kind} {word}, {zero};" for word in words)
     code += f" @p ld.global.v{count}.{kind} {{{', '.join(words)}}}, [${count}]; }}"
     constraints = f"=&{letter}," * count + "l,r"
 
@@ -351,8 +345,7 @@ def shared_reader(name):
 
     @emits(result, at=types.int32)
     def read(builder, memory, at):
-        kind = {"float32": _F32, "float64": _F64}.get(name) or ir.IntType(8 * _SIZES[name])
-        bits = builder.load(_shared(builder, memory, at, kind), align=_SIZES[name])
+        bits = builder.load(_shared(builder, memory, at, _stored_type(name)), align=_SIZES[name])
         return _decode(builder, name, bits)
 
     return read
@@ -461,7 +454,7 @@ def half_of_word(name, upper):
 
 def lowest_word(name):
     """Two halves of -inf."""
-    return np.int32(np.uint32(int(_PADS[name][True], 16)))
+    return np.int32(np.uint32({"float16": 0xFC00FC00, "bfloat16": 0xFF80FF80}[name]))
 
 
 # operations of `fastll.formulas.vocabulary`

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastll.backend.cuda.compiler import cuda
+from fastll.backend.cuda.primitives import wait_for_copies, wait_for_rows
 from fastll.backend.cuda.states import *
 
 
@@ -80,6 +82,16 @@ def label_within(call, y):
     the label is used."""
     kept = y != call.ignore_index
     return (y if 0 <= y < call.classes else np.int64(-1)), kept
+
+
+def arrive(memory, arrivals):
+    """Wait for rows on their way to shared memory; `arrivals` is the byte of the barrier of copies in
+    bulk."""
+    if modern and not in_bulk:
+        wait_for_copies()
+    cuda.syncthreads()
+    if in_bulk:
+        wait_for_rows(memory, arrivals)
 
 
 def target_of(call, t, j):

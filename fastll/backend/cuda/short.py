@@ -22,8 +22,6 @@ from fastll.backend.cuda.primitives import (
     copy_row,
     expect_copies,
     larger,
-    wait_for_copies,
-    wait_for_rows,
 )
 from fastll.backend.cuda.threads import *
 
@@ -61,7 +59,7 @@ def locate(call, memory):
     if written:
         divisor = read_divisor(call)
     if not label_alone:
-        arrive(memory)
+        arrive(memory, np.int32(0))
     at = np.int32(ROWS_AT + thread * pitch)
     zero, one = np.int64(0), np.int64(1)
     return PlaceInShared(first_row, present, row, zero, live, zero, one, at, label, divisor)
@@ -89,45 +87,41 @@ def place_in_rows(offset):
 
 def bring(address, present, memory):
     """Start to copy rows to shared memory; `arrive` ends it."""
-    thread, end = np.int32(cuda.threadIdx.x), np.int32(present * row_bytes)
-    whole = np.int32(end & ~(VECTOR - 1)) if address & (VECTOR - 1) == 0 else np.int32(0)
-    if in_bulk:
-        if thread == 0:
-            expect_copies(memory, np.int32(0), np.int32(1))
-            copy_row(memory, np.int32(0), np.int32(ROWS_AT), address, whole)
-    else:
-        offset = np.int32(thread * VECTOR)
-        while offset < whole:
-            copy_vector(memory, place_in_rows(offset), address + offset)
-            offset = np.int32(offset + cuda.blockDim.x * VECTOR)
-    offset = np.int32(whole + thread * size)
-    while offset < end:
-        copy_x(memory, place_in_rows(offset), address + offset, True)
-        offset = np.int32(offset + cuda.blockDim.x * size)
-
-
-def arrive(memory):
-    """Wait for the rows."""
-    if modern and not in_bulk:
-        wait_for_copies()
-    cuda.syncthreads()
-    if in_bulk:
-        wait_for_rows(memory, np.int32(0))
+    if in_bulk and cuda.threadIdx.x == 0:
+        expect_copies(memory, np.int32(0), np.int32(1))
+        whole = whole_of(address, np.int32(present * row_bytes))
+        copy_row(memory, np.int32(0), np.int32(ROWS_AT), address, whole)
+    pass_rows(address, present, memory, not in_bulk, copy_vector, bring_element)
 
 
 def take_away(address, present, memory):
     """Copy rows from shared memory."""
-    thread, end = np.int32(cuda.threadIdx.x), np.int32(present * row_bytes)
-    whole = np.int32(end & ~(VECTOR - 1)) if address & (VECTOR - 1) == 0 else np.int32(0)
     cuda.syncthreads()
-    offset = np.int32(thread * VECTOR)
-    while offset < whole:
-        deliver_from(memory, place_in_rows(offset), address + offset)
-        offset = np.int32(offset + cuda.blockDim.x * VECTOR)
+    pass_rows(address, present, memory, True, deliver_from, write_from)
+
+
+def whole_of(address, end):
+    """The bytes of rows that are whole vectors of the memory."""
+    return np.int32(end & ~(VECTOR - 1)) if address & (VECTOR - 1) == 0 else np.int32(0)
+
+
+def pass_rows(address, present, memory, vectors, pass_vector, pass_element):
+    """Copy rows to or from shared memory, without their whole vectors if these are not asked for."""
+    thread, end = np.int32(cuda.threadIdx.x), np.int32(present * row_bytes)
+    whole = whole_of(address, end)
+    if vectors:
+        offset = np.int32(thread * VECTOR)
+        while offset < whole:
+            pass_vector(memory, place_in_rows(offset), address + offset)
+            offset = np.int32(offset + cuda.blockDim.x * VECTOR)
     offset = np.int32(whole + thread * size)
     while offset < end:
-        write_from(memory, place_in_rows(offset), address + offset)
+        pass_element(memory, place_in_rows(offset), address + offset)
         offset = np.int32(offset + cuda.blockDim.x * size)
+
+
+def bring_element(memory, at, address):
+    copy_x(memory, at, address, True)
 
 
 def element(call, place, memory, j):

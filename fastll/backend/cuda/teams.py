@@ -33,8 +33,6 @@ from fastll.backend.cuda.primitives import (
     expect_copies,
     larger,
     shared_words,
-    wait_for_copies,
-    wait_for_rows,
 )
 from fastll.backend.cuda.rows import *
 
@@ -117,7 +115,7 @@ def locate(call, memory):
     )
     if not label_alone:
         bring(call, place, part_of(call, place, first), memory)
-        arrive(memory)
+        arrive(memory, np.int32(ARRIVALS * real_size))
     return place
 
 
@@ -197,11 +195,16 @@ def bring_rows(call, place, memory):
 def copy_vectors(operand, place, length, shift, memory, arrivals, at):
     """Start to copy the whole vectors of a row, if there are any, for the thread that finishes it."""
     source = start_of(operand, place) + place.first * size - shift * size
-    first = np.int32(VECTOR if shift != 0 else 0)
-    whole = np.int32(np.uint32(length + shift) // np.uint32(lanes) * VECTOR)
+    first, whole = whole_vectors(length, shift)
     if not aligned and source & (VECTOR - 1) != 0:
         whole = np.int32(0)
     copy_row(memory, arrivals, np.int32(at + first), source + first, max(whole - first, 0))
+
+
+def whole_vectors(length, shift):
+    """The bytes from the vector that a chunk begins in to its first whole one, and to their end."""
+    whole = np.int32(np.uint32(length + shift) // np.uint32(lanes) * VECTOR)
+    return np.int32(VECTOR if shift != 0 else 0), whole
 
 
 def copy_part(row, part, memory, at, copy_element):
@@ -210,15 +213,13 @@ def copy_part(row, part, memory, at, copy_element):
     # a vector of the memory, if these are those of the first input
     source = row + part.begin * size - part.shift * size
     end = np.int32(at + (part.end - part.at))
-    whole = np.int32(at + np.uint32(part.length + part.shift) // np.uint32(lanes) * VECTOR)
-    first = np.int32(at)
+    first, whole = whole_vectors(part.length, part.shift)
+    first, whole = np.int32(at + first), np.int32(at + whole)
     if not aligned:
         if source & (VECTOR - 1) != 0:
             for to in range(at + thread * size, end, team * size):
                 copy_edge(part, memory, np.int32(to), source, np.int32(to - at), copy_element)
             return
-        if part.shift != 0:
-            first = np.int32(at + VECTOR)
         if thread < 2 * lanes:  # the vectors that only in part are the row's
             edge, wanted = np.int32(at), part.shift != 0 and whole > at
             if thread >= lanes:
@@ -238,15 +239,6 @@ def copy_edge(part, memory, to, source, offset, copy_element):
     """Copy an element if it is of the chunk."""
     j = np.int32(np.uint32(offset) // np.uint32(size) - part.shift)
     copy_element(memory, to, source + offset, np.uint32(j) < np.uint32(part.length))
-
-
-def arrive(memory):
-    """Wait for a chunk."""
-    if modern and not in_bulk:
-        wait_for_copies()
-    cuda.syncthreads()
-    if in_bulk:
-        wait_for_rows(memory, np.int32(ARRIVALS * real_size))
 
 
 def first_of(part):
@@ -308,7 +300,7 @@ def fold(call, place, values, second, memory):
         if not chunked or begin >= place.last:
             break
         bring(call, place, part_of(call, place, begin), memory)
-        arrive(memory)
+        arrive(memory, np.int32(ARRIVALS * real_size))
     return state, ref
 
 
@@ -341,14 +333,10 @@ def largest(part, x, memory, fetch, offset):
             most[k] = lowest
         while at + step < part.end:
             for i in range(2):
-                shared_words(words, memory, np.int32(at + offset + i * step))
-                for k in range(4):
-                    most[k] = larger_words(words[k], most[k])
+                raise_words(most, words, memory, np.int32(at + offset + i * step))
             at = np.int32(at + 2 * step)
         if at < part.end:
-            shared_words(words, memory, np.int32(at + offset))
-            for k in range(4):
-                most[k] = larger_words(words[k], most[k])
+            raise_words(most, words, memory, np.int32(at + offset))
         word = larger_words(larger_words(most[0], most[1]), larger_words(most[2], most[3]))
         top = larger(lower_half(word), upper_half(word))
     else:
@@ -358,6 +346,13 @@ def largest(part, x, memory, fetch, offset):
                 top = larger(top, x[i])
             at = np.int32(at + step)
     return top
+
+
+def raise_words(most, words, memory, at):
+    """The larger halves of words and of those of a vector."""
+    shared_words(words, memory, at)
+    for k in range(4):
+        most[k] = larger_words(words[k], most[k])
 
 
 def has_maximum(own, top):
@@ -569,7 +564,7 @@ def write(call, place, label, row, ref, values, second, memory):
         if chunked and not label_alone:
             cuda.syncthreads()
             bring(call, place, part, memory)
-            arrive(memory)
+            arrive(memory, np.int32(ARRIVALS * real_size))
         write_part(call, row_of(call.out, place), part, counts, row, writer, values, second, memory)
         if sparse and counts and 0 <= y - begin < part.length:
             # by the thread that has stored the vector of this element
@@ -599,11 +594,10 @@ def write_part(call, out, part, counts, row, writer, x, u, memory):
     at, step = first_of(part)
     target = out + part.begin * size - part.shift * size
     # the vectors that are whole, in the memory as well
-    first = np.int32(part.at + (VECTOR if part.shift != 0 else 0))
-    whole = np.int32(part.at + np.uint32(part.length + part.shift) // np.uint32(lanes) * VECTOR)
+    first, whole = whole_vectors(part.length, part.shift)
     if not aligned and target & (VECTOR - 1) != 0:
         whole = first
-    whole = np.uint32(max(whole - first, 0))
+    first, whole = np.int32(part.at + first), np.uint32(max(whole - first, 0))
     target += at - part.at
     if dropping and not counts:
         clear(x)
